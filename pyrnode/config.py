@@ -1,0 +1,432 @@
+"""Every setting of a run: frozen dataclasses that validate themselves and round-trip through TOML.
+
+`Config` is the whole of it. Its sections are the tables of the TOML file; a key is named ``section.key``, or just
+``key`` where only one section has it::
+
+    >>> config = Config.preset("digits").override({"epochs": 3, "step_size": 0.5})
+    >>> config.training.epochs, config.solver.step_size
+    (3, 0.5)
+    >>> Config.from_toml(config.to_toml()) == config
+    True
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from pyrnode.errors import ConfigError, unknown_name
+
+Activation = Literal["softplus", "tanh", "silu", "gelu", "elu"]
+Engine = Literal["auto", "torch", "julia"]
+
+
+def _at_least(section: object, minimum: float, *names: str, strict: bool = False) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if isinstance(value, str) or value is None:
+            continue
+        if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+            bound = f"more than {minimum}" if strict else f"at least {minimum}"
+            raise ConfigError(f"{name} = {value!r}: expected {bound}")
+
+
+class _Section:
+    """What all sections share: checked construction from a mapping, and conversion back to plain TOML values."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
+        self._validate()
+
+    def _validate(self) -> None:
+        """Checks that the types alone do not make; raises `ConfigError`."""
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Builds the section from a mapping of plain values, as read from TOML or JSON."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for key in table:
+            if key not in known:
+                raise ConfigError(unknown_name(f"key in {cls.__name__}", key, known))
+        return cls(**table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for TOML and JSON: settings that are `None` are left out, tuples become lists."""
+        table = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, _Section):
+                table[f.name] = value.to_dict()
+            elif value is not None:
+                table[f.name] = list(value) if isinstance(value, tuple) else value
+        return table
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Fits `value` to its annotation (int → float, list → tuple, mapping → section), or says what was expected."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(unknown_name(name, value, map(str, args)))
+        return value
+    if origin in (Union, UnionType):
+        for option in args:
+            try:
+                return _coerce(name, value, option)
+            except ConfigError:
+                continue
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(name, item, args[0]) for item in value)
+    elif origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    elif isinstance(hint, type) and issubclass(hint, _Section):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return hint.from_dict(value)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (str, bool, type(None)) and isinstance(value, hint):
+        return value
+    expected = getattr(hint, "__name__", None) if not args else None
+    expected = expected or str(hint).replace("typing.", "").replace("NoneType", "None")
+    raise ConfigError(f"{name} = {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Section):
+    """What is learned, and how it is split.
+
+    Args:
+        name: Name of a data set, or the path of a file or folder; ``""`` when arrays are handed over in Python.
+        dir: Folder that holds downloaded data sets; default the environment variable ``PYRNODE_DATA``.
+        levels: Grey levels of discrete data; `None` takes the source's own.
+        validation: Share of the training samples held out for model selection, in (0, 1).
+        test: Share held out for the final report where the source has no test set of its own, in (0, 1).
+        split_seed: Seed of the split; independent of the training seed.
+        samples: Number of samples drawn from a synthetic density (train, validation and test together).
+        limit: Use at most this many training samples (for quick runs).
+        flip: Random horizontal flips in training (images).
+        workers: Loader processes for torch data sets (started with ``spawn``); 0 loads in this process.
+    """
+
+    name: str = ""
+    dir: str | None = None
+    levels: int | None = None
+    validation: float = 0.1
+    test: float = 0.1
+    split_seed: int = 0
+    samples: int = 20_000
+    limit: int | None = None
+    flip: bool = False
+    workers: int = 0
+
+    def _validate(self) -> None:
+        _at_least(self, 2, "levels")
+        _at_least(self, 10, "samples", "limit")
+        _at_least(self, 0, "workers", "split_seed")
+        for name in ("validation", "test"):
+            if not 0 < getattr(self, name) < 0.9:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: expected a share between 0 and 0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(_Section):
+    """The dynamics ``f(z, t; θ)`` of each block.
+
+    Args:
+        kind: ``"mlp"`` for vectors, ``"conv"`` for images (the paper's network), ``"auto"`` by the data.
+        hidden: Widths (channels) of the hidden layers.
+        activation: Nonlinearity between the layers.
+        time: How ``t`` enters each layer: an extra input (``"concat"``), gate and shift (``"concatsquash"``), or not.
+        kernel_size: Side of the convolution kernels; odd.
+    """
+
+    kind: Literal["auto", "mlp", "conv"] = "auto"
+    hidden: tuple[int, ...] = (64, 64, 64)
+    activation: Activation = "softplus"
+    time: Literal["concat", "concatsquash", "none"] = "concat"
+    kernel_size: int = 3
+
+    def _validate(self) -> None:
+        if not self.hidden or min(self.hidden) < 1:
+            raise ConfigError(f"hidden = {self.hidden!r}: expected one or more positive widths")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size = {self.kernel_size!r}: expected an odd positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(_Section):
+    """The composition of the flow.
+
+    Args:
+        network: The dynamics of each block.
+        blocks: ODE blocks: in all for vectors, per stage of the multi-scale flow for images.
+        scales: Scales of the image flow; ``"auto"`` halves while the smaller side stays even and at least 4
+            (28×28: 3, 32×32: 4, 8×8: 2).
+        end_time: Integration time ``T`` of each block.
+        alpha: ``α`` of the logit transform of pixels, in [0, 0.5).
+        standardize: Shift and scale continuous features to mean 0 and variance 1 first.
+    """
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    blocks: int = 1
+    scales: int | Literal["auto"] = "auto"
+    end_time: float = 1.0
+    alpha: float = 1e-5
+    standardize: bool = True
+
+    def _validate(self) -> None:
+        _at_least(self, 1, "blocks", "scales")
+        _at_least(self, 0, "end_time", strict=True)
+        if not 0 <= self.alpha < 0.5:
+            raise ConfigError(f"alpha = {self.alpha!r}: expected 0 <= alpha < 0.5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig(_Section):
+    """How a block is integrated, under DifferentialEquations.jl's names.
+
+    Args:
+        name: Solver, e.g. ``"RK4"`` or ``"DP5"``; see ``pyrnode solvers``.
+        step_size: Step of a fixed-step solver in units of time; ``"auto"`` starts at 0.5 and halves until stable
+            (the paper's rule). Adaptive solvers ignore it.
+        rtol, atol: Tolerances of an adaptive solver.
+        error_control: What an adaptive solver's step answers for: the state and the log-determinant (``"density"``), or
+            the penalties' integrals too (``"all"``).
+        maxiters: Bound on the steps of one solve.
+        sensealg: Sensitivity algorithm, under SciMLSensitivity's names, or ``"Backprop"``.
+        memory: What ``Backprop`` keeps of the forward solve: every intermediate (``"store"``), only the state at each
+            evaluation (``"checkpoint"``: memory does not grow with the number of steps), or by size (``"auto"``).
+        options: Further keyword options of the solver, passed on by the Julia engine.
+    """
+
+    name: str = "RK4"
+    step_size: float | Literal["auto"] = 0.25
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    error_control: Literal["density", "all"] = "density"
+    maxiters: int = 10_000
+    sensealg: str = "Backprop"
+    memory: Literal["auto", "store", "checkpoint"] = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def _validate(self) -> None:
+        _at_least(self, 0, "step_size", "rtol", "atol", strict=True)
+        _at_least(self, 1, "maxiters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyConfig(_Section):
+    """The regularisation and the estimator of the divergence (design.md §2; eq. 17 of the paper).
+
+    Args:
+        kinetic: ``λ_K`` on ``∫‖f‖²``.
+        jacobian: ``λ_J`` on ``∫‖∂f/∂z‖_F²``.
+        total_derivative: Weight of ``∫‖(∂f/∂z) f + ∂f/∂t‖²`` (eq. 7); needs nested differentiation, so it is slow.
+        convention: ``"paper"``: summed over the blocks, per data dimension, in nats. ``"ffjord-rnode"``: ½ on the
+            kinetic term, each block's mean over its own dimensions, added to bits per dimension.
+        divergence: ``"hutchinson"`` estimates with probes; ``"exact"`` takes the full Jacobian.
+        noise: Distribution of the probes.
+        probes: Number ``k`` of probes per sample and block.
+    """
+
+    kinetic: float = 0.01
+    jacobian: float = 0.01
+    total_derivative: float = 0.0
+    convention: Literal["paper", "ffjord-rnode"] = "paper"
+    divergence: Literal["hutchinson", "exact"] = "hutchinson"
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    probes: int = 1
+
+    def _validate(self) -> None:
+        _at_least(self, 0, "kinetic", "jacobian", "total_derivative")
+        _at_least(self, 1, "probes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Section):
+    """The optimisation.
+
+    Args:
+        epochs: Passes over the training set.
+        max_steps: Stop after this many optimiser steps, whatever the epochs say.
+        batch_size: Samples per step.
+        optimizer: Optimiser of `torch.optim`.
+        learning_rate: Peak learning rate.
+        schedule: After warm-up, ``"constant"`` or ``"cosine"`` (to zero at the last step).
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: The optimiser's weight decay.
+        clip_norm: Bound on the gradient's norm; `None` does not clip.
+        ema: Decay of the averaged weights, which are then validated and saved; `None` averages nothing.
+        validate_every: Validation interval in steps; 0 means once an epoch.
+        validation_limit: Validate on at most this many samples.
+        patience: Stop after this many validations without improvement; `None` never stops early.
+        checkpoint_every: Interval of checkpoints in steps; 0 means once an epoch.
+        max_restarts: How often a non-finite step is answered by restoring the last good state and halving the
+            solver's step before training gives up.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = None
+    batch_size: int = 200
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    ema: float | None = None
+    validate_every: int = 0
+    validation_limit: int | None = None
+    patience: int | None = None
+    checkpoint_every: int = 0
+    max_restarts: int = 3
+
+    def _validate(self) -> None:
+        _at_least(self, 1, "epochs", "max_steps", "batch_size", "patience", "validation_limit")
+        _at_least(self, 0, "learning_rate", "clip_norm", strict=True)
+        _at_least(self, 0, "warmup_steps", "weight_decay", "validate_every", "checkpoint_every", "max_restarts")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"ema = {self.ema!r}: expected a decay between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(_Section):
+    """How a trained flow is scored: with an accurate solver, other than the one of training.
+
+    Args:
+        solver: Adaptive solver of the evaluation.
+        rtol, atol: Its tolerances.
+        divergence: ``"exact"``, ``"hutchinson"``, or ``"auto"``: exact up to 64 dimensions.
+        probes: Probes per sample where the divergence is estimated.
+        draws: Dequantisation draws ``K`` per image.
+        chunk: Samples per solve.
+        test_limit: Score at most this many test samples; `None` scores all.
+        grid: Samples drawn for the report's picture.
+    """
+
+    solver: str = "DP5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    divergence: Literal["auto", "hutchinson", "exact"] = "auto"
+    probes: int = 1
+    draws: int = 3
+    chunk: int = 500
+    test_limit: int | None = None
+    grid: int = 64
+
+    def _validate(self) -> None:
+        _at_least(self, 0, "rtol", "atol", strict=True)
+        _at_least(self, 1, "probes", "draws", "chunk", "test_limit", "grid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Section):
+    """A whole run: the sections, and who computes it.
+
+    Args:
+        engine: ``"torch"``, ``"julia"``, or ``"auto"``: Julia where it is installed and ready, else PyTorch.
+        device: A torch device, or ``"auto"``: CUDA where there is one.
+        dtype: Floating-point type of the state and the parameters.
+        seed: Seed of initialisation, data order and noise.
+    """
+
+    engine: Engine = "auto"
+    device: str = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def _validate(self) -> None:
+        _at_least(self, 0, "seed")
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Reads a configuration from TOML text; unknown keys and wrong values raise `ConfigError`."""
+        try:
+            return cls.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"not valid TOML: {error}") from None
+
+    def to_toml(self) -> str:
+        """The configuration as TOML text, every value written out."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A configuration that ships with pyrnode (see `presets`), or one read from a ``.toml`` file's path."""
+        if name.endswith(".toml"):
+            path = Path(name)
+            if not path.is_file():
+                raise ConfigError(f"preset file {name!r} does not exist")
+            return cls.from_toml(path.read_text(encoding="utf-8"))
+        table = presets()
+        if name not in table:
+            raise ConfigError(unknown_name("preset", name, table))
+        return cls.from_toml((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with some settings changed.
+
+        Args:
+            values: Settings by name: ``"section.key"``, or ``"key"`` where only one section has that key.
+
+        Raises:
+            ConfigError: A key is unknown or ambiguous, or a value does not fit.
+        """
+        table = self.to_dict()
+        paths = _setting_paths(type(self))
+        for name, value in values.items():
+            matches = [name] if name in paths else [p for p in paths if p.endswith("." + name)]
+            if not matches:
+                raise ConfigError(unknown_name("setting", name, {*paths, *(p.rpartition(".")[2] for p in paths)}))
+            if len(matches) > 1:
+                raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(matches)}")
+            *sections, key = matches[0].split(".")
+            target = table
+            for section in sections:
+                target = target[section]
+            target[key] = value
+        return type(self).from_dict(table)
+
+
+def _setting_paths(cls: type[_Section], prefix: str = "") -> list[str]:
+    paths = []
+    for name, hint in get_type_hints(cls).items():
+        if isinstance(hint, type) and issubclass(hint, _Section):
+            paths += [prefix + name, *_setting_paths(hint, f"{prefix}{name}.")]
+        else:
+            paths.append(prefix + name)
+    return paths
+
+
+_PRESETS = resources.files("pyrnode") / "presets"
+
+
+def presets() -> dict[str, str]:
+    """The presets that ship with pyrnode: name → first comment line of its file."""
+    table = {}
+    for entry in sorted(_PRESETS.iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".toml"):
+            first = entry.read_text(encoding="utf-8").splitlines()[0]
+            table[entry.name.removesuffix(".toml")] = first.lstrip("# ")
+    return table
+

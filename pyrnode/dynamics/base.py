@@ -1,0 +1,85 @@
+"""What dynamics are to an engine: a kernel that evaluates f with εᵀ∂f/∂z, and pulls cotangents back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from pyrnode.dynamics.layers import Time
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of the dynamics.
+
+    Attributes:
+        f: ``f(z, t; θ)``, ``(batch, *event)``.
+        w: ``εᵀ ∂f/∂z`` for each probe, ``(k, batch, *event)``; `None` if no noise was given.
+        r: The total derivative ``(∂f/∂z) f + ∂f/∂t``, ``(batch, *event)``; `None` unless asked for.
+        tape: What the kernel needs to pull cotangents back.
+    """
+
+    f: Tensor
+    w: Tensor | None
+    r: Tensor | None
+    tape: Any
+
+
+class Kernel(ABC):
+    """The dynamics with their parameters bound for one solve; gradients of the parameters accumulate in it."""
+
+    @abstractmethod
+    def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
+        """Evaluates f at ``(z, t)`` and, where `eps` ``(k, batch, *event)`` is given, the products εᵀ∂f/∂z.
+
+        Args:
+            t: Time, one number or ``(batch,)``.
+            z: State, ``(batch, *event)``.
+            eps: Probes; `None` evaluates f alone.
+            tape: Keep what `pullback` needs.
+        """
+
+    @abstractmethod
+    def pullback(
+        self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
+    ) -> Tensor:
+        """Cotangent of z from the cotangents of f, w and r; adds `alpha` times those of θ to the gradients.
+
+        With ``alpha=None`` the parameters' gradients are not computed.
+        """
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """The accumulated gradients, in the order of the dynamics' ``parameters()``."""
+
+    @abstractmethod
+    def tape_bytes(self, z: Tensor, probes: int) -> int:
+        """Size of one evaluation's tape for states like `z`."""
+
+    def layout(self, z: Tensor) -> Tensor:
+        """`z` in the memory layout in which the kernel is fast."""
+        return z.contiguous()
+
+
+class Dynamics(nn.Module, ABC):
+    """Dynamics ``f(z, t; θ)``.
+
+    Attributes:
+        event_shape: Shape of one state, without the batch.
+    """
+
+    event_shape: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, t: Time, z: Tensor) -> Tensor:
+        """``f(z, t; θ)``, ``(batch, *event)``, differentiable by autograd.
+
+        Args:
+            t: Time, one number or ``(batch,)``.
+            z: State, ``(batch, *event)``.
+        """
+
+    @abstractmethod
+    def kernel(self, *, total_derivative: bool = False) -> Kernel:
+        """The kernel that an engine computes with, bound to the present parameters."""

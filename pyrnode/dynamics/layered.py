@@ -1,0 +1,236 @@
+"""Networks of layers with an explicit vector-Jacobian product: the hot path, without nested autograd.
+
+With ``a_i = s_i ⊙ W_i h_{i-1} + β_i`` and ``h_i = φ(a_i)``, ``h_0 = z``, ``f = a_L``:
+
+* product:  ``g_L = ε``, ``r_{i-1} = W_iᵀ (s_i ⊙ g_i)``, ``g_i = φ'(a_i) ⊙ r_i``, ``w = r_0 = εᵀ ∂f/∂z``;
+* pullback of ``(f̄, w̄)``: first the product's transpose, which runs forward (``p_0 = w̄``,
+  ``ḡ_i = s_i ⊙ W_i p_{i-1}``, ``p_i = φ'(a_i) ⊙ ḡ_i``), then the network's, which runs back
+  (``ā_L = f̄``, ``ā_i = φ'(a_i) ⊙ h̄_i + φ''(a_i) ⊙ Σ_k r_i ⊙ ḡ_i``, ``h̄_{i-1} = W_iᵀ (s_i ⊙ ā_i)``).
+
+Every layer is applied once in each of the four sweeps, and its weight gradient is ``Σ ā hᵀ + Σ g pᵀ``: six products
+with W in all, which is the least that the gradient of a vector-Jacobian product takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrnode.dynamics.activations import ACTIVATIONS, Activation
+from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.layers import Layer, Time, TimeEntry
+
+
+@dataclass
+class _Tape:
+    """What one evaluation leaves for its pullback; lists are indexed by layer."""
+
+    t: Time
+    scale: list[Tensor | None] = field(default_factory=list)
+    h: list[Tensor] = field(default_factory=list)  # input of the layer
+    a: list[Tensor | None] = field(default_factory=list)  # input of the activation, if it reads it
+    y: list[Tensor | None] = field(default_factory=list)  # W h, where there is a scale to differentiate
+    slope: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)  # scaled: s ⊙ g, what Wᵀ was applied to
+    g_unscaled: list[Tensor] = field(default_factory=list)
+    r: list[Tensor] = field(default_factory=list)
+
+
+class LayeredKernel(Kernel):
+    """The explicit kernel of a `LayeredDynamics`."""
+
+    def __init__(self, layers: list[TimeEntry], activation: Activation, names: list[list[str]], images: bool) -> None:
+        self.layers = layers
+        self.phi = activation
+        self.names = names
+        self.images = images
+
+    def layout(self, z: Tensor) -> Tensor:
+        if not self.images:
+            return z.contiguous()
+        if z.ndim == 5:
+            return self.layout(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return z.contiguous(memory_format=torch.channels_last)
+
+    def tape_bytes(self, z: Tensor, probes: int) -> int:
+        pixels = z[0, 0].numel() if self.images else 1
+        hidden = sum(layer.linear.weight.shape[0] for layer in self.layers[:-1])
+        kept = 2 + self.phi.keeps_input + 2 * probes  # h, slope, perhaps a; g and r for each probe
+        return z.element_size() * len(z) * pixels * hidden * kept
+
+    def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
+        record = _Tape(t)
+        h, last = z, len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            scale, shift = layer.at(t)
+            if scale is None:
+                y, a = None, layer.linear(h, shift)
+            else:
+                y = layer.linear(h)
+                a = torch.addcmul(shift, y, scale)
+            record.scale.append(scale)
+            record.h.append(h)
+            record.y.append(y)
+            if i < last:
+                h = self.phi.value(a)
+                if eps is not None or tape:
+                    record.slope.append(self.phi.slope(a, h))
+                record.a.append(a if self.phi.keeps_input else None)
+        w = None if eps is None else self._product(record, eps)
+        return Evaluation(a, w, None, record if tape else None)
+
+    def _product(self, record: _Tape, eps: Tensor) -> Tensor:
+        """``w = εᵀ ∂f/∂z``; leaves g and r, last layer first, on the record."""
+        k, batch = eps.shape[:2]
+        g = eps
+        for i in reversed(range(len(self.layers))):
+            record.g_unscaled.append(g)
+            scale = record.scale[i]
+            g = (g if scale is None else g * scale).flatten(0, 1)
+            r = self.layers[i].linear.transpose(g).unflatten(0, (k, batch))
+            record.g.append(g)
+            record.r.append(r)
+            if i:
+                g = r * record.slope[i - 1]
+        return r
+
+    def pullback(
+        self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
+    ) -> Tensor:
+        record: _Tape = evaluation.tape
+        bends, s_bars = ([], []) if w_bar is None else self._product_pullback(record, w_bar, alpha)
+        a_bar = f_bar
+        for i in reversed(range(len(self.layers))):
+            layer, scale = self.layers[i], record.scale[i]
+            y_bar = a_bar if scale is None else a_bar * scale
+            if alpha is not None:
+                s_bar = None
+                if scale is not None:
+                    s_bar = a_bar * record.y[i]
+                    if s_bars:
+                        s_bar = s_bar + s_bars[i]
+                layer.accumulate(record.t, a_bar, s_bar, alpha)
+                layer.linear.accumulate(record.h[i], y_bar, alpha)
+            h_bar = layer.linear.transpose(y_bar)
+            if i:
+                a_bar = h_bar.mul_(record.slope[i - 1])
+                if bends:
+                    curvature = self.phi.curvature(record.a[i - 1], record.h[i], record.slope[i - 1])
+                    a_bar.addcmul_(curvature, bends[i - 1])
+        return h_bar
+
+    def _product_pullback(
+        self, record: _Tape, w_bar: Tensor, alpha: float | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The product's transpose: for each layer the cotangent of its slope, and elementwise of its scale."""
+        k, batch = w_bar.shape[:2]
+        last = len(self.layers) - 1
+        p = w_bar
+        bends: list[Tensor] = []
+        s_bars: list[Tensor | None] = []
+        for i, layer in enumerate(self.layers):
+            p = p.flatten(0, 1)
+            if alpha is not None:
+                layer.linear.accumulate(p, record.g[last - i], alpha)
+            scale = record.scale[i]
+            if i == last and scale is None:
+                break  # ε is held constant: nothing is asked of the last product but its weight
+            g_bar = layer.linear(p).unflatten(0, (k, batch))
+            if scale is not None:
+                s_bars.append((g_bar * record.g_unscaled[last - i]).sum(0))
+                g_bar = g_bar * scale
+            if i < last:
+                r = record.r[last - i - 1]
+                bends.append(g_bar[0] * r[0] if k == 1 else (g_bar * r).sum(0))
+                p = g_bar.mul_(record.slope[i])
+        return bends, s_bars
+
+    def gradients(self) -> list[Tensor]:
+        result = []
+        for layer, names in zip(self.layers, self.names, strict=True):
+            weight = layer.linear.gradient
+            table = layer.gradients() | {"weight": torch.zeros_like(layer.linear.weight) if weight is None else weight}
+            result += [table[name] for name in names]
+        return result
+
+
+class LayeredDynamics(Dynamics):
+    """A stack of layers with one activation between them; see `MLP` and `ConvNet`."""
+
+    def __init__(self, layers: list[Layer], activation: str, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activation = activation
+        self.event_shape = event_shape
+
+    def _bind(self, *, detach: bool) -> LayeredKernel:
+        layers: list[Any] = list(self.layers)
+        names = [[name for name, _ in layer.named_parameters()] for layer in layers]
+        bound = [layer.bind(detach=detach) for layer in layers]
+        return LayeredKernel(bound, ACTIVATIONS[self.activation], names, len(self.event_shape) == 3)
+
+    def forward(self, t: Time, z: Tensor) -> Tensor:
+        return self._bind(detach=False).evaluate(t, z, None).f
+
+    def kernel(self, *, total_derivative: bool = False) -> Kernel:
+        if total_derivative:
+            from pyrnode.dynamics.module import AutogradKernel
+
+            return AutogradKernel(self, total_derivative=True)
+        return self._bind(detach=True)
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}, activation={self.activation!r}"
+
+
+class MLP(LayeredDynamics):
+    """A multilayer perceptron on vectors ``(batch, d)``.
+
+    Args:
+        dim: Dimension ``d`` of the state.
+        hidden: Widths of the hidden layers.
+        activation: ``"softplus"``, ``"tanh"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
+        time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
+    """
+
+    def __init__(
+        self, dim: int, hidden: tuple[int, ...] = (64, 64, 64), *, activation: str = "softplus", time: str = "concat"
+    ) -> None:
+        widths = (dim, *hidden, dim)
+        last = len(hidden)
+        layers = [Layer(widths[i], widths[i + 1], time=time, zero=i == last) for i in range(last + 1)]
+        super().__init__(layers, activation, (dim,))
+
+
+class ConvNet(LayeredDynamics):
+    """The paper's convolutional network on images ``(batch, C, H, W)``: same-size convolutions, stride 1.
+
+    Args:
+        event_shape: ``(C, H, W)``.
+        hidden: Channels of the hidden layers.
+        activation: ``"softplus"``, ``"tanh"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
+        time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
+        kernel_size: Side of the kernels; odd.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, int, int],
+        hidden: tuple[int, ...] = (64, 64, 64),
+        *,
+        activation: str = "softplus",
+        time: str = "concat",
+        kernel_size: int = 3,
+    ) -> None:
+        channels, height, width = event_shape
+        widths = (channels, *hidden, channels)
+        last = len(hidden)
+        kernel, size = (kernel_size, kernel_size), (height, width)
+        layers = [
+            Layer(widths[i], widths[i + 1], time=time, kernel=kernel, size=size, zero=i == last)
+            for i in range(last + 1)
+        ]
+        super().__init__(layers, activation, event_shape)

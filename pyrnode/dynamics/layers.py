@@ -1,0 +1,306 @@
+"""The layers of the dynamics, ``a = s(t) ⊙ (W h) + β(t)``, and their transposes.
+
+A layer is a linear map (`Dense` or `Conv`) and the way in which time enters it (`NoTime`, `ConcatTime`,
+`ConcatSquashTime`). Both are bound to their parameters for the length of one solve: what depends on the parameters
+alone is computed once, gradients are accumulated in place, and nothing is recorded by autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Time = float | Tensor
+"""A time: one number for the whole batch, or a tensor ``(batch,)`` where every sample has its own."""
+
+
+class Linear(ABC):
+    """A linear map bound to its weight, with its transpose and the accumulated gradient of the weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.gradient: Tensor | None = None
+
+    @abstractmethod
+    def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
+        """W h (+ shift): ``(batch, *in)`` to ``(batch, *out)``."""
+
+    @abstractmethod
+    def transpose(self, g: Tensor) -> Tensor:
+        """Wᵀ g: ``(batch, *out)`` to ``(batch, *in)``."""
+
+    @abstractmethod
+    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
+        """Adds ``alpha Σ g hᵀ`` to the gradient."""
+
+    @abstractmethod
+    def constant(self, weight: Tensor) -> Tensor:
+        """Response to an input channel that is 1 everywhere: ``(*out)``, of a weight ``(out, 1, *kernel)``."""
+
+    @abstractmethod
+    def constant_gradient(self, bar: Tensor, weight: Tensor) -> Tensor:
+        """Transpose of `constant`: the gradient for `weight` from a cotangent ``(*out)``."""
+
+    @abstractmethod
+    def spread(self, channels: Tensor) -> Tensor:
+        """Gives ``(..., out)`` the trailing dimensions that make it broadcast over ``(batch, *out)``."""
+
+    @abstractmethod
+    def gather(self, x: Tensor) -> Tensor:
+        """Transpose of `spread`: sums ``(batch, *out)`` over all but batch and channels."""
+
+
+class Dense(Linear):
+    """``(batch, in)`` to ``(batch, out)``."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.weight_t = weight.t()
+
+    def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
+        return h @ self.weight_t if shift is None else torch.addmm(shift, h, self.weight_t)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return g @ self.weight
+
+    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.weight)
+        self.gradient.addmm_(g.t(), h, alpha=alpha)
+
+    def constant(self, weight: Tensor) -> Tensor:
+        return weight[:, 0]
+
+    def constant_gradient(self, bar: Tensor, weight: Tensor) -> Tensor:
+        return bar.unsqueeze(1)
+
+    def spread(self, channels: Tensor) -> Tensor:
+        return channels
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Conv(Linear):
+    """``(batch, in, H, W)`` to ``(batch, out, H, W)``: cross-correlation with zero padding, channels last.
+
+    Channels-last convolutions reach about 1.5 times the throughput of the default layout on a CPU, and the transpose
+    as a convolution with the flipped kernel is never slower than the library's own backward-data.
+    """
+
+    def __init__(self, weight: Tensor, size: tuple[int, int]) -> None:
+        super().__init__(weight.contiguous(memory_format=torch.channels_last))
+        self.size = size
+        self.padding = weight.shape[-1] // 2
+        self.flipped = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
+        a = F.conv2d(h, self.weight, padding=self.padding)
+        if shift is None:
+            return a
+        return a + shift if torch.is_grad_enabled() else a.add_(shift)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return F.conv2d(g, self.flipped, padding=self.padding)
+
+    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
+        gradient = _conv_weight_gradient(h, g, self.weight)
+        if self.gradient is None:
+            self.gradient = gradient.mul_(alpha)
+        else:
+            self.gradient.add_(gradient, alpha=alpha)
+
+    def constant(self, weight: Tensor) -> Tensor:
+        response = F.conv2d(weight.new_ones(1, 1, *self.size), weight, padding=self.padding)
+        return response.contiguous(memory_format=torch.channels_last)[0]
+
+    def constant_gradient(self, bar: Tensor, weight: Tensor) -> Tensor:
+        return _conv_weight_gradient(weight.new_ones(1, 1, *self.size), bar.unsqueeze(0), weight)
+
+    def spread(self, channels: Tensor) -> Tensor:
+        return channels[..., None, None]
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.sum((-2, -1))
+
+
+def _conv_weight_gradient(h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+    padding = weight.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        g, h, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1]
+
+
+class TimeEntry(ABC):
+    """How time enters a layer: the scale s(t) and shift β(t), and the gradients of what they are made of."""
+
+    def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
+        self.linear = linear
+        self.parameters = parameters
+
+    @abstractmethod
+    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
+        """``(s, β)`` at time `t`, broadcastable over ``(batch, *out)``; s is `None` where it is 1."""
+
+    @abstractmethod
+    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
+        """Adds the gradient from the cotangents of the layer's output and, elementwise, of its scale."""
+
+    @abstractmethod
+    def gradients(self) -> dict[str, Tensor]:
+        """The accumulated gradients by parameter name."""
+
+
+class NoTime(TimeEntry):
+    """``a = W h + b``."""
+
+    def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
+        super().__init__(linear, parameters)
+        self.shift = linear.spread(parameters["bias"])
+        self.bias_bar = torch.zeros_like(parameters["bias"])
+
+    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
+        return None, self.shift
+
+    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
+        self.bias_bar.add_(self.linear.gather(a_bar).sum(0), alpha=alpha)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {"bias": self.bias_bar}
+
+
+class ConcatTime(TimeEntry):
+    """Time is one more input channel: ``a = W h + (b + t m)``, where m is the response to a channel of ones.
+
+    Because that channel is constant, m does not depend on the state: it is a vector (dense) or a map with its own
+    border (convolution), found once per solve, and the layer never sees the extra channel.
+    """
+
+    def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
+        super().__init__(linear, parameters)
+        self.response = linear.constant(parameters["time_weight"])
+        self.bias = linear.spread(parameters["bias"])
+        self.shift_bar: Tensor | None = None
+        self.time_bar: Tensor | None = None
+
+    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
+        if isinstance(t, Tensor):
+            return None, self.bias + t.reshape(-1, *[1] * self.response.ndim) * self.response
+        return None, torch.add(self.bias, self.response, alpha=t)
+
+    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
+        total = a_bar.sum(0)
+        timed = torch.tensordot(t, a_bar, 1) if isinstance(t, Tensor) else total
+        beta = alpha if isinstance(t, Tensor) else alpha * t
+        if self.shift_bar is None or self.time_bar is None:
+            self.shift_bar, self.time_bar = total * alpha, timed * beta
+        else:
+            self.shift_bar.add_(total, alpha=alpha)
+            self.time_bar.add_(timed, alpha=beta)
+
+    def gradients(self) -> dict[str, Tensor]:
+        bias, weight = self.parameters["bias"], self.parameters["time_weight"]
+        if self.shift_bar is None or self.time_bar is None:
+            return {"bias": torch.zeros_like(bias), "time_weight": torch.zeros_like(weight)}
+        return {
+            "bias": self.linear.gather(self.shift_bar),
+            "time_weight": self.linear.constant_gradient(self.time_bar, weight),
+        }
+
+
+class ConcatSquashTime(TimeEntry):
+    """A gate and a shift by time: ``a = (W h + b) σ(t u + c) + t v`` (FFJORD's ``concatsquash``)."""
+
+    def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
+        super().__init__(linear, parameters)
+        self.bars = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    def _gate(self, t: Time) -> tuple[Tensor, Tensor]:
+        """The gate and t itself as ``(out,)`` and ``()``, or ``(batch, out)`` and ``(batch, 1)``."""
+        p = self.parameters
+        time = t.unsqueeze(1) if isinstance(t, Tensor) else p["bias"].new_tensor(t)
+        return torch.sigmoid(time * p["gate_weight"] + p["gate_bias"]), time
+
+    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
+        gate, time = self._gate(t)
+        shift = self.parameters["bias"] * gate + time * self.parameters["time_shift"]
+        return self.linear.spread(gate), self.linear.spread(shift)
+
+    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
+        assert s_bar is not None
+        gate, time = self._gate(t)
+        shift_bar, gate_bar = self.linear.gather(a_bar), self.linear.gather(s_bar)
+        if not isinstance(t, Tensor):
+            shift_bar, gate_bar = shift_bar.sum(0, keepdim=True), gate_bar.sum(0, keepdim=True)
+        gate_bar = (gate_bar + self.parameters["bias"] * shift_bar) * gate * (1 - gate)
+        for name, bar in (
+            ("bias", shift_bar * gate),
+            ("time_shift", shift_bar * time),
+            ("gate_weight", gate_bar * time),
+            ("gate_bias", gate_bar),
+        ):
+            self.bars[name].add_(bar.sum(0), alpha=alpha)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self.bars
+
+
+TIME_ENTRIES: dict[str, type[TimeEntry]] = {"none": NoTime, "concat": ConcatTime, "concatsquash": ConcatSquashTime}
+
+
+class Layer(nn.Module):
+    """The parameters of one layer; `bind` gives the operators that compute with them.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        time: How time enters: a key of `TIME_ENTRIES`.
+        kernel: ``()`` for a dense layer, ``(k, k)`` for a convolution.
+        size: ``(H, W)`` of the images for a convolution.
+        zero: Initialise everything to zero (the last layer, so that training starts at f = 0).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        time: str,
+        kernel: tuple[int, ...] = (),
+        size: tuple[int, int] | None = None,
+        zero: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size, self.time, self.zero = size, time, zero
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        if time == "concat":
+            self.time_weight = nn.Parameter(torch.empty(outputs, 1, *kernel))
+        elif time == "concatsquash":
+            self.gate_weight = nn.Parameter(torch.empty(outputs))
+            self.gate_bias = nn.Parameter(torch.empty(outputs))
+            self.time_shift = nn.Parameter(torch.empty(outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own default for such a layer (uniform within 1/√fan-in, time counted as an input), or zero."""
+        fan_in = self.weight[0].numel() + (self.time_weight[0].numel() if self.time == "concat" else 0)
+        bound = 0.0 if self.zero else 1 / math.sqrt(fan_in)
+        for name, parameter in self.named_parameters():
+            gated = name in ("gate_weight", "gate_bias", "time_shift") and not self.zero
+            nn.init.uniform_(parameter, -1, 1) if gated else nn.init.uniform_(parameter, -bound, bound)
+
+    def bind(self, *, detach: bool) -> TimeEntry:
+        """The operators over the present parameters; with `detach`, invisible to autograd."""
+        values = {name: p.detach() if detach else p for name, p in self.named_parameters()}
+        weight = values.pop("weight")
+        linear = Dense(weight) if self.size is None else Conv(weight, self.size)
+        return TIME_ENTRIES[self.time](linear, values)
+
+    def extra_repr(self) -> str:
+        outputs, inputs, *kernel = self.weight.shape
+        return f"{inputs}, {outputs}, kernel={tuple(kernel)}, time={self.time!r}"

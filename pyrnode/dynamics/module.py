@@ -1,0 +1,128 @@
+"""Dynamics of the user's own: any `nn.Module` ``f(t, z)``, differentiated by nested autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.layers import Time
+from pyrnode.errors import ConfigError
+
+
+@dataclass
+class _Graph:
+    """The live autograd graph of one evaluation."""
+
+    z: Tensor
+    f: Tensor
+    w: Tensor | None
+    r: Tensor | None
+
+
+class AutogradKernel(Kernel):
+    """Evaluates any differentiable ``f(t, z)``: w by a vector-Jacobian product whose graph is kept.
+
+    The general path: slower than an explicit product, and the only one that knows the total derivative.
+    """
+
+    def __init__(self, function: nn.Module, *, total_derivative: bool = False) -> None:
+        self.function = function
+        self.total_derivative = total_derivative
+        self.parameters = list(function.parameters())
+        self.trainable = [p for p in self.parameters if p.requires_grad]
+        self.sums = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.enable_grad()
+    def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
+        if eps is None and not tape:
+            with torch.no_grad():
+                return Evaluation(self.function(t, z), None, None, None)
+        z = z.detach().requires_grad_()
+        f = self.function(t, z)
+        w = r = None
+        if eps is not None:
+            products = [self._vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)]
+            w = torch.stack(products)
+        if self.total_derivative:
+            r = self._total_derivative(t, z, f)
+        graph = _Graph(z, f, w, r) if tape else None
+        w, r = (None if x is None else x.detach() for x in (w, r))
+        return Evaluation(f.detach(), w, r, graph)
+
+    @staticmethod
+    def _vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
+        if not f.requires_grad:
+            return torch.zeros_like(z)
+        (w,) = torch.autograd.grad(f, z, v, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(z) if w is None else w
+
+    def _total_derivative(self, t: Time, z: Tensor, f: Tensor) -> Tensor:
+        """``(∂f/∂z) f + ∂f/∂t`` (eq. 7): a Jacobian-vector product along the trajectory, not Jᵀf."""
+        time = t if isinstance(t, Tensor) else z.new_full((len(z),), t)
+        _, r = torch.func.jvp(self.function, (time, z), (torch.ones_like(time), f))
+        return r
+
+    def pullback(
+        self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
+    ) -> Tensor:
+        graph: _Graph = evaluation.tape
+        pairs = [(graph.f, f_bar), (graph.w, w_bar), (graph.r, r_bar)]
+        live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
+        if not live:
+            return torch.zeros_like(graph.z)
+        inputs = [graph.z, *(self.trainable if alpha is not None else [])]
+        outputs, bars = zip(*live, strict=True)
+        z_bar, *bars_theta = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=True)
+        if alpha is not None:
+            found = iter(bars_theta)
+            for p, total in zip(self.parameters, self.sums, strict=True):
+                bar = next(found) if p.requires_grad else None
+                if bar is not None:
+                    total.add_(bar, alpha=alpha)
+        return torch.zeros_like(graph.z) if z_bar is None else z_bar
+
+    def tape_bytes(self, z: Tensor, probes: int) -> int:
+        return 2**62  # unknown: a graph is kept only where the user asks for it
+
+    def gradients(self) -> list[Tensor]:
+        return self.sums
+
+
+class ModuleDynamics(Dynamics):
+    """Dynamics given by the user's own module.
+
+    Args:
+        module: Called as ``module(t, z)`` with `t` ``(batch,)`` and `z` ``(batch, *event)``; returns
+            ``(batch, *event)``. It must treat the samples of a batch separately (no batch normalisation).
+        event_shape: Shape of one state, without the batch.
+
+    Raises:
+        ConfigError: The module does not map ``(batch, *event)`` to itself.
+    """
+
+    def __init__(self, module: nn.Module, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.event_shape = tuple(event_shape)
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                raise ConfigError(
+                    f"{type(layer).__name__} mixes the samples of a batch, so the divergence of one sample is not "
+                    "defined; use GroupNorm, LayerNorm or none"
+                )
+        reference = next(module.parameters(), torch.zeros(()))
+        with torch.no_grad():
+            probe = self.forward(0.5, reference.new_zeros(2, *self.event_shape))
+        if not isinstance(probe, Tensor) or tuple(probe.shape) != (2, *self.event_shape):
+            shape = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
+            raise ConfigError(f"module(t, z) gave {shape} for z of shape {(2, *self.event_shape)}; expected the same")
+
+    def forward(self, t: Time, z: Tensor) -> Tensor:
+        result: Tensor = self.module(t if isinstance(t, Tensor) else z.new_full((len(z),), t), z)
+        return result
+
+    def kernel(self, *, total_derivative: bool = False) -> Kernel:
+        return AutogradKernel(self, total_derivative=total_derivative)

@@ -1,0 +1,342 @@
+"""Explicit Runge-Kutta stepping: a fixed grid, or steps that every sample of the batch chooses for itself.
+
+Adaptive steps are per sample: each has its own time, step and error, and leaves the computation when it has arrived.
+So a sample's result does not depend on which others share its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyrnode.dynamics.layers import Time
+from pyrnode.engines.base import Stats
+from pyrnode.errors import SolverError
+from pyrnode.solvers import Method
+
+_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0  # of the step-size controller, as in Hairer and in SciPy
+
+
+class Rate(NamedTuple):
+    """A derivative: of the state ``(batch, *event)`` and of the integrals ``(batch, m)``."""
+
+    y: Tensor
+    q: Tensor
+    evaluation: Any = None
+
+
+class System(Protocol):
+    """The right-hand side; `weight` is the stage's weight in the integrals (0: they are not needed here)."""
+
+    def __call__(self, t: Time, y: Tensor, rows: Tensor | None, weight: float) -> Rate: ...
+
+
+@dataclass
+class Step:
+    """An accepted step, as the backward pass needs it.
+
+    Attributes:
+        rows: Samples that took it; `None` for all of them.
+        t, h: Start and length: numbers, or one per sample.
+        stages: State at each stage.
+        evaluations: What the system left at each stage; `None` where it has to be computed again.
+    """
+
+    rows: Tensor | None
+    t: Time
+    h: Time
+    stages: list[Tensor]
+    evaluations: list[Any]
+
+
+OnStep = Callable[[Step], None]
+
+
+def per_sample(x: Time, like: Tensor) -> Time:
+    """`x` so that it multiplies ``(batch, ...)`` sample by sample."""
+    return x.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype) if isinstance(x, Tensor) else x
+
+
+def combine(base: Tensor, rates: Sequence[Tensor], weights: Sequence[float], h: Time) -> Tensor:
+    """``base + h Σ weights_j rates_j``."""
+    terms = [(w, k) for w, k in zip(weights, rates, strict=False) if w]
+    if not isinstance(h, Tensor):
+        for w, k in terms:
+            base = torch.add(base, k, alpha=w * h)
+        return base
+    if not terms:
+        return base
+    total = terms[0][1] * terms[0][0]
+    for w, k in terms[1:]:
+        total.add_(k, alpha=w)
+    return base.addcmul(total, torch.as_tensor(per_sample(h, base)))
+
+
+def grid(t_span: tuple[float, float], step_size: float) -> list[tuple[float, float]]:
+    """Times and lengths of fixed steps; the last one is shortened where they do not fit."""
+    t0, t1 = t_span
+    count = max(1, math.ceil(abs(t1 - t0) / step_size - 1e-9))
+    h = math.copysign(step_size, t1 - t0)
+    starts = [t0 + i * h for i in range(count)]
+    return [(t, (starts[i + 1] if i + 1 < count else t1) - t) for i, t in enumerate(starts)]
+
+
+def solve_fixed(
+    system: System,
+    y: Tensor,
+    q: Tensor,
+    steps: list[tuple[float, float]],
+    method: Method,
+    *,
+    on_step: OnStep | None = None,
+    check: bool = False,
+) -> tuple[Tensor, Tensor, Stats]:
+    """Integrates along a fixed grid.
+
+    Args:
+        system: Right-hand side.
+        y: State at the start, ``(batch, *event)``.
+        q: Integrals at the start, ``(batch, m)``.
+        steps: Start and length of every step.
+        method: Coefficients.
+        on_step: Called with every step.
+        check: Look for non-finite states after each step (to name it), not only at the end.
+
+    Raises:
+        SolverError: The state or an integral is not finite.
+    """
+    tableau = method.tableau
+    for number, (t, h) in enumerate(steps):
+        rates: list[Tensor] = []
+        stages, evaluations = [], []
+        q_next = q
+        for c, row, b in zip(tableau.c, tableau.a, tableau.b, strict=True):
+            stage = combine(y, rates, row, h)
+            rate = system(t + c * h, stage, None, b)
+            rates.append(rate.y)
+            stages.append(stage)
+            evaluations.append(rate.evaluation)
+            if b and q.shape[1]:
+                q_next = torch.add(q_next, rate.q, alpha=h * b)
+        y = combine(y, rates, tableau.b, h)
+        q = q_next
+        if on_step is not None:
+            on_step(Step(None, t, h, stages, evaluations))
+        if check or number == len(steps) - 1:
+            bad = _not_finite(y, q)
+            if bad and not check:
+                raise _Retrace
+            if bad:
+                raise SolverError(
+                    f"the state is not finite after step {number + 1} of {len(steps)} ({method.name}, t = {t:.4g} to "
+                    f"{t + h:.4g}) in {bad} of {len(y)} samples; try a smaller step_size, a smaller learning rate, "
+                    "or stronger kinetic and jacobian penalties",
+                    status="Unstable",
+                )
+    evaluations_per_sample = len(steps) * len(tableau.b)
+    return y, q, Stats(nfe=evaluations_per_sample, nfe_max=evaluations_per_sample, accepted=len(steps))
+
+
+class _Retrace(Exception):
+    """A fixed-step solve ended non-finite: it is run again, step by step, to say where."""
+
+
+def integrate_fixed(
+    system: System,
+    y: Tensor,
+    q: Tensor,
+    t_span: tuple[float, float],
+    step_size: float,
+    method: Method,
+    *,
+    on_step: OnStep | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """`solve_fixed` over `t_span`, which on failure finds and names the step at which it became non-finite."""
+    steps = grid(t_span, step_size)
+    try:
+        return solve_fixed(system, y, q, steps, method, on_step=on_step)
+    except _Retrace:
+        return solve_fixed(system, y, q, steps, method, check=True)
+
+
+def _not_finite(y: Tensor, q: Tensor) -> int:
+    """Number of samples with a value that is not finite."""
+    if math.isfinite(float(y.sum() + q.sum())):
+        return 0
+    return int((~(torch.isfinite(y).flatten(1).all(1) & torch.isfinite(q).all(1))).sum())
+
+
+@dataclass(frozen=True)
+class ErrorNorm:
+    """The norm of a step's error: root mean square over a sample's state and its first `controlled` integrals,
+    each relative to ``atol + rtol max(|y|, |y_new|)``.
+    """
+
+    rtol: float
+    atol: float
+    controlled: int
+
+    def __call__(self, error: Rate, old: Rate, new: Rate) -> Tensor:
+        """Norm of `error` for each sample, ``(batch,)``."""
+        dims, m = tuple(range(1, error.y.ndim)), self.controlled
+        scaled = error.y / (self.atol + self.rtol * torch.maximum(old.y.abs(), new.y.abs()))
+        total = scaled.square().sum(dims)
+        if m:
+            sizes = torch.maximum(old.q[:, :m].abs(), new.q[:, :m].abs())
+            total = total + (error.q[:, :m] / (self.atol + self.rtol * sizes)).square().sum(1)
+        return (total / (error.y[0].numel() + m)).sqrt().double()
+
+
+@dataclass
+class _Front:
+    """The samples that are still on their way; every tensor is ``(active, ...)``."""
+
+    index: Tensor
+    t: Tensor
+    h: Tensor  # signed length of the next step
+    y: Tensor
+    q: Tensor
+    rate: Rate
+    grow: Tensor  # largest factor by which the next step may grow
+
+    def keep(self, mask: Tensor) -> None:
+        """Drops the samples outside `mask`."""
+        for name in ("index", "t", "h", "y", "q", "grow"):
+            setattr(self, name, getattr(self, name)[mask])
+        self.rate = Rate(self.rate.y[mask], self.rate.q[mask])
+
+
+def integrate_adaptive(
+    system: System,
+    y: Tensor,
+    q: Tensor,
+    t_span: tuple[float, float],
+    method: Method,
+    norm: ErrorNorm,
+    *,
+    maxiters: int,
+    on_step: OnStep | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """Integrates with steps chosen for each sample by its own error.
+
+    Raises:
+        SolverError: ``MaxIters``, ``DtLessThanMin`` or ``Unstable``: for how many samples, and at which time.
+    """
+    t0, t1 = t_span
+    smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
+    front = _start(system, y, q, t_span, method, norm)
+    y_end, q_end = torch.empty_like(y), torch.empty_like(q)
+    attempts = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+    accepted = torch.zeros_like(attempts)
+    while len(front.index):
+        if float(attempts.max()) >= maxiters:
+            raise _stuck(front, "MaxIters", f"maxiters = {maxiters} steps did not suffice", len(y))
+        left = t1 - front.t
+        last = front.h.abs() >= left.abs() * (1 - 1e-10)
+        h = torch.where(last, left, front.h)
+        new, error, stages = _attempt(system, front, h, method)
+        size = _error_size(error, front, new, norm)
+        ok = size <= 1  # a NaN is not: the step is taken again, shorter
+        attempts[front.index] += 1
+        accepted[front.index] += ok
+        if on_step is not None and bool(ok.any()):
+            everyone = bool(ok.all())
+            rows = None if everyone and len(ok) == len(y) else front.index[ok]
+            kept = stages if everyone else [stage[ok] for stage in stages]
+            on_step(Step(rows, front.t[ok], h[ok], kept, [None] * len(kept)))
+        front.h = h * _factor(size, method.order, front.grow)
+        front.grow = torch.where(ok, _GROW, 1.0)  # no growth right after a rejected step
+        front.t = torch.where(ok, front.t + h, front.t)
+        front.y, front.q = _choose(ok, new[0].y, front.y), _choose(ok, new[0].q, front.q)
+        front.rate = Rate(_choose(ok, new[1].y, front.rate.y), _choose(ok, new[1].q, front.rate.q))
+        done = ok & last
+        if bool(done.any()):
+            y_end[front.index[done]], q_end[front.index[done]] = front.y[done], front.q[done]
+            front.keep(~done)
+        if len(front.index) and float(front.h.abs().min()) < smallest:
+            raise _stuck(front, "DtLessThanMin", "the step size underflowed, the dynamics are too stiff", len(y))
+    nfe = 2 + len(method.tableau.b) * attempts
+    rejected = float((attempts - accepted).mean())
+    return y_end, q_end, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
+
+
+def _choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _factor(size: Tensor, order: int, grow: Tensor) -> Tensor:
+    """By how much the next step may be longer, from the size of the last one's error."""
+    factor = (_SAFETY * size.clamp(min=1e-10) ** (-1 / order)).nan_to_num(_SHRINK, _SHRINK, _SHRINK)
+    return torch.minimum(factor.clamp(min=_SHRINK), grow)
+
+
+def _start(
+    system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], method: Method, norm: ErrorNorm
+) -> _Front:
+    """All samples at the start, with a first step by Hairer's rule (Solving ODEs I, II.4)."""
+    t0, t1 = t_span
+    direction, span = math.copysign(1.0, t1 - t0), abs(t1 - t0)
+    index = torch.arange(len(y), device=y.device)
+    rate = system(t0, y, None, 1.0)
+    if bad := _not_finite(rate.y, rate.q):
+        message = f"the dynamics are not finite at t = {t0:g} for {bad} of {len(y)} samples"
+        raise SolverError(f"{message}; look for non-finite parameters or data", status="Unstable")
+    state = Rate(y, q)
+    d0 = norm(state, state, state)
+    d1 = norm(rate, state, state)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1.clamp(min=1e-300)).clamp(max=span)
+    t = torch.full_like(h0, t0)
+    step = torch.as_tensor(per_sample(h0 * direction, y))
+    ahead = system((t + h0 * direction).to(y.dtype), torch.addcmul(y, rate.y, step), None, 1.0)
+    d2 = norm(Rate(ahead.y - rate.y, ahead.q - rate.q), state, state) / h0
+    steepest = torch.maximum(d1, d2)
+    flat = torch.clamp(h0 * 1e-3, min=1e-6)
+    h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest.clamp(min=1e-300)) ** (1 / method.order))
+    h = torch.minimum(100 * h0, h1).clamp(max=span).nan_to_num(span * 1e-6)
+    return _Front(index, t, h * direction, y, q, Rate(rate.y, rate.q), torch.full_like(h, _GROW))
+
+
+def _attempt(
+    system: System, front: _Front, h: Tensor, method: Method
+) -> tuple[tuple[Rate, Rate], list[Rate], list[Tensor]]:
+    """One step for every active sample: the new state with its rate, the error estimates, and the stages."""
+    tableau, m = method.tableau, front.q.shape[1]
+    rates, stages = [front.rate], [front.y]
+    for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
+        stage = combine(front.y, [k.y for k in rates], row, h)
+        rates.append(system((front.t + c * h).to(stage.dtype), stage, front.index, 1.0))
+        stages.append(stage)
+    y = combine(front.y, [k.y for k in rates], tableau.b, h)
+    q = combine(front.q, [k.q for k in rates], tableau.b, h) if m else front.q
+    new = Rate(y, q)
+    rates.append(system((front.t + h).to(y.dtype), y, front.index, 1.0))
+    zero_y, zero_q = torch.zeros_like(y), torch.zeros_like(q)
+    errors = [
+        Rate(combine(zero_y, [k.y for k in rates], e, h), combine(zero_q, [k.q for k in rates], e, h) if m else zero_q)
+        for e in (tableau.e, tableau.e3)
+        if e is not None
+    ]
+    return (new, rates[-1]), errors, stages
+
+
+def _error_size(errors: list[Rate], front: _Front, new: tuple[Rate, Rate], norm: ErrorNorm) -> Tensor:
+    """Norm of the error estimate; with two estimates combined as in Hairer's DOP853."""
+    old = Rate(front.y, front.q)
+    sizes = [norm(error, old, new[0]) for error in errors]
+    if len(sizes) == 1:
+        return sizes[0]
+    fifth, third = sizes
+    return fifth.square() / (fifth.square() + 0.01 * third.square()).sqrt().clamp(min=1e-300)
+
+
+def _stuck(front: _Front, status: str, why: str, total: int) -> SolverError:
+    return SolverError(
+        f"{why}: {len(front.index)} of {total} samples stopped before the end time (first at t = "
+        f"{float(front.t[0]):.4g}); loosen rtol/atol, raise maxiters, regularise more strongly, or use a fixed step",
+        status=status,
+    )

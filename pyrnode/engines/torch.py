@@ -1,0 +1,268 @@
+"""The PyTorch engine: the augmented system of design.md §2, solved and differentiated without nested autograd.
+
+`Backprop` runs the solve's own steps in reverse. At a stage ``(t_i, z_i)`` of a step of length h with weights b and
+cotangents z̄ of the new state and q̄ = (l̄, Ē, n̄) of the integrals,
+
+    f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f          w̄ = h b_i (l̄ ε + 2 n̄ w),   w = εᵀ ∂f/∂z
+
+and the kernel's pullback gives z̄_i and adds to θ̄. Only the stages' states are kept (``memory="checkpoint"``: one
+evaluation's intermediates live at a time) or every intermediate as well (``"store"``: no second evaluation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyrnode import solvers
+from pyrnode.config import SolverConfig
+from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.layers import Time
+from pyrnode.engines.base import Engine, Probes, Solution, Stats
+from pyrnode.engines.runge_kutta import (
+    ErrorNorm,
+    OnStep,
+    Rate,
+    Step,
+    System,
+    integrate_adaptive,
+    integrate_fixed,
+    per_sample,
+)
+from pyrnode.errors import ConfigError
+
+_STORE_LIMIT = 64 * 2**20
+"""Up to how many bytes of intermediates of one block ``memory="auto"`` stores."""
+
+
+class TorchEngine(Engine):
+    """Explicit Runge-Kutta methods in PyTorch, on any of its devices."""
+
+    name = "torch"
+
+    def check(self, solver: SolverConfig) -> None:
+        method = solvers.method(solver.name)
+        solvers.check_sensitivity(solver.sensealg)
+        if solver.options:
+            raise ConfigError(f"solver options {solver.options!r}: the PyTorch engine's solvers have none")
+        if method.adaptive and solver.memory == "store":
+            raise ConfigError(
+                f"memory = 'store' needs a fixed-step solver, and {solver.name} is adaptive; use 'checkpoint' or 'auto'"
+            )
+
+    def integrate(
+        self,
+        dynamics: Dynamics,
+        z0: Tensor,
+        probes: Probes | None,
+        t_span: tuple[float, float],
+        solver: SolverConfig,
+        *,
+        total_derivative: bool = False,
+    ) -> Solution:
+        self.check(solver)
+        kernel = dynamics.kernel(total_derivative=total_derivative and probes is not None)
+        z0 = kernel.layout(z0)
+        if probes is not None:
+            probes = Probes(kernel.layout(probes.eps), probes.weight)
+        solve = _Solve(kernel, probes, t_span, solver, total_derivative)
+        parameters = tuple(dynamics.parameters())
+        if torch.is_grad_enabled() and (z0.requires_grad or any(p.requires_grad for p in parameters)):
+            z, q = _Differentiable.apply(solve, z0, *parameters)
+        else:
+            z, q = solve.forward(z0, record=False)
+        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)  # noqa: E741
+        return Solution(z, l, E, n, D, solve.stats)
+
+
+@dataclass
+class _Solve:
+    """One solve of one block; remembers what its backward pass needs."""
+
+    kernel: Kernel
+    probes: Probes | None
+    t_span: tuple[float, float]
+    solver: SolverConfig
+    total_derivative: bool
+    stats: Stats = field(default_factory=Stats)
+    steps: list[Step] = field(default_factory=list)
+    end: Tensor | None = None
+    store: bool = False
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+        """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
+        q0 = z0.new_zeros(len(z0), 0 if self.probes is None else 4)
+        backprop = record and self.solver.sensealg == "Backprop"
+        self.store = backprop and self._fits(z0)
+        with torch.no_grad():
+            z, q, stats = self._integrate(self._augmented, z0, q0, self.t_span, self.steps.append if backprop else None)
+        vars(self.stats).update(vars(stats))
+        self.end = z if record else None
+        return z, q
+
+    def _fits(self, z0: Tensor) -> bool:
+        if self.solver.memory != "auto":
+            return self.solver.memory == "store"
+        method = solvers.method(self.solver.name)
+        if method.adaptive:
+            return False
+        steps = abs(self.t_span[1] - self.t_span[0]) / float(self.solver.step_size)
+        probes = 0 if self.probes is None else len(self.probes.eps)
+        each = self.kernel.tape_bytes(z0, probes)
+        return steps * len(method.tableau.b) * each <= _STORE_LIMIT
+
+    def _integrate(
+        self, system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], on_step: OnStep | None
+    ) -> tuple[Tensor, Tensor, Stats]:
+        method = solvers.method(self.solver.name)
+        if not method.adaptive:
+            step_size = self.solver.step_size
+            if isinstance(step_size, str):
+                raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+            return integrate_fixed(system, y, q, t_span, step_size, method, on_step=on_step)
+        controlled = min(q.shape[1], 4 if self.solver.error_control == "all" else 1)
+        norm = ErrorNorm(self.solver.rtol, self.solver.atol, controlled)
+        return integrate_adaptive(
+            system, y, q, t_span, method, norm, maxiters=self.solver.maxiters, on_step=on_step
+        )
+
+    def _eps(self, rows: Tensor | None) -> Tensor | None:
+        if self.probes is None:
+            return None
+        return self.probes.eps if rows is None else self.probes.eps[:, rows]
+
+    def _augmented(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
+        """The right-hand side of the augmented system."""
+        eps = self._eps(rows) if weight else None
+        ev = self.kernel.evaluate(t, z, eps, tape=self.store)
+        return Rate(ev.f, self._integrands(ev, eps), ev if self.store else None)
+
+    def _integrands(self, ev: Evaluation, eps: Tensor | None) -> Tensor:
+        """(l', E', n', D') for each sample."""
+        if eps is None or ev.w is None or self.probes is None:
+            return ev.f.new_empty(len(ev.f), 0)
+        dims, weight = tuple(range(1, ev.f.ndim)), self.probes.weight
+        w, e = (ev.w[0], eps[0]) if len(eps) == 1 else (ev.w.transpose(0, 1), eps.transpose(0, 1))
+        inner = tuple(range(1, w.ndim))
+        q = ev.f.new_zeros(len(ev.f), 4)
+        torch.sum(e * w, inner, out=q[:, 0])
+        torch.sum(ev.f * ev.f, dims, out=q[:, 1])
+        torch.sum(w * w, inner, out=q[:, 2])
+        if ev.r is not None:
+            torch.sum(ev.r * ev.r, dims, out=q[:, 3])
+        if weight != 1:
+            q[:, 0:3:2] *= weight
+        return q
+
+    def _cotangents(
+        self, ev: Evaluation, f_bar: Tensor, q_bar: Tensor, eps: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Cotangents of f, w and r, given that of the state's rate and those of the four integrands ``(batch, 4)``."""
+        if eps is None or ev.w is None or self.probes is None:
+            return f_bar, None, None
+        l_bar, E_bar, n_bar, D_bar = (per_sample(x, ev.f) for x in q_bar.unbind(1))
+        weight = self.probes.weight
+        f_bar = torch.addcmul(f_bar, ev.f, E_bar, value=2)  # type: ignore[arg-type]
+        w_bar = torch.addcmul(ev.w * (2 * weight * n_bar), eps, l_bar, value=weight)  # type: ignore[arg-type]
+        r_bar = None if ev.r is None else 2 * D_bar * ev.r
+        return f_bar, w_bar, r_bar
+
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Cotangents of the start state and of the parameters."""
+        z_bar = self.kernel.layout(z_bar)
+        if self.solver.sensealg == "Backprop":
+            for step in reversed(self.steps):
+                z_bar = self._step_back(step, z_bar, q_bar)
+            self.steps.clear()
+        else:
+            z_bar = self._backsolve(z_bar, q_bar)
+        return z_bar, self.kernel.gradients()
+
+    def _step_back(self, step: Step, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """Pulls the cotangents back through one accepted step."""
+        tableau, rows, eps = solvers.method(self.solver.name).tableau, step.rows, self._eps(step.rows)
+        bar, q_rows = (z_bar, q_bar) if rows is None else (z_bar[rows], q_bar[rows])
+        t, h = step.t, per_sample(step.h, bar)
+        h_q = step.h.to(q_bar.dtype)[:, None] if isinstance(step.h, Tensor) else step.h
+        stage_bars: list[Tensor | None] = [None] * len(tableau.b)
+        total = bar
+        for i in reversed(range(len(tableau.b))):
+            terms = [(tableau.b[i], bar)]
+            terms += [(tableau.a[j][i], sb) for j, sb in enumerate(stage_bars) if sb is not None and j > i]
+            terms = [(weight, x) for weight, x in terms if weight]
+            if not terms:
+                continue
+            f_bar = terms[0][1] * (terms[0][0] * h)
+            for weight, x in terms[1:]:
+                f_bar = torch.addcmul(f_bar, x, h, value=weight) if isinstance(h, Tensor) else f_bar.add_(x, alpha=weight * h)
+            stage_eps = eps if tableau.b[i] else None
+            ev = step.evaluations[i]
+            if ev is None:
+                t_i = (t + tableau.c[i] * step.h)
+                t_i = t_i.to(bar.dtype) if isinstance(t_i, Tensor) else t_i
+                ev = self.kernel.evaluate(t_i, step.stages[i], stage_eps, tape=True)
+            step.evaluations[i] = None
+            self.stats.nfe_backward += 1 if rows is None else len(rows) / len(z_bar)
+            bars = self._cotangents(ev, f_bar, q_rows * (h_q * tableau.b[i]), stage_eps)
+            stage_bars[i] = self.kernel.pullback(ev, *bars, 1.0)
+            total = total + stage_bars[i]
+        return total if rows is None else z_bar.index_copy(0, rows, total)
+
+    def _backsolve(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """Solves ``z' = f``, ``a' = −(∂f/∂z)ᵀ a − …`` from the end time back, both as one state ``(batch, 2, *event)``.
+
+        The parameters' gradient is an integral along the way: its share of a step is added once the step is accepted.
+        """
+        assert self.end is not None
+        method = solvers.method(self.solver.name)
+
+        def adjoint(t: Time, y: Tensor, rows: Tensor | None, weight: float) -> Rate:
+            z, a = (self.kernel.layout(x) for x in y.unbind(1))
+            eps = self._eps(rows)
+            ev = self.kernel.evaluate(t, z, eps, tape=True)
+            bars = self._cotangents(ev, a, q_bar if rows is None else q_bar[rows], eps)
+            return Rate(torch.stack((ev.f, -self.kernel.pullback(ev, *bars, None)), 1), y.new_empty(len(y), 0))
+
+        def accumulate(step: Step) -> None:
+            eps, rows = self._eps(step.rows), step.rows
+            for c, b, y in zip(method.tableau.c, method.tableau.b, step.stages, strict=True):
+                if not b:
+                    continue
+                z, a = (self.kernel.layout(x) for x in y.unbind(1))
+                t = step.t + c * step.h
+                ev = self.kernel.evaluate(t.to(z.dtype) if isinstance(t, Tensor) else t, z, eps, tape=True)
+                share = per_sample(-b * step.h, a)
+                q_rows = q_bar if rows is None else q_bar[rows]
+                q_share = share.reshape(-1, 1) * q_rows if isinstance(share, Tensor) else share * q_rows
+                self.kernel.pullback(ev, *self._cotangents(ev, a * share, q_share, eps), 1.0)
+
+        y = torch.stack((self.end, z_bar), 1)
+        t0, t1 = self.t_span
+        y, _, stats = self._integrate(adjoint, y, y.new_empty(len(y), 0), (t1, t0), accumulate)
+        self.stats.nfe_backward += stats.nfe
+        return y[:, 1]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.solve = solve
+        ctx.used = False
+        return solve.forward(z0.detach(), record=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.used:
+            raise RuntimeError("the solve's intermediates are freed by its first backward pass; integrate again")
+        ctx.used = True
+        z0_bar, gradients = ctx.solve.backward(z_bar, q_bar)
+        return None, z0_bar, *gradients
+
+

@@ -1,0 +1,52 @@
+"""The errors that pyrnode raises: `ValueError`/`TypeError` for bad input, one small family for what goes wrong later."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PyrnodeError(Exception):
+    """Base of every error that pyrnode raises on purpose."""
+
+
+class ConfigError(PyrnodeError, ValueError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class DataError(PyrnodeError, ValueError):
+    """Data is missing, unreadable, of the wrong shape or type, or not finite."""
+
+
+class EngineUnavailableError(PyrnodeError, RuntimeError):
+    """The engine, solver or sensitivity algorithm that was asked for is not there."""
+
+
+class SolverError(PyrnodeError, RuntimeError):
+    """An ODE solve ended without reaching its end time.
+
+    Attributes:
+        status: The SciML return code: ``"MaxIters"``, ``"DtLessThanMin"`` or ``"Unstable"``.
+        block: Index of the ODE block in its flow, where known.
+    """
+
+    def __init__(self, message: str, *, status: str, block: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.block = block
+
+
+class TrainingDivergedError(PyrnodeError, RuntimeError):
+    """Training became non-finite and the bounded number of restarts did not help."""
+
+
+class CheckpointError(PyrnodeError, RuntimeError):
+    """A checkpoint is missing, truncated, foreign, or of another version."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """Message for a name that is not in a table: the value, the nearest match, and what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown {kind} {name!r}{hint}; known: {', '.join(names)}"

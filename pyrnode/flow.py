@@ -1,0 +1,413 @@
+"""The flow: ODE blocks composed (for images over several scales) between the data and a standard normal.
+
+    x --transform--> y --blocks--> z ~ N(0, I)        log p(x) = log N(z; 0, I) + Σ l_block(T) + log |det ∂y/∂x|
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrnode import engines
+from pyrnode.config import Config, SolverConfig
+from pyrnode.dynamics import MLP, ConvNet, Dynamics
+from pyrnode.engines import Engine, Probes, Solution
+from pyrnode.errors import ConfigError, DataError, SolverError
+from pyrnode.transforms import Chain, Dequantize, Logit, Standardize
+
+Draw = Callable[[Tensor], Probes | None]
+"""Gives the probes for a block's start state."""
+
+EXACT_LIMIT = 64
+"""Up to how many dimensions ``divergence="auto"`` takes the exact trace."""
+
+_CHUNK = 500
+
+
+class Block(nn.Module):
+    """One ODE block: `dynamics` over ``[0, T]``."""
+
+    def __init__(self, dynamics: Dynamics, end_time: float = 1.0) -> None:
+        super().__init__()
+        self.dynamics, self.end_time = dynamics, end_time
+
+    def extra_repr(self) -> str:
+        return f"end_time={self.end_time}"
+
+
+class Squeeze(nn.Module):
+    """``(C, H, W)`` to ``(4C, H/2, W/2)``: each 2×2 patch becomes channels."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.pixel_unshuffle(z, 2)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(z, 2)
+
+
+class FactorOut(nn.Module):
+    """The second half of the channels leaves the flow here and is normal as it is."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        kept, out = z.chunk(2, dim=1)
+        return kept, out
+
+    def inverse(self, kept: Tensor, out: Tensor) -> Tensor:
+        return torch.cat((kept, out), dim=1)
+
+
+@dataclass
+class FlowSolution:
+    """A pass through all blocks.
+
+    Attributes:
+        z: Latent, ``(batch, d)``.
+        log_det: ``Σ l`` over the blocks, nats, ``(batch,)``.
+        blocks: The blocks' solutions, in order.
+    """
+
+    z: Tensor
+    log_det: Tensor
+    blocks: list[Solution]
+
+    def total(self, name: Literal["E", "n", "D"]) -> Tensor:
+        """An integral summed over the blocks, ``(batch,)``."""
+        return torch.stack([getattr(block, name) for block in self.blocks]).sum(0)
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations of the dynamics per sample, all blocks together."""
+        return sum(block.stats.nfe for block in self.blocks)
+
+
+def base_log_prob(z: Tensor) -> Tensor:
+    """``log N(z; 0, I)`` in nats, ``(batch,)``, of ``(batch, d)``."""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+class Flow(nn.Module):
+    """A density with `log_prob` and `sample`, given by a chain of neural ODEs.
+
+    Made by `pyrnode.train`, `pyrnode.load` or `Flow.build`; `log_prob`, `encode`, `decode` and `sample` use `solver`,
+    by default the accurate one of the evaluation settings, whatever solver the flow was trained with.
+
+    Args:
+        transform: Fixed bijection between the data and the flow's space.
+        stages: Blocks, squeezes and factor-outs, in the order of encoding.
+        event_shape: Shape of one sample.
+        config: The settings that it was built from.
+        levels: Grey levels of discrete data; `None` for continuous.
+    """
+
+    def __init__(
+        self,
+        transform: Chain,
+        stages: list[nn.Module],
+        event_shape: tuple[int, ...],
+        config: Config,
+        levels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.stages = nn.ModuleList(stages)
+        self.event_shape = event_shape
+        self.levels = levels
+        self.config = config
+        evaluation = config.evaluation
+        self.solver = replace(
+            config.solver, name=evaluation.solver, rtol=evaluation.rtol, atol=evaluation.atol, options={}, memory="auto"
+        )
+        self.engine: Engine = engines.create(config.engine)
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        event_shape: tuple[int, ...],
+        *,
+        levels: int | None = None,
+        sample: Tensor | None = None,
+        dynamics: Callable[[tuple[int, ...]], Dynamics] | None = None,
+    ) -> Flow:
+        """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
+
+        Args:
+            config: Settings; the network, blocks, scales and transform are read from ``config.flow``.
+            event_shape: ``(d,)`` for vectors, ``(C, H, W)`` for images.
+            levels: Grey levels of discrete data.
+            sample: Continuous training data ``(n, *event)``, from which the standardisation is taken.
+            dynamics: Makes the dynamics of a block from its event shape; default as ``config.flow.network`` says.
+
+        Raises:
+            ConfigError: The settings do not fit the shape.
+        """
+        dtype = getattr(torch, config.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            make = dynamics or _network(config, event_shape)
+            stages = list(_stages(config, event_shape, make))
+        parts = [] if levels is None else [Dequantize(levels, dtype), Logit(config.flow.alpha)]
+        if levels is None and config.flow.standardize:
+            identity = (torch.zeros(event_shape), torch.ones(event_shape))
+            parts = [Standardize(*identity) if sample is None else Standardize.fit(sample.to(torch.float64))]
+        flow = cls(Chain(parts), stages, event_shape, config, levels)
+        return flow.to(dtype)
+
+    @property
+    def dim(self) -> int:
+        """Number of data dimensions ``d``."""
+        return math.prod(self.event_shape)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The ODE blocks, in the order of encoding."""
+        return [stage for stage in self.stages if isinstance(stage, Block)]
+
+    def _reference(self) -> Tensor:
+        return next(self.parameters())
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """`x` on the flow's device, checked; continuous values in the flow's type.
+
+        Raises:
+            DataError: Wrong shape, not finite, or not a tensor.
+        """
+        reference = self._reference()
+        x = torch.as_tensor(x)
+        if tuple(x.shape[1:]) != self.event_shape or x.ndim != len(self.event_shape) + 1:
+            raise DataError(f"input of shape {tuple(x.shape)}: expected (batch, {', '.join(map(str, self.event_shape))})")
+        if x.is_floating_point():
+            if not bool(torch.isfinite(x).all()):
+                bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+                raise DataError(f"input has NaN or infinite values, first in sample {bad}")
+            return x.to(reference.device, reference.dtype)
+        return x.to(reference.device) if self.levels is not None else x.to(reference.device, reference.dtype)
+
+    def solve(
+        self, y: Tensor, draw: Draw, solver: SolverConfig | None = None, *, total_derivative: bool = False
+    ) -> FlowSolution:
+        """Passes transformed data through all blocks.
+
+        Args:
+            y: ``(batch, *event)`` in the flow's space.
+            draw: Gives the probes for each block's start state, or `None` to solve for the state alone.
+            solver: Solver; default `self.solver`.
+            total_derivative: Also integrate D.
+
+        Raises:
+            SolverError: A block's solve failed; the message names it.
+        """
+        z, outs, solutions = y, [], []
+        log_det = y.new_zeros(len(y))
+        for stage in self.stages:
+            if isinstance(stage, Block):
+                span = (0.0, stage.end_time)
+                solution = self._block(len(solutions), stage, z, draw(z), span, solver, total_derivative)
+                solutions.append(solution)
+                z, log_det = solution.z, log_det + solution.l
+            elif isinstance(stage, FactorOut):
+                z, out = stage(z)
+                outs.append(out)
+            else:
+                z = stage(z)
+        return FlowSolution(torch.cat([part.flatten(1) for part in (*outs, z)], 1), log_det, solutions)
+
+    def _block(
+        self,
+        index: int,
+        block: Block,
+        z: Tensor,
+        probes: Probes | None,
+        span: tuple[float, float],
+        solver: SolverConfig | None,
+        total_derivative: bool = False,
+    ) -> Solution:
+        try:
+            return self.engine.integrate(
+                block.dynamics, z, probes, span, solver or self.solver, total_derivative=total_derivative
+            )
+        except SolverError as error:
+            message = f"block {index} ({tuple(block.dynamics.event_shape)}): {error}"
+            raise SolverError(message, status=error.status, block=index) from error
+
+    def _latents(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last scale's state, and what was factored out before it, of a flat latent."""
+        outs, shape = [], self.event_shape
+        for stage in self.stages:
+            if isinstance(stage, Squeeze):
+                shape = (shape[0] * 4, shape[1] // 2, shape[2] // 2)
+            elif isinstance(stage, FactorOut):
+                shape = (shape[0] // 2, *shape[1:])
+                size = math.prod(shape)
+                outs.append(z[:, :size].reshape(-1, *shape))
+                z = z[:, size:]
+        return z.reshape(-1, *shape), outs
+
+    def unsolve(self, z: Tensor, solver: SolverConfig | None = None) -> Tensor:
+        """The inverse of `solve`: a latent ``(batch, d)`` back through all blocks, ``(batch, *event)``."""
+        state, outs = self._latents(z)
+        index = len(self.blocks)
+        for stage in reversed(self.stages):
+            if isinstance(stage, Block):
+                index -= 1
+                state = self._block(index, stage, state, None, (stage.end_time, 0.0), solver).z
+            elif isinstance(stage, FactorOut):
+                state = stage.inverse(state, outs.pop())
+            else:
+                assert isinstance(stage, Squeeze)
+                state = stage.inverse(state)
+        return state
+
+    def draw(
+        self, divergence: str = "auto", *, noise: str = "gaussian", probes: int = 1, generator: torch.Generator
+    ) -> Draw:
+        """How the divergence is probed: ``"exact"``, ``"hutchinson"``, or ``"auto"`` (exact up to 64 dimensions)."""
+        if divergence not in ("auto", "exact", "hutchinson"):
+            raise ConfigError(f"divergence = {divergence!r}: expected 'auto', 'exact' or 'hutchinson'")
+        if divergence == "exact" or (divergence == "auto" and self.dim <= EXACT_LIMIT):
+            return Probes.exact
+        return lambda z: Probes.draw(z, probes, noise=noise, generator=generator)
+
+    def log_prob(
+        self, x: Tensor, *, solver: SolverConfig | None = None, divergence: str = "auto", probes: int = 1, seed: int = 0
+    ) -> Tensor:
+        """Log-density of samples, differentiable.
+
+        Args:
+            x: ``(batch, *event)``. For discrete data integers, to which dequantisation noise is added, or
+                floating-point values ``p + u`` in ``[0, levels]``.
+            solver: Solver; default the accurate one.
+            divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
+            probes: Probes per sample where the divergence is estimated.
+            seed: Seed of the probes and of the dequantisation: the same call gives the same numbers.
+
+        Returns:
+            Nats, ``(batch,)``, in the units of `x` (for discrete data, the density of ``p + u``).
+
+        Raises:
+            DataError: `x` has the wrong shape or is not finite.
+            SolverError: A solve failed.
+        """
+        x = self.prepare(x)
+        generator = torch.Generator().manual_seed(seed)
+        draw = self.draw(divergence, probes=probes, generator=generator)
+        parts = []
+        for chunk in x.split(_CHUNK):
+            y, log_det = self.transform(chunk, generator)
+            solution = self.solve(y, draw, solver)
+            parts.append(base_log_prob(solution.z) + solution.log_det + log_det)
+        return torch.cat(parts) if parts else self._reference().new_zeros(0)
+
+    def encode(self, x: Tensor, *, solver: SolverConfig | None = None, seed: int = 0) -> Tensor:
+        """Latents ``(batch, d)`` of samples ``(batch, *event)``; arguments and errors as in `log_prob`."""
+        generator = torch.Generator().manual_seed(seed)
+        chunks = self.prepare(x).split(_CHUNK)
+        return torch.cat([self.solve(self.transform(c, generator)[0], lambda _: None, solver).z for c in chunks])
+
+    def decode(self, z: Tensor, *, solver: SolverConfig | None = None) -> Tensor:
+        """Samples ``(batch, *event)`` of latents ``(batch, d)``; integers for discrete data.
+
+        Raises:
+            DataError: `z` has the wrong shape or is not finite.
+            SolverError: A solve failed.
+        """
+        if z.ndim != 2 or z.shape[1] != self.dim or not bool(torch.isfinite(z).all()):
+            raise DataError(f"latents of shape {tuple(z.shape)}: expected finite values of shape (batch, {self.dim})")
+        reference = self._reference()
+        z = z.to(reference.device, reference.dtype)
+        return torch.cat([self.transform.inverse(self.unsolve(chunk, solver)) for chunk in z.split(_CHUNK)])
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, *, solver: SolverConfig | None = None, seed: int | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draws samples.
+
+        Args:
+            n: How many.
+            solver: Solver; default the accurate one.
+            seed: Seed; `None` draws from torch's global generator.
+            temperature: Standard deviation of the base.
+
+        Returns:
+            ``(n, *event)``; integers for discrete data.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ConfigError(f"n = {n!r}: expected a positive number of samples")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        z = torch.randn(n, self.dim, generator=generator, dtype=self._reference().dtype)
+        return self.decode(z * temperature, solver=solver)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the flow to one ``.safetensors`` file, atomically; `pyrnode.load` reads it."""
+        from pyrnode.checkpoint import save_flow
+
+        save_flow(self, path)
+
+
+def _network(config: Config, event_shape: tuple[int, ...]) -> Callable[[tuple[int, ...]], Dynamics]:
+    network = config.flow.network
+    image = len(event_shape) == 3
+    kind = network.kind if network.kind != "auto" else ("conv" if image else "mlp")
+    if kind == "conv" and not image:
+        raise ConfigError(f"network.kind = 'conv' needs images (C, H, W); the data has shape {event_shape}")
+    if kind == "mlp" and image:
+        raise ConfigError(f"network.kind = 'mlp' needs vectors (d,); the data has shape {event_shape}: flatten it")
+
+    def make(shape: tuple[int, ...]) -> Dynamics:
+        if len(shape) == 3:
+            return ConvNet(
+                (shape[0], shape[1], shape[2]),
+                network.hidden,
+                activation=network.activation,
+                time=network.time,
+                kernel_size=network.kernel_size,
+            )
+        return MLP(shape[0], network.hidden, activation=network.activation, time=network.time)
+
+    return make
+
+
+def _stages(
+    config: Config, event_shape: tuple[int, ...], make: Callable[[tuple[int, ...]], Dynamics]
+) -> Iterator[nn.Module]:
+    """The multi-scale composition of FFJORD: per scale blocks, squeeze, blocks, factor out; the last has blocks."""
+    flow = config.flow
+
+    def blocks(shape: tuple[int, ...]) -> Iterator[nn.Module]:
+        for _ in range(flow.blocks):
+            yield Block(make(shape), flow.end_time)
+
+    if len(event_shape) != 3:
+        if len(event_shape) != 1:
+            raise ConfigError(f"data of shape {event_shape}: expected vectors (d,) or images (C, H, W)")
+        yield from blocks(event_shape)
+        return
+    shape = event_shape
+    scales = _count_scales(shape) if flow.scales == "auto" else flow.scales
+    for scale in range(scales):
+        yield from blocks(shape)
+        if scale == scales - 1:
+            return
+        if shape[1] % 2 or shape[2] % 2:
+            raise ConfigError(f"scales = {scales}: a {shape[1]}x{shape[2]} image cannot be halved; at most {scale + 1}")
+        shape = (shape[0] * 4, shape[1] // 2, shape[2] // 2)
+        yield Squeeze()
+        yield from blocks(shape)
+        shape = (shape[0] // 2, *shape[1:])
+        yield FactorOut()
+
+
+def _count_scales(shape: tuple[int, ...]) -> int:
+    height, width = shape[1:]
+    scales = 1
+    while height % 2 == 0 and width % 2 == 0 and min(height, width) >= 8:
+        height, width, scales = height // 2, width // 2, scales + 1
+    return scales

@@ -1,0 +1,142 @@
+"""Solvers and sensitivity algorithms: their names, and which engine has which.
+
+Names are DifferentialEquations.jl's and SciMLSensitivity's. The PyTorch engine has the explicit Runge-Kutta methods
+whose coefficients stand in `METHODS`; a new one is one more entry. Adaptive coefficients that SciPy publishes
+(BS3, DP5, DP8) are read from SciPy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pyrnode.errors import EngineUnavailableError, unknown_name
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Coefficients of an explicit Runge-Kutta method.
+
+    Attributes:
+        c: Nodes, one per stage.
+        a: Rows of the coefficient matrix, each as long as its stage's index.
+        b: Weights of the solution.
+        e: Weights of the error estimate (solution minus embedded solution), one more than stages where it uses the
+            derivative at the new point; `None` for a method without one.
+        e3: Weights of a second, lower-order estimate (DP8 combines the two as in Hairer's code).
+    """
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    e: tuple[float, ...] | None = None
+    e3: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver of the PyTorch engine.
+
+    Attributes:
+        name: DifferentialEquations.jl's name.
+        order: Order of convergence.
+        description: One line for ``pyrnode solvers``.
+    """
+
+    name: str
+    order: int
+    description: str
+    coefficients: Tableau | str
+
+    @cached_property
+    def tableau(self) -> Tableau:
+        """The coefficients; those that SciPy holds are read on first use."""
+        if isinstance(self.coefficients, Tableau):
+            return self.coefficients
+        import scipy.integrate
+
+        return _from_scipy(getattr(scipy.integrate, self.coefficients))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method chooses its own steps."""
+        return isinstance(self.coefficients, str) or self.coefficients.e is not None
+
+
+def _from_scipy(solver: Any) -> Tableau:
+    stages = len(solver.B)
+    rows = tuple(tuple(float(x) for x in solver.A[i][:i]) for i in range(stages))
+    second = tuple(map(float, solver.E3)) if hasattr(solver, "E3") else None
+    error = solver.E5 if second else solver.E
+    return Tableau(tuple(map(float, solver.C)), rows, tuple(map(float, solver.B)), tuple(map(float, error)), second)
+
+
+_TSIT5 = Tableau(
+    c=(0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0),
+    a=(
+        (),
+        (0.161,),
+        (-0.008480655492356989, 0.335480655492357),
+        (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
+        (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
+        (5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383),
+    ),
+    b=(0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774),
+    e=(
+        -0.001780011052225777,
+        -0.0008164344596567469,
+        0.007880878010261995,
+        -0.1447110071732629,
+        0.5823571654525552,
+        -0.45808210592918697,
+        1 / 66,
+    ),
+)
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("Euler", 1, "forward Euler", Tableau((0.0,), ((),), (1.0,))),
+        Method("Midpoint", 2, "explicit midpoint", Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0))),
+        Method("Heun", 2, "Heun's trapezoidal method", Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5))),
+        Method(
+            "SSPRK33",
+            3,
+            "strong-stability-preserving Runge-Kutta of Shu and Osher",
+            Tableau((0.0, 1.0, 0.5), ((), (1.0,), (0.25, 0.25)), (1 / 6, 1 / 6, 2 / 3)),
+        ),
+        Method(
+            "RK4",
+            4,
+            "the classical Runge-Kutta method (the paper's training solver)",
+            Tableau((0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+        ),
+        Method("BS3", 3, "Bogacki-Shampine 3(2)", "RK23"),
+        Method("DP5", 5, "Dormand-Prince 5(4) (the paper's evaluation solver)", "RK45"),
+        Method("Tsit5", 5, "Tsitouras 5(4)", _TSIT5),
+        Method("DP8", 8, "Hairer's 8(5,3) after Dormand and Prince", "DOP853"),
+    )
+}
+
+SENSITIVITIES: dict[str, str] = {
+    "Backprop": "discretise, then optimise: the exact gradient of the discrete solve",
+    "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        EngineUnavailableError: The PyTorch engine does not have it; the message lists what it has.
+    """
+    if name not in METHODS:
+        raise EngineUnavailableError(unknown_name("solver of the PyTorch engine", name, METHODS))
+    return METHODS[name]
+
+
+def check_sensitivity(name: str) -> None:
+    """Raises `EngineUnavailableError`, listing what there is, for a sensitivity that the PyTorch engine lacks."""
+    if name not in SENSITIVITIES:
+        raise EngineUnavailableError(unknown_name("sensitivity algorithm of the PyTorch engine", name, SENSITIVITIES))

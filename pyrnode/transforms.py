@@ -1,0 +1,147 @@
+"""Fixed bijections between the data and the flow's space, with their log-determinants, saved with the model.
+
+Images: pixel ``p ∈ {0..L−1}``, ``u ~ U[0,1)``, ``s = (p+u)/L``, ``y = logit(α + (1−2α)s)`` (design.md §2).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pyrnode.errors import ConfigError, DataError
+
+
+class Transform(nn.Module, ABC):
+    """A bijection of ``(batch, *event)`` onto the same shape."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """``y`` and ``log |det ∂y/∂x|`` in nats, ``(batch,)``; `generator` where the transform is random."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """``x`` of ``y``."""
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x))
+
+
+class Dequantize(Transform):
+    """Spreads integers ``0..levels−1`` over ``[0, 1)``: ``s = (p + u)/L`` with uniform noise u.
+
+    Integer input gets noise; floating-point input is taken as already spread, ``p + u`` in ``[0, L]`` (so ``p + ½`` is
+    the bin's centre). The log-determinant ``−d log L`` makes densities those of ``p + u``, so that
+    ``−log₂ p / d`` is bits per dimension.
+
+    Args:
+        levels: Number of levels ``L``.
+        dtype: Floating-point type of the result for integer input.
+    """
+
+    def __init__(self, levels: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if levels < 2:
+            raise ConfigError(f"levels = {levels!r}: expected at least 2")
+        self.levels, self.dtype = levels, dtype
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        if not x.is_floating_point():
+            low, high = int(x.min()), int(x.max())
+            if low < 0 or high >= self.levels:
+                raise DataError(f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})")
+            device = x.device if generator is None else generator.device
+            noise = torch.rand(x.shape, generator=generator, dtype=self.dtype, device=device)
+            x = x.to(self.dtype) + noise.to(x.device)
+        elif bool((x < 0).any() | (x > self.levels).any()):
+            raise DataError(f"dequantised values {float(x.min()):g} to {float(x.max()):g}: expected 0 to {self.levels}")
+        return x / self.levels, _zeros(x) - x[0].numel() * math.log(self.levels)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        dtype = torch.uint8 if self.levels <= 256 else torch.int64
+        return (y * self.levels).floor().clamp(0, self.levels - 1).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
+
+
+class Logit(Transform):
+    """``y = logit(q)``, ``q = α + (1−2α)s``, for ``s ∈ [0, 1]``; α > 0 keeps the ends finite.
+
+    Args:
+        alpha: ``α`` in [0, 0.5).
+    """
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        if not 0 <= alpha < 0.5:
+            raise ConfigError(f"alpha = {alpha!r}: expected 0 <= alpha < 0.5")
+        self.alpha = alpha
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        width = 1 - 2 * self.alpha
+        low, high = torch.log(self.alpha + width * x), torch.log(self.alpha + width * (1 - x))
+        log_det = (math.log(width) - low - high).flatten(1).sum(1)
+        return low - high, log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return ((torch.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class Standardize(Transform):
+    """``y = (x − mean)/std`` by feature.
+
+    Args:
+        mean: ``(*event)``.
+        std: ``(*event)``, positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        if bool((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).any()):
+            worst = int((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).flatten().nonzero()[0])
+            raise DataError(f"feature {worst} is constant or not finite: drop it before training")
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    @classmethod
+    def fit(cls, x: Tensor) -> Standardize:
+        """The mean and standard deviation of ``x`` ``(n, *event)``."""
+        return cls(x.mean(0), x.std(0, correction=0))
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return (x - self.mean) / self.std, _zeros(x) - self.std.log().sum()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+class Chain(Transform):
+    """Transforms one after the other; of none, the identity."""
+
+    def __init__(self, transforms: Iterable[Transform]) -> None:
+        super().__init__()
+        self.transforms = nn.ModuleList(transforms)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        log_det: Tensor | None = None
+        for transform in self.transforms:
+            x, term = transform(x, generator)
+            log_det = term if log_det is None else log_det + term
+        return x, _zeros(x) if log_det is None else log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        for transform in reversed(self.transforms):
+            assert isinstance(transform, Transform)
+            y = transform.inverse(y)
+        return y
