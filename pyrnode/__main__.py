@@ -1,0 +1,5 @@
+"""``python -m pyrnode``."""
+
+from pyrnode.cli import main
+
+raise SystemExit(main())

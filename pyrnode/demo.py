@@ -1,0 +1,26 @@
+"""``pyrnode demo``: the main job on real data that ships with scikit-learn, and a density whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyrnode.training import train
+
+_RUNS = (("digits", "digits"), ("8gaussians", "toy"))
+
+
+def demo(out: str | Path, *, progress: bool = True) -> int:
+    """Trains on ``digits`` and on ``8gaussians``, prints the comparisons, and writes the pictures.
+
+    A run that is already complete in `out` is only evaluated again.
+    """
+    for data, preset in _RUNS:
+        folder = Path(out) / data
+        print(f"== {data} (preset {preset}) → {folder}", flush=True)
+        result = train(data, preset=preset, out=folder, resume=True, progress=progress)
+        if result.interrupted:
+            return 130
+        print(result.report)
+        pictures = sorted(path.name for path in folder.glob("*.png"))
+        print(f"pictures in {folder}: {', '.join(pictures)}\n", flush=True)
+    return 0

@@ -1,0 +1,329 @@
+"""Scores of a trained flow: with an accurate solver, on data that training did not see, beside simple baselines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrnode import seeds
+from pyrnode.config import EvaluationConfig, SolverConfig
+from pyrnode.data import Samples, Splits, TensorSamples
+from pyrnode.errors import ConfigError, DataError
+from pyrnode.flow import Flow, base_log_prob
+from pyrnode.runs import Record, RunFolder
+
+_BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
+_INVERTED = 64  # samples on which the round trip is checked
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean log-density in both units.
+
+    Attributes:
+        nats: ``log p(x)`` per sample.
+        nats_error: Its standard error over samples.
+        bits: ``−log₂ p(x) / d`` (bits per dimension; for discrete data of the integers' density).
+        bits_error: Its standard error over the draws of dequantisation and probe noise; 0 for one draw.
+    """
+
+    nats: float
+    nats_error: float
+    bits: float
+    bits_error: float
+
+    @classmethod
+    def of(cls, draws: Tensor, d: int) -> Score:
+        """From log-densities ``(draws, samples)`` in nats."""
+        draws = draws.double()
+        bits = -draws.mean(1) / d / math.log(2)
+        count = len(bits)
+        error = float(bits.std() / math.sqrt(count)) if count > 1 else 0.0
+        samples = draws.mean(0)
+        nats_error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+        return cls(float(samples.mean()), nats_error, float(bits.mean()), error)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The evaluation of a flow.
+
+    Attributes:
+        score: The flow's score: for images over the dequantisation draws.
+        bin_centre: The score at the bins' centres (``u = ½``), as ffjord-rnode reports it; discrete data only.
+        true_entropy: Entropy of the true density in nats, where it is known.
+        baselines: Scores of the baselines on the same data, in the same units.
+        solver: Solver of the evaluation with its tolerances.
+        divergence: ``"exact"``, or the number of probes.
+        disagreement: Mean ``|Δ log p|`` between the training solver and this one, nats per dimension, on the same
+            noise; `None` where no other solver was given.
+        training_solver: What it was compared with.
+        E, n: Kinetic energy and squared Jacobian norm integrals, summed over the blocks, per dimension.
+        nfe: Evaluations of the dynamics per sample, all blocks together.
+        inversion_error: Largest ``|x − decode(encode(x))|`` in the flow's space.
+        samples: Test samples scored.
+        draws: Noise draws for each.
+        seconds: Time it took.
+    """
+
+    score: Score
+    bin_centre: Score | None
+    true_entropy: float | None
+    baselines: dict[str, Score]
+    solver: str
+    divergence: str
+    disagreement: float | None
+    training_solver: str | None
+    E: float
+    n: float
+    nfe: float
+    inversion_error: float
+    samples: int
+    draws: int
+    seconds: float
+    discrete: bool
+    dim: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @property
+    def gap(self) -> float | None:
+        """Cross-entropy of the flow minus the true entropy, nats: the Kullback-Leibler divergence, up to noise."""
+        return None if self.true_entropy is None else -self.score.nats - self.true_entropy
+
+    def __str__(self) -> str:
+        bits = self.discrete
+        unit = "bits/dim (lower is better)" if bits else "nats per sample (higher is better)"
+
+        def line(name: str, score: Score) -> str:
+            value, error = (score.bits, score.bits_error) if bits else (score.nats, score.nats_error)
+            return f"  {name:<28}{value:10.4f} ± {error:.4f}"
+
+        rows = [f"{unit} on {self.samples} test samples, {self.draws} draw(s) each", line("pyrnode", self.score)]
+        if self.bin_centre is not None:
+            rows.append(f"  {'pyrnode at bin centres':<28}{self.bin_centre.bits:10.4f}")
+        rows += [line(name, score) for name, score in self.baselines.items()]
+        if self.true_entropy is not None:
+            rows.append(f"  {'true density (−entropy)':<28}{-self.true_entropy:10.4f}   gap {self.gap:.4f} nats")
+        rows.append(f"solver {self.solver}, divergence {self.divergence}, {self.nfe:.0f} evaluations per sample")
+        if self.disagreement is not None:
+            rows.append(f"training solver {self.training_solver} differs by {self.disagreement:.2e} nats/dim")
+        rows.append(f"E {self.E:.4f}, n {self.n:.4f} per dimension; inversion error {self.inversion_error:.1e}")
+        return "\n".join(rows + self.notes)
+
+
+def describe(solver: SolverConfig) -> str:
+    """The solver with what determines its accuracy, in a few words."""
+    from pyrnode.solvers import METHODS
+
+    fixed = solver.name in METHODS and not METHODS[solver.name].adaptive
+    return f"{solver.name} step {solver.step_size}" if fixed else f"{solver.name} rtol {solver.rtol:g} atol {solver.atol:g}"
+
+
+def evaluate(
+    flow: Flow,
+    data: Any,
+    *,
+    config: EvaluationConfig | None = None,
+    training_solver: SolverConfig | None = None,
+    baselines: bool = True,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Scores a flow.
+
+    Args:
+        flow: The flow.
+        data: `Splits` (their test set is scored, baselines are fitted on their training set), or test data as
+            `pyrnode.train` takes it: an array or tensor ``(n, *event)``.
+        config: Settings; default those of the flow.
+        training_solver: Solver to compare with; default the flow's training solver.
+        baselines: Fit and score the baselines (up to 128 dimensions, and only where there is a training set).
+        seed: Seed of the noise.
+        progress: Show a progress bar.
+
+    Returns:
+        The report; ``print`` shows it, ``to_dict()`` is for JSON.
+
+    Raises:
+        DataError: The data does not fit the flow, or is empty.
+        SolverError: A solve failed.
+    """
+    start = time.perf_counter()
+    config = config or flow.config.evaluation
+    splits = data if isinstance(data, Splits) else None
+    test: Samples = splits.test if splits is not None else TensorSamples(torch.as_tensor(data))
+    count = min(len(test), config.test_limit or len(test))
+    if count == 0:
+        raise DataError("no test samples to score")
+    solver = replace(flow.solver, name=config.solver, rtol=config.rtol, atol=config.atol)
+    exact = config.divergence == "exact" or (config.divergence == "auto" and flow.dim <= 64)
+    draws = config.draws if flow.levels is not None or not exact else 1
+    scorer = _Scorer(flow, config, seed)
+    with torch.no_grad(), tqdm(total=draws * count, unit="sample", desc="evaluate", disable=not progress) as bar:
+        log_prob, totals = scorer.score(test, count, solver, draws, bar)
+        disagreement, compared = _disagreement(scorer, test, count, training_solver or flow.config.solver, log_prob)
+        centre = None
+        if flow.levels is not None:
+            centre = Score.of(scorer.score(test, count, solver, 1, None, centre=True)[0], flow.dim)
+        error = scorer.inversion_error(test, count, solver)
+    density = splits.density if splits is not None else None
+    table = _baseline_scores(flow, splits, count, draws, seed) if baselines and splits is not None else {}
+    notes = []
+    if baselines and splits is not None and flow.dim > _BASELINE_DIM:
+        notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
+    return Report(
+        score=Score.of(log_prob, flow.dim),
+        bin_centre=centre,
+        true_entropy=density.entropy() if density is not None and density.exact else None,
+        baselines=table,
+        solver=describe(solver),
+        divergence="exact" if exact else f"{config.probes} probe(s)",
+        disagreement=disagreement,
+        training_solver=compared,
+        **totals,
+        inversion_error=error,
+        samples=count,
+        draws=draws,
+        seconds=time.perf_counter() - start,
+        discrete=flow.levels is not None,
+        dim=flow.dim,
+        notes=notes,
+    )
+
+
+class _Scorer:
+    """Passes data through a flow with noise that depends on the draw and the batch alone."""
+
+    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int) -> None:
+        self.flow, self.config, self.seed = flow, config, seed
+
+    def batches(self, samples: Samples, count: int) -> Iterator[Tensor]:
+        return samples.batches(torch.arange(count), self.config.chunk)
+
+    def score(
+        self,
+        samples: Samples,
+        count: int,
+        solver: SolverConfig,
+        draws: int,
+        bar: Any,
+        *,
+        centre: bool = False,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Log-densities ``(draws, count)``, and the means of E, n and the evaluations."""
+        rows, sums = [], {"E": 0.0, "n": 0.0, "nfe": 0.0}
+        for draw in range(draws):
+            parts = []
+            for number, batch in enumerate(self.batches(samples, count)):
+                log_prob, means = self._batch(batch, (draw, number), solver, centre)
+                parts.append(log_prob)
+                for name in sums:
+                    sums[name] += means[name] * len(batch) / (count * draws)
+                if bar is not None:
+                    bar.update(len(batch))
+            rows.append(torch.cat(parts))
+        return torch.stack(rows), sums
+
+    def _batch(
+        self, batch: Tensor, key: tuple[int, int], solver: SolverConfig, centre: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        flow, random = self.flow, seeds.generator(self.seed, "evaluate", *key)
+        x = flow.prepare(batch)
+        if centre:
+            x = x.to(next(flow.parameters()).dtype) + 0.5
+        y, log_det = flow.transform(x, random)
+        draw = flow.draw(self.config.divergence, probes=self.config.probes, generator=random)
+        solution = flow.solve(y, draw, solver)
+        log_prob = base_log_prob(solution.z) + solution.log_det + log_det
+        E, n = (float(solution.total(name).mean()) / flow.dim for name in ("E", "n"))
+        return log_prob.cpu(), {"E": E, "n": n, "nfe": solution.nfe}
+
+    def inversion_error(self, samples: Samples, count: int, solver: SolverConfig) -> float:
+        batch = next(iter(samples.batches(torch.arange(min(count, _INVERTED)), _INVERTED)))
+        random = seeds.generator(self.seed, "invert")
+        y, _ = self.flow.transform(self.flow.prepare(batch), random)
+        z = self.flow.solve(y, lambda _: None, solver).z
+        return float((self.flow.unsolve(z, solver) - y).abs().max())
+
+
+def _disagreement(
+    scorer: _Scorer, test: Samples, count: int, solver: SolverConfig, accurate: Tensor
+) -> tuple[float | None, str | None]:
+    """Mean difference to the training solver on the first batch, which shares its noise with the accurate score."""
+    if solver.step_size == "auto":
+        solver = replace(solver, step_size=0.5)
+    size = min(count, scorer.config.chunk)
+    other, _ = scorer.score(test, size, solver, 1, None)
+    difference = (other[0] - accurate[0, :size]).abs().mean()
+    return float(difference) / scorer.flow.dim, describe(solver)
+
+
+def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: int) -> dict[str, Score]:
+    """Baselines in the flow's own space (same transform), their scores brought back by the same log-determinant."""
+    if flow.dim > _BASELINE_DIM:
+        return {}
+    from pyrnode.baselines import fit_baselines
+
+    def transformed(samples: Samples, name: str, size: int) -> tuple[Tensor, Tensor]:
+        random = seeds.generator(seed, "baseline", name)
+        raw = next(iter(samples.batches(torch.arange(size), size)))
+        with torch.no_grad():
+            y, log_det = flow.transform(flow.prepare(raw), random)
+        return y.flatten(1).cpu().double(), log_det.cpu().double()
+
+    train, _ = transformed(splits.train, "train", len(splits.train))
+    validation, _ = transformed(splits.validation, "validation", len(splits.validation))
+    fitted = fit_baselines(train, validation)
+    rows: dict[str, list[Tensor]] = {name: [] for name in fitted}
+    for draw in range(draws):
+        y, log_det = transformed(splits.test, f"test {draw}", count)
+        for name, baseline in fitted.items():
+            rows[name].append(baseline.log_prob(y).double() + log_det)
+    return {name: Score.of(torch.stack(values), flow.dim) for name, values in rows.items()}
+
+
+def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, history: list[Record]) -> None:
+    """Writes ``report.json``, ``report.txt`` and the pictures of a run."""
+    from pyrnode import plotting
+
+    folder.write_text("report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    folder.write_text("report.txt", f"{report}\n")
+    unit = "bits/dim" if splits.levels is not None else "nats/dim"
+    plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
+    if splits.levels is not None and len(splits.event_shape) == 3:
+        samples = flow.sample(flow.config.evaluation.grid, seed=flow.config.seed)
+        plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
+        return
+    x = splits.test.tensor()
+    with torch.no_grad():
+        if splits.event_shape == (2,):
+            bounds = splits.density.bounds if splits.density is not None else _bounds(x)
+            truth = splits.density.log_prob if splits.density is not None and splits.density.exact else None
+            samples = flow.sample(2000, seed=flow.config.seed)
+            figure = plotting.density_2d(flow.log_prob, bounds, truth=truth, samples=samples, title=splits.name)
+            plotting.save(figure, folder.path / "density.png")
+        elif splits.event_shape == (1,):
+            bounds = splits.density.bounds if splits.density is not None else (float(x.min()), float(x.max()))
+            truth = splits.density.log_prob if splits.density is not None and splits.density.exact else None
+            plotting.save(plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name), folder.path / "density.png")
+        if splits.event_shape in ((1,), (2,)):
+            plotting.save(plotting.trajectories(flow, x[:100]), folder.path / "trajectories.png")
+
+
+def _bounds(x: Tensor) -> tuple[float, float, float, float]:
+    low, high = x.quantile(0.001, 0), x.quantile(0.999, 0)
+    margin = 0.1 * (high - low)
+    low, high = low - margin, high + margin
+    return float(low[0]), float(high[0]), float(low[1]), float(high[1])

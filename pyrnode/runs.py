@@ -1,0 +1,155 @@
+"""The folder of a run: everything that is needed to repeat it, resume it, and see what it did.
+
+    config.toml         the resolved configuration
+    versions.json       versions, machine and command
+    metrics.jsonl       one JSON object per optimiser step and per validation
+    checkpoint.safetensors   the state to resume from
+    model.safetensors   the best model on validation
+    report.json, report.txt, *.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrnode.checkpoint import write_atomically
+from pyrnode.config import Config
+from pyrnode.errors import CheckpointError, ConfigError
+
+Record = dict[str, Any]
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what computes, and the machine."""
+    from importlib import metadata
+
+    packages = {}
+    for name in ("pyrnode", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "command": sys.argv,
+    }
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    Args:
+        path: The folder; made if it is not there.
+
+    Raises:
+        CheckpointError: It cannot be made, or is a file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; choose another out=") from error
+        self.checkpoint = self.path / "checkpoint.safetensors"
+        self.model = self.path / "model.safetensors"
+        self._metrics = self.path / "metrics.jsonl"
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder already holds a run."""
+        return self.checkpoint.exists() or self.model.exists() or self._metrics.exists()
+
+    def stored_config(self) -> Config | None:
+        """The configuration of the run in the folder; `None` if there is none.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
+        path = self.path / "config.toml"
+        if not path.exists():
+            return None
+        try:
+            return Config.from_toml(path.read_text(encoding="utf-8"))
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
+
+    def begin(self, config: Config) -> None:
+        """Writes the configuration and versions of a run."""
+        self.write_text("config.toml", config.to_toml())
+        self.write_text("versions.json", json.dumps(versions(), indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file of the folder, atomically."""
+        write_atomically(self.path / name, text.encode())
+
+    def append(self, records: list[Record]) -> None:
+        """Appends metrics, one JSON object a line."""
+        if not records:
+            return
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._metrics}: {error.strerror}") from error
+
+    def rewind(self, step: int) -> list[Record]:
+        """Drops the metrics after `step` (they will be computed again), and returns the others."""
+        records = [r for r in read_metrics(self.path) if r["step"] <= step]
+        self.write_text(self._metrics.name, "".join(json.dumps(r) + "\n" for r in records))
+        return records
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """The metrics of a run's folder; a last line that was cut short by a kill is left out.
+
+    Raises:
+        CheckpointError: A line before the last one is damaged.
+    """
+    file = Path(path) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) - 1:
+                break
+            raise CheckpointError(f"{file}, line {number + 1} is damaged") from None
+        records.append(record)
+    return records
+
+
+def differences(stored: Config, asked: Config) -> list[str]:
+    """What a resumed run may not change, as ``key: stored → asked``; how long to train and how to score, it may."""
+    free = {"training.epochs", "training.max_steps", "training.checkpoint_every", "device", "engine"}
+
+    def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in table.items():
+            if isinstance(value, dict) and key != "options":
+                flat |= flatten(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    old, new = flatten(stored.to_dict()), flatten(asked.to_dict())
+    keys = sorted(key for key in {*old, *new} - free if not key.startswith("evaluation."))
+    return [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
