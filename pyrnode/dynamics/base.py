@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -24,6 +24,24 @@ class Evaluation(NamedTuple):
     w: Tensor | None
     r: Tensor | None
     tape: Any
+
+
+class SplitPullback(Protocol):
+    """A pullback in three parts, over one tape that holds the evaluations of many stages side by side.
+
+    The cotangent w̄ of every stage is known as soon as the forward solve is done; only f̄ has to wait for the stages
+    after it. So the products of all stages are pulled back at once, the states stage by stage, and the parameters
+    at once again.
+    """
+
+    def pull_product(self, evaluation: Evaluation, w_bar: Tensor, alpha: float | None) -> None:
+        """First: the transpose of the product, for all stages."""
+
+    def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
+        """Then, from the last stage to the first: the cotangent of the state of the stage at `rows` of the batch."""
+
+    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> None:
+        """Last: adds the parameters' gradients, given the f̄ of all stages."""
 
 
 class Kernel(ABC):
@@ -48,6 +66,10 @@ class Kernel(ABC):
 
         With ``alpha=None`` the parameters' gradients are not computed.
         """
+
+    def split(self) -> SplitPullback | None:
+        """The pullback in parts, for an engine that batches all evaluations of a solve; `None` if it has none."""
+        return None
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS, Activation
-from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel, SplitPullback
 from pyrnode.dynamics.layers import Layer, Time, TimeEntry
 
 
@@ -37,6 +37,8 @@ class _Tape:
     g: list[Tensor] = field(default_factory=list)  # scaled: s ⊙ g, what Wᵀ was applied to
     g_unscaled: list[Tensor] = field(default_factory=list)
     r: list[Tensor] = field(default_factory=list)
+    a_bar: list[Tensor] = field(default_factory=list)  # cotangents of the hidden a_i, complete after the pullback
+    s_bar: list[Tensor] = field(default_factory=list)  # the product's share in the scales' cotangents, elementwise
 
 
 class LayeredKernel(Kernel):
@@ -47,6 +49,7 @@ class LayeredKernel(Kernel):
         self.phi = activation
         self.names = names
         self.images = images
+        self.times: dict[float, list[tuple[Tensor | None, Tensor]]] = {}
 
     def layout(self, z: Tensor) -> Tensor:
         if not self.images:
@@ -64,8 +67,7 @@ class LayeredKernel(Kernel):
     def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
         record = _Tape(t)
         h, last = z, len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            scale, shift = layer.at(t)
+        for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t), strict=True)):
             if scale is None:
                 y, a = None, layer.linear(h, shift)
             else:
@@ -81,6 +83,14 @@ class LayeredKernel(Kernel):
                 record.a.append(a if self.phi.keeps_input else None)
         w = None if eps is None else self._product(record, eps)
         return Evaluation(a, w, None, record if tape else None)
+
+    def _entries(self, t: Time) -> list[tuple[Tensor | None, Tensor]]:
+        """Scale and shift of every layer at time `t`; a fixed grid asks for the same times again and again."""
+        if isinstance(t, Tensor):
+            return [layer.at(t) for layer in self.layers]
+        if t not in self.times:
+            self.times[t] = [layer.at(t) for layer in self.layers]
+        return self.times[t]
 
     def _product(self, record: _Tape, eps: Tensor) -> Tensor:
         """``w = εᵀ ∂f/∂z``; leaves g and r, last layer first, on the record."""
@@ -100,37 +110,21 @@ class LayeredKernel(Kernel):
     def pullback(
         self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
     ) -> Tensor:
-        record: _Tape = evaluation.tape
-        bends, s_bars = ([], []) if w_bar is None else self._product_pullback(record, w_bar, alpha)
-        a_bar = f_bar
-        for i in reversed(range(len(self.layers))):
-            layer, scale = self.layers[i], record.scale[i]
-            y_bar = a_bar if scale is None else a_bar * scale
-            if alpha is not None:
-                s_bar = None
-                if scale is not None:
-                    s_bar = a_bar * record.y[i]
-                    if s_bars:
-                        s_bar = s_bar + s_bars[i]
-                layer.accumulate(record.t, a_bar, s_bar, alpha)
-                layer.linear.accumulate(record.h[i], y_bar, alpha)
-            h_bar = layer.linear.transpose(y_bar)
-            if i:
-                a_bar = h_bar.mul_(record.slope[i - 1])
-                if bends:
-                    curvature = self.phi.curvature(record.a[i - 1], record.h[i], record.slope[i - 1])
-                    a_bar.addcmul_(curvature, bends[i - 1])
-        return h_bar
+        if w_bar is not None:
+            self.pull_product(evaluation, w_bar, alpha)
+        z_bar = self.pull_state(evaluation, f_bar, slice(None))
+        if alpha is not None:
+            self.pull_parameters(evaluation, f_bar, alpha)
+        return z_bar
 
-    def _product_pullback(
-        self, record: _Tape, w_bar: Tensor, alpha: float | None
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The product's transpose: for each layer the cotangent of its slope, and elementwise of its scale."""
+    def split(self) -> SplitPullback:
+        return self
+
+    def pull_product(self, evaluation: Evaluation, w_bar: Tensor, alpha: float | None) -> None:
+        record: _Tape = evaluation.tape
         k, batch = w_bar.shape[:2]
         last = len(self.layers) - 1
         p = w_bar
-        bends: list[Tensor] = []
-        s_bars: list[Tensor | None] = []
         for i, layer in enumerate(self.layers):
             p = p.flatten(0, 1)
             if alpha is not None:
@@ -140,13 +134,38 @@ class LayeredKernel(Kernel):
                 break  # ε is held constant: nothing is asked of the last product but its weight
             g_bar = layer.linear(p).unflatten(0, (k, batch))
             if scale is not None:
-                s_bars.append((g_bar * record.g_unscaled[last - i]).sum(0))
+                record.s_bar.append((g_bar * record.g_unscaled[last - i]).sum(0))
                 g_bar = g_bar * scale
             if i < last:
                 r = record.r[last - i - 1]
-                bends.append(g_bar[0] * r[0] if k == 1 else (g_bar * r).sum(0))
+                bend = g_bar[0] * r[0] if k == 1 else (g_bar * r).sum(0)
+                record.a_bar.append(bend.mul_(self.phi.curvature(record.a[i], record.h[i + 1], record.slope[i])))
                 p = g_bar.mul_(record.slope[i])
-        return bends, s_bars
+
+    def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
+        record: _Tape = evaluation.tape
+        if not record.a_bar:
+            record.a_bar = [torch.zeros_like(slope) for slope in record.slope]
+        a_bar = f_bar
+        for i in reversed(range(len(self.layers))):
+            scale = record.scale[i]
+            if scale is not None:
+                a_bar = a_bar * (scale[rows] if len(scale) == len(record.h[0]) else scale)
+            h_bar = self.layers[i].linear.transpose(a_bar)
+            if i:
+                a_bar = record.a_bar[i - 1][rows].addcmul_(h_bar, record.slope[i - 1][rows])
+        return h_bar
+
+    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> None:
+        record: _Tape = evaluation.tape
+        for i, (layer, a_bar) in enumerate(zip(self.layers, [*record.a_bar, f_bar], strict=True)):
+            scale, y, s_bar = record.scale[i], record.y[i], None
+            if scale is not None and y is not None:
+                s_bar = a_bar * y
+                if record.s_bar:
+                    s_bar += record.s_bar[i]
+            layer.accumulate(record.t, a_bar, s_bar, alpha)
+            layer.linear.accumulate(record.h[i], a_bar if scale is None else a_bar * scale, alpha)
 
     def gradients(self) -> list[Tensor]:
         result = []

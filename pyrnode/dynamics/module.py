@@ -41,29 +41,19 @@ class AutogradKernel(Kernel):
             with torch.no_grad():
                 return Evaluation(self.function(t, z), None, None, None)
         z = z.detach().requires_grad_()
+        if self.total_derivative:
+            t = t.detach() if isinstance(t, Tensor) else z.new_full((len(z),), t, requires_grad=False)
+            t = t.requires_grad_()
         f = self.function(t, z)
         w = r = None
         if eps is not None:
-            products = [self._vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)]
-            w = torch.stack(products)
+            w = torch.stack([_vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)])
         if self.total_derivative:
-            r = self._total_derivative(t, z, f)
+            assert isinstance(t, Tensor)
+            r = _total_derivative(t, z, f)
         graph = _Graph(z, f, w, r) if tape else None
         w, r = (None if x is None else x.detach() for x in (w, r))
         return Evaluation(f.detach(), w, r, graph)
-
-    @staticmethod
-    def _vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
-        if not f.requires_grad:
-            return torch.zeros_like(z)
-        (w,) = torch.autograd.grad(f, z, v, create_graph=create_graph, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(z) if w is None else w
-
-    def _total_derivative(self, t: Time, z: Tensor, f: Tensor) -> Tensor:
-        """``(∂f/∂z) f + ∂f/∂t`` (eq. 7): a Jacobian-vector product along the trajectory, not Jᵀf."""
-        time = t if isinstance(t, Tensor) else z.new_full((len(z),), t)
-        _, r = torch.func.jvp(self.function, (time, z), (torch.ones_like(time), f))
-        return r
 
     def pullback(
         self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
@@ -89,6 +79,34 @@ class AutogradKernel(Kernel):
 
     def gradients(self) -> list[Tensor]:
         return self.sums
+
+
+def _vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
+    """``vᵀ ∂f/∂z``; zero where f does not depend on z."""
+    if not f.requires_grad:
+        return torch.zeros_like(z)
+    (w,) = torch.autograd.grad(f, z, v, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(z) if w is None else w
+
+
+def _total_derivative(t: Tensor, z: Tensor, f: Tensor) -> Tensor:
+    """``(∂f/∂z) f + ∂f/∂t`` (eq. 7): a Jacobian-vector product, not Jᵀf.
+
+    Got from two vector-Jacobian products (``uᵀJ`` is linear in u, and its transpose in u is J), so that any module
+    that can be differentiated twice will do.
+    """
+    if not f.requires_grad:
+        return torch.zeros_like(z)
+    u = torch.zeros_like(f, requires_grad=True)
+    products = torch.autograd.grad(f, (z, t), u, create_graph=True, allow_unused=True)
+    pairs = [(p, v) for p, v in zip(products, (f, torch.ones_like(t)), strict=True) if p is not None]
+    linear = [(p, v) for p, v in pairs if p.requires_grad]
+    if not linear:
+        return torch.zeros_like(z)
+    outputs, directions = zip(*linear, strict=True)
+    (r,) = torch.autograd.grad(outputs, u, directions, create_graph=True)
+    result: Tensor = r
+    return result
 
 
 class ModuleDynamics(Dynamics):

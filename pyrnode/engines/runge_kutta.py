@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class Rate(NamedTuple):
 
     y: Tensor
     q: Tensor
-    evaluation: Any = None
 
 
 class System(Protocol):
@@ -44,14 +43,12 @@ class Step:
         rows: Samples that took it; `None` for all of them.
         t, h: Start and length: numbers, or one per sample.
         stages: State at each stage.
-        evaluations: What the system left at each stage; `None` where it has to be computed again.
     """
 
     rows: Tensor | None
     t: Time
     h: Time
     stages: list[Tensor]
-    evaluations: list[Any]
 
 
 OnStep = Callable[[Step], None]
@@ -113,20 +110,19 @@ def solve_fixed(
     tableau = method.tableau
     for number, (t, h) in enumerate(steps):
         rates: list[Tensor] = []
-        stages, evaluations = [], []
+        stages: list[Tensor] = []
         q_next = q
         for c, row, b in zip(tableau.c, tableau.a, tableau.b, strict=True):
             stage = combine(y, rates, row, h)
             rate = system(t + c * h, stage, None, b)
             rates.append(rate.y)
             stages.append(stage)
-            evaluations.append(rate.evaluation)
             if b and q.shape[1]:
                 q_next = torch.add(q_next, rate.q, alpha=h * b)
         y = combine(y, rates, tableau.b, h)
         q = q_next
         if on_step is not None:
-            on_step(Step(None, t, h, stages, evaluations))
+            on_step(Step(None, t, h, stages))
         if check or number == len(steps) - 1:
             bad = _not_finite(y, q)
             if bad and not check:
@@ -248,7 +244,7 @@ def integrate_adaptive(
             everyone = bool(ok.all())
             rows = None if everyone and len(ok) == len(y) else front.index[ok]
             kept = stages if everyone else [stage[ok] for stage in stages]
-            on_step(Step(rows, front.t[ok], h[ok], kept, [None] * len(kept)))
+            on_step(Step(rows, front.t[ok], h[ok], kept))
         front.h = h * _factor(size, method.order, front.grow)
         front.grow = torch.where(ok, _GROW, 1.0)  # no growth right after a rejected step
         front.t = torch.where(ok, front.t + h, front.t)

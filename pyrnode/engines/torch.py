@@ -5,8 +5,9 @@ cotangents z̄ of the new state and q̄ = (l̄, Ē, n̄) of the integrals,
 
     f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f          w̄ = h b_i (l̄ ε + 2 n̄ w),   w = εᵀ ∂f/∂z
 
-and the kernel's pullback gives z̄_i and adds to θ̄. Only the stages' states are kept (``memory="checkpoint"``: one
-evaluation's intermediates live at a time) or every intermediate as well (``"store"``: no second evaluation).
+and the kernel's pullback gives z̄_i and adds to θ̄. With ``memory="checkpoint"`` only the stages' states are kept, and
+one evaluation's intermediates live at a time. With ``"store"`` all are kept, and all stages are batched wherever their
+order does not matter: only f, forward, and the transposed Jacobian, backward, have to go stage by stage.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pyrnode.engines.runge_kutta import (
     Rate,
     Step,
     System,
+    grid,
     integrate_adaptive,
     integrate_fixed,
     per_sample,
@@ -65,12 +67,13 @@ class TorchEngine(Engine):
         total_derivative: bool = False,
     ) -> Solution:
         self.check(solver)
-        kernel = dynamics.kernel(total_derivative=total_derivative and probes is not None)
+        total_derivative = total_derivative and probes is not None
+        kernel = dynamics.kernel(total_derivative=total_derivative)
         z0 = kernel.layout(z0)
         if probes is not None:
             probes = Probes(kernel.layout(probes.eps), probes.weight)
-        solve = _Solve(kernel, probes, t_span, solver, total_derivative)
         parameters = tuple(dynamics.parameters())
+        solve = _Solve(dynamics, kernel, probes, t_span, solver, total_derivative)
         if torch.is_grad_enabled() and (z0.requires_grad or any(p.requires_grad for p in parameters)):
             z, q = _Differentiable.apply(solve, z0, *parameters)
         else:
@@ -83,37 +86,59 @@ class TorchEngine(Engine):
 class _Solve:
     """One solve of one block; remembers what its backward pass needs."""
 
-    kernel: Kernel
+    dynamics: Dynamics
+    kernel: Kernel  # gradients accumulate in it: each backward pass has its own
     probes: Probes | None
     t_span: tuple[float, float]
     solver: SolverConfig
     total_derivative: bool
     stats: Stats = field(default_factory=Stats)
     steps: list[Step] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the parameters, at the time of the solve
     end: Tensor | None = None
-    store: bool = False
+    stages: Evaluation | None = None  # of all stages of the solve, one after the other, where they are stored
+    stage_eps: Tensor | None = None
+    weights: Tensor | None = None  # of the stages in the integrals
 
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
-        q0 = z0.new_zeros(len(z0), 0 if self.probes is None else 4)
+        self.versions = self._versions()
         backprop = record and self.solver.sensealg == "Backprop"
-        self.store = backprop and self._fits(z0)
+        store = backprop and self._fits(z0)
+        columns = 0 if self.probes is None or store else 4
+        on_step = self.steps.append if backprop else None
         with torch.no_grad():
-            z, q, stats = self._integrate(self._augmented, z0, q0, self.t_span, self.steps.append if backprop else None)
+            system = self._state if store else self._augmented
+            z, q, stats = self._integrate(system, z0, z0.new_zeros(len(z0), columns), self.t_span, on_step)
+            if store:
+                q = self._evaluate_stages()
         vars(self.stats).update(vars(stats))
         self.end = z if record else None
         return z, q
 
     def _fits(self, z0: Tensor) -> bool:
-        if self.solver.memory != "auto":
-            return self.solver.memory == "store"
-        method = solvers.method(self.solver.name)
-        if method.adaptive:
-            return False
-        steps = abs(self.t_span[1] - self.t_span[0]) / float(self.solver.step_size)
+        """Whether to keep all intermediates."""
+        method, memory = solvers.method(self.solver.name), self.solver.memory
+        if self.kernel.split() is None and memory == "store":
+            raise ConfigError("memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'")
+        if memory != "auto" or self.kernel.split() is None or method.adaptive or self.solver.step_size == "auto":
+            return memory == "store"
         probes = 0 if self.probes is None else len(self.probes.eps)
-        each = self.kernel.tape_bytes(z0, probes)
-        return steps * len(method.tableau.b) * each <= _STORE_LIMIT
+        stages = len(grid(self.t_span, float(self.solver.step_size))) * len(method.tableau.b)
+        return stages * self.kernel.tape_bytes(z0, probes) <= _STORE_LIMIT
+
+    def _evaluate_stages(self) -> Tensor:
+        """Evaluates all stages of the solve as one batch, with the tape of all; returns the integrals."""
+        tableau = solvers.method(self.solver.name).tableau
+        z = torch.cat([stage for step in self.steps for stage in step.stages])
+        times = [step.t + c * step.h for step in self.steps for c in tableau.c]
+        self.weights = z.new_tensor([b * step.h for step in self.steps for b in tableau.b])
+        batch, count = len(z) // len(times), len(times)
+        t = z.new_tensor(times).repeat_interleave(batch)
+        self.stage_eps = None if self.probes is None else self.probes.eps.repeat(1, count, *[1] * (z.ndim - 1))
+        self.stages = self.kernel.evaluate(t, z, self.stage_eps, tape=True)
+        rates = self._integrands(self.stages, self.stage_eps)
+        return torch.tensordot(self.weights, rates.unflatten(0, (count, batch)), 1)
 
     def _integrate(
         self, system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], on_step: OnStep | None
@@ -138,8 +163,12 @@ class _Solve:
     def _augmented(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
         """The right-hand side of the augmented system."""
         eps = self._eps(rows) if weight else None
-        ev = self.kernel.evaluate(t, z, eps, tape=self.store)
-        return Rate(ev.f, self._integrands(ev, eps), ev if self.store else None)
+        ev = self.kernel.evaluate(t, z, eps)
+        return Rate(ev.f, self._integrands(ev, eps))
+
+    def _state(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
+        """The right-hand side of the state alone."""
+        return Rate(self.kernel.evaluate(t, z, None).f, z.new_empty(len(z), 0))
 
     def _integrands(self, ev: Evaluation, eps: Tensor | None) -> Tensor:
         """(l', E', n', D') for each sample."""
@@ -172,45 +201,86 @@ class _Solve:
         return f_bar, w_bar, r_bar
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Cotangents of the start state and of the parameters."""
+        """Cotangents of the start state and of the parameters.
+
+        A second pass (``retain_graph=True``) finds the stages' states still there, and evaluates them again.
+        """
+        if self._versions() != self.versions:
+            raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
         z_bar = self.kernel.layout(z_bar)
-        if self.solver.sensealg == "Backprop":
+        if self.stages is not None:
+            z_bar = self._stages_back(self.stages, z_bar, q_bar)
+        elif self.solver.sensealg == "Backprop":
             for step in reversed(self.steps):
                 z_bar = self._step_back(step, z_bar, q_bar)
-            self.steps.clear()
         else:
             z_bar = self._backsolve(z_bar, q_bar)
-        return z_bar, self.kernel.gradients()
+        gradients = self.kernel.gradients()
+        self.kernel = self.dynamics.kernel(total_derivative=self.total_derivative)
+        return z_bar, gradients
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.dynamics.parameters()]
+
+    def _stage_bar(
+        self, tableau: solvers.Tableau, i: int, h: Time, bar: Tensor, stage_bars: list[Tensor | None]
+    ) -> Tensor | None:
+        """``h (b_i z̄ + Σ_{j>i} a_ji z̄_j)``; `None` where it is zero."""
+        terms = [(tableau.b[i], bar)]
+        terms += [(tableau.a[j][i], x) for j, x in enumerate(stage_bars) if x is not None and j > i]
+        terms = [(weight, x) for weight, x in terms if weight]
+        if not terms:
+            return None
+        total = terms[0][1] * terms[0][0] if isinstance(h, Tensor) else terms[0][1] * (terms[0][0] * h)
+        for weight, x in terms[1:]:
+            total.add_(x, alpha=weight if isinstance(h, Tensor) else weight * h)
+        return total * h if isinstance(h, Tensor) else total
 
     def _step_back(self, step: Step, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """Pulls the cotangents back through one accepted step."""
+        """Pulls the cotangents back through one accepted step, each stage evaluated again."""
         tableau, rows, eps = solvers.method(self.solver.name).tableau, step.rows, self._eps(step.rows)
         bar, q_rows = (z_bar, q_bar) if rows is None else (z_bar[rows], q_bar[rows])
-        t, h = step.t, per_sample(step.h, bar)
-        h_q = step.h.to(q_bar.dtype)[:, None] if isinstance(step.h, Tensor) else step.h
+        h_z, h_q = per_sample(step.h, bar), per_sample(step.h, q_rows)
         stage_bars: list[Tensor | None] = [None] * len(tableau.b)
         total = bar
         for i in reversed(range(len(tableau.b))):
-            terms = [(tableau.b[i], bar)]
-            terms += [(tableau.a[j][i], sb) for j, sb in enumerate(stage_bars) if sb is not None and j > i]
-            terms = [(weight, x) for weight, x in terms if weight]
-            if not terms:
+            f_bar = self._stage_bar(tableau, i, h_z, bar, stage_bars)
+            if f_bar is None:
                 continue
-            f_bar = terms[0][1] * (terms[0][0] * h)
-            for weight, x in terms[1:]:
-                f_bar = torch.addcmul(f_bar, x, h, value=weight) if isinstance(h, Tensor) else f_bar.add_(x, alpha=weight * h)
             stage_eps = eps if tableau.b[i] else None
-            ev = step.evaluations[i]
-            if ev is None:
-                t_i = (t + tableau.c[i] * step.h)
-                t_i = t_i.to(bar.dtype) if isinstance(t_i, Tensor) else t_i
-                ev = self.kernel.evaluate(t_i, step.stages[i], stage_eps, tape=True)
-            step.evaluations[i] = None
+            ev = self.kernel.evaluate(_cast(step.t + tableau.c[i] * step.h, bar), step.stages[i], stage_eps, tape=True)
             self.stats.nfe_backward += 1 if rows is None else len(rows) / len(z_bar)
             bars = self._cotangents(ev, f_bar, q_rows * (h_q * tableau.b[i]), stage_eps)
             stage_bars[i] = self.kernel.pullback(ev, *bars, 1.0)
             total = total + stage_bars[i]
         return total if rows is None else z_bar.index_copy(0, rows, total)
+
+    def _stages_back(self, stages: Evaluation, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """Pulls the cotangents back through all steps at once, but for the chain of the states."""
+        split = self.kernel.split()
+        assert split is not None and self.weights is not None
+        tableau, count, batch = solvers.method(self.solver.name).tableau, len(self.weights), len(z_bar)
+        zero = torch.zeros_like(stages.f)
+        q_bars = torch.mul(self.weights[:, None, None], q_bar).flatten(0, 1) if q_bar.shape[1] else q_bar
+        f_bars, w_bars, _ = self._cotangents(stages, zero, q_bars, self.stage_eps)
+        if w_bars is not None:
+            split.pull_product(stages, w_bars, 1.0)
+        row = count * batch
+        for step in reversed(self.steps):
+            stage_bars: list[Tensor | None] = [None] * len(tableau.b)
+            total = z_bar
+            for i in reversed(range(len(tableau.b))):
+                row -= batch
+                bar = self._stage_bar(tableau, i, step.h, z_bar, stage_bars)
+                if bar is None:
+                    continue
+                rows = slice(row, row + batch)
+                stage_bars[i] = split.pull_state(stages, f_bars[rows].add_(bar), rows)
+                total = total + stage_bars[i]
+            z_bar = total
+        split.pull_parameters(stages, f_bars, 1.0)
+        self.stages = self.stage_eps = None
+        return z_bar
 
     def _backsolve(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         """Solves ``z' = f``, ``a' = −(∂f/∂z)ᵀ a − …`` from the end time back, both as one state ``(batch, 2, *event)``.
@@ -233,8 +303,7 @@ class _Solve:
                 if not b:
                     continue
                 z, a = (self.kernel.layout(x) for x in y.unbind(1))
-                t = step.t + c * step.h
-                ev = self.kernel.evaluate(t.to(z.dtype) if isinstance(t, Tensor) else t, z, eps, tape=True)
+                ev = self.kernel.evaluate(_cast(step.t + c * step.h, z), z, eps, tape=True)
                 share = per_sample(-b * step.h, a)
                 q_rows = q_bar if rows is None else q_bar[rows]
                 q_share = share.reshape(-1, 1) * q_rows if isinstance(share, Tensor) else share * q_rows
@@ -247,21 +316,21 @@ class _Solve:
         return y[:, 1]
 
 
+def _cast(t: Time, like: Tensor) -> Time:
+    return t.to(like.dtype) if isinstance(t, Tensor) else t
+
+
 class _Differentiable(torch.autograd.Function):
     """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
 
     @staticmethod
     def forward(ctx: Any, solve: _Solve, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.solve = solve
-        ctx.used = False
         return solve.forward(z0.detach(), record=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
-            raise RuntimeError("the solve's intermediates are freed by its first backward pass; integrate again")
-        ctx.used = True
         z0_bar, gradients = ctx.solve.backward(z_bar, q_bar)
         return None, z0_bar, *gradients
 

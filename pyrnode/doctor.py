@@ -1,0 +1,273 @@
+"""What `pyrnode doctor` looks at: the installation, the data folder, the machine; and one command for what is amiss.
+
+Nothing is started and nothing heavy is imported: packages are looked up, not loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Status = Literal["ok", "note", "problem"]
+
+OPTIONAL = {
+    "pandas": "reads .csv and .parquet tables",
+    "pyarrow": "reads .parquet tables",
+    "tensorboard": "shows metrics in TensorBoard",
+    "h5py": "reads the BSDS300 set",
+}
+"""Packages that pyrnode can use but does not need: what each is for."""
+
+_SMALLEST_TORCH = (2, 4)
+_LITTLE_SPACE, _TOO_LITTLE_SPACE = 5 * 2**30, 2**30
+_CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What it is.
+        status: ``"ok"``, ``"note"`` (works, but worth knowing) or ``"problem"`` (something will fail or crawl).
+        detail: What was found.
+        remedy: One command that mends it, where there is one.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str | None = None
+
+
+def diagnose() -> list[Check]:
+    """Looks at everything; takes about a second, and changes nothing."""
+    return [
+        _python(),
+        _torch(),
+        _cuda(),
+        _torchvision(),
+        *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
+        _julia(),
+        _data(),
+        _space(),
+        _writable(),
+        _threads(),
+    ]
+
+
+def format_report(checks: list[Check]) -> str:
+    """The checks as lines of text, each remedy under its check, and a summary."""
+    width = max((len(check.name) for check in checks), default=0)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<8} {check.name:<{width}}  {check.detail}")
+        if check.remedy is not None:
+            lines.append(f"{'':<8} {'':<{width}}  → {check.remedy}")
+    problems, notes = (sum(check.status == status for check in checks) for status in ("problem", "note"))
+    lines += ["", f"{_count(problems, 'problem')}, {_count(notes, 'note')}"]
+    return "\n".join(lines)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n or 'no'} {noun}{'' if n == 1 else 's'}"
+
+
+def _version(name: str) -> str | None:
+    """Version of an installed package, which is not imported; `None` where it is not there."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: ``"2.14.1+cu130"`` → ``(2, 14)``."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:2])
+
+
+def _python() -> Check:
+    return Check("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _torch() -> Check:
+    version = str(torch.__version__)
+    if _release(version) < _SMALLEST_TORCH:
+        needed = ".".join(map(str, _SMALLEST_TORCH))
+        remedy = f"pip install --upgrade 'torch>={needed}' torchvision"
+        return Check("torch", "problem", f"{version} is older than {needed}", remedy)
+    return Check("torch", "ok", f"{version}, computes with {_count(torch.get_num_threads(), 'thread')}")
+
+
+def _cuda() -> Check:
+    with warnings.catch_warnings(record=True) as caught:  # torch warns where the driver does not fit
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Check("CUDA", "ok", f"{torch.version.cuda}: {', '.join(names)}")
+    if caught:
+        reason = str(caught[0].message).splitlines()[0]
+        return Check("CUDA", "problem", f"no GPU can be used, pyrnode computes on the CPU: {reason}", "nvidia-smi")
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        remedy = "pip install --force-reinstall torch torchvision"
+        return Check("CUDA", "problem", "there is an NVIDIA driver, but this torch is built for the CPU only", remedy)
+    return Check("CUDA", "note", "no GPU found: pyrnode computes on the CPU")
+
+
+def _torchvision() -> Check:
+    version = _version("torchvision")
+    if version is None:
+        detail = "not installed: needed for the image sets and for pictures of samples"
+        return Check("torchvision", "problem", detail, "pip install torchvision")
+    needed = _torch_needed_by_torchvision()
+    if needed is not None and _release(needed) != _release(str(torch.__version__)):
+        detail = f"{version} is built for torch {needed}, but torch is {torch.__version__}"
+        return Check("torchvision", "problem", detail, "pip install --upgrade torch torchvision")
+    return Check("torchvision", "ok", version)
+
+
+def _torch_needed_by_torchvision() -> str | None:
+    """The one version of torch that torchvision's binary fits, as its package says."""
+    try:
+        requirements = metadata.requires("torchvision") or []
+    except metadata.PackageNotFoundError:
+        return None
+    pins = (re.match(r"torch\s*\(?==\s*([\w.+]+)", text) for text in requirements)
+    return next((pin.group(1) for pin in pins if pin), None)
+
+
+def _optional(name: str, purpose: str) -> Check:
+    version = _version(name)
+    if version is None:
+        return Check(name, "note", f"not installed ({purpose})", f"pip install {name}")
+    return Check(name, "ok", f"{version} ({purpose})")
+
+
+def _julia() -> Check:
+    """What there is of Julia; it is neither imported nor started."""
+    package, executable = _version("juliacall"), shutil.which("julia")
+    found = f"julia {'at ' + executable if executable else 'not found'}, juliacall {package or 'not installed'}"
+    detail = "the Julia engine is not part of this version, the PyTorch engine does everything"
+    return Check("Julia", "note", f"{detail} ({found})")
+
+
+# --- data ---
+
+
+def _needs() -> dict[str, list[str]]:
+    """The files by which each named set is known, relative to the data folder."""
+    idx = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+    return {
+        "mnist": [f"MNIST/raw/{name}" for name in idx],
+        "fashion-mnist": [f"FashionMNIST/raw/{name}" for name in idx],
+        "cifar10": [f"cifar-10-batches-py/{name}" for name in batches],
+        "svhn": ["train_32x32.mat", "test_32x32.mat"],
+        "power": ["power/data.npy"],
+        "gas": ["gas/ethylene_CO.[pcn][asp][rvy]*"],  # .parquet, .csv or .npy; a .pickle is not read
+        "hepmass": ["hepmass/1000_train.csv", "hepmass/1000_test.csv"],
+        "miniboone": ["miniboone/data.npy"],
+        "bsds300": ["BSDS300/BSDS300.hdf5"],
+    }
+
+
+def data_sets(folder: Path) -> list[str]:
+    """Named sets whose files are all in `folder`, and paths of the image folders (``train/`` and ``test/``) in it."""
+    sets = [name for name, files in _needs().items() if all(any(folder.glob(file)) for file in files)]
+    images = [str(f) for f in sorted(folder.iterdir()) if (f / "train").is_dir() and (f / "test").is_dir()]
+    return sets + images
+
+
+def _data() -> Check:
+    name = os.environ.get("PYRNODE_DATA")
+    if not name:
+        found = data_sets(Path("data")) if Path("data").is_dir() else []
+        holds = f"it holds {', '.join(found)}" if found else "sets are downloaded to it"
+        detail = f"PYRNODE_DATA is not set: the folder is ./data, {holds}"
+        return Check("data", "note", detail, "export PYRNODE_DATA=/path/to/data")
+    folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        return Check("data", "problem", f"PYRNODE_DATA = {name!r} is not a folder", "unset PYRNODE_DATA")
+    if not folder.exists():
+        remedy = f"mkdir -p {shlex.quote(str(folder))}"
+        return Check("data", "problem", f"PYRNODE_DATA = {name!r} does not exist", remedy)
+    try:
+        found = data_sets(folder)
+    except OSError as error:
+        detail = f"PYRNODE_DATA = {name!r} cannot be read: {error.strerror}"
+        return Check("data", "problem", detail, "unset PYRNODE_DATA")
+    if not found:
+        return Check("data", "note", f"PYRNODE_DATA = {name!r} holds none of the named sets yet")
+    return Check("data", "ok", f"PYRNODE_DATA = {name!r} holds {', '.join(found)}")
+
+
+# --- the machine ---
+
+
+def _space() -> Check:
+    try:
+        free = shutil.disk_usage(".").free
+    except OSError as error:
+        return Check("disk", "problem", f"the working folder cannot be looked at: {error.strerror}", 'cd "$HOME"')
+    detail = f"{free / 2**30:.1f} GiB free in the working folder"
+    remedy = "du -xh --max-depth=1 . | sort -h"
+    if free < _TOO_LITTLE_SPACE:
+        return Check("disk", "problem", f"{detail}: checkpoints may not fit", remedy)
+    if free < _LITTLE_SPACE:
+        return Check("disk", "note", f"{detail}: enough for small runs", remedy)
+    return Check("disk", "ok", detail)
+
+
+def _writable() -> Check:
+    """Whether runs can be written here: by writing, since permissions do not tell of a read-only file system."""
+    try:
+        with tempfile.TemporaryFile(dir=".") as file:
+            file.write(b"pyrnode")
+        folder = Path.cwd()
+    except OSError as error:
+        detail = f"the working folder cannot be written: {error.strerror}"
+        return Check("working folder", "problem", detail, 'cd "$HOME"')
+    return Check("working folder", "ok", f"{folder} can be written")
+
+
+def _cpus() -> int:
+    """CPUs that this process may use: of the machine, its affinity, and its container's quota the fewest."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_CPU.read_text(encoding="ascii").split()
+        return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return count
+
+
+def _threads() -> Check:
+    cpus, threads = _cpus(), torch.get_num_threads()
+    there = f"this process may use {_count(cpus, 'CPU')}"
+    value = os.environ.get("OMP_NUM_THREADS")
+    remedy = f"export OMP_NUM_THREADS={cpus}"
+    if value is not None:
+        first = value.partition(",")[0].strip()  # a list gives one number for each level of nesting
+        if not first.isdecimal() or int(first) < 1:
+            return Check("threads", "problem", f"OMP_NUM_THREADS = {value!r} is not a positive number", remedy)
+        threads = max(threads, int(first))
+    where = "torch" if value is None else f"OMP_NUM_THREADS = {value}"
+    if threads > cpus:
+        detail = f"{where}: {_count(threads, 'thread')}, but {there}: they wait for one another, many times slower"
+        return Check("threads", "problem", detail, remedy)
+    return Check("threads", "ok", f"{where}: {_count(threads, 'thread')}, {there}")

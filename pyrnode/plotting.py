@@ -1,0 +1,510 @@
+"""Pictures: learning curves, samples, densities in one and two dimensions, and the paths of particles.
+
+Every function gives a matplotlib `Figure` of its own, outside pyplot: no window, no backend and no global state is
+touched. `save` writes it as a PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrnode.checkpoint import write_atomically
+from pyrnode.errors import ConfigError, DataError, unknown_name
+from pyrnode.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LogProb = Callable[[Tensor], Tensor]
+"""Log-density in nats ``(n,)`` of points ``(n, d)``."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+History = Sequence[Mapping[str, object]]
+
+DPI = 150
+_BLUE, _ORANGE, _GREEN, _GREY = "#0b6bb3", "#d95f0e", "#2f8f4e", "#7a7a7a"
+_UNITS = {"nats/dim": 1.0, "bits/dim": 1 / math.log(2)}
+_MIN_CELL = 80  # side in pixels that a small image is enlarged to
+_GAP = 2  # pixels between images
+_TIGHT: dict[str, Any] = {"columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5, "borderaxespad": 0.2}
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as a PNG (150 dots per inch), atomically.
+
+    Raises:
+        ConfigError: The name does not end in ``.png``.
+        CheckpointError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    write_atomically(_png(path), buffer.getvalue())
+
+
+def _png(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"path = {str(path)!r}: pictures are PNG files, end its name in .png")
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+# --- learning curves ---
+
+
+def learning_curves(history: History, *, unit: str) -> Figure:
+    """Training against validation, the penalties, and the evaluations of the dynamics, by optimiser step.
+
+    Args:
+        history: Records of steps (``step, nll, E, n, nfe``) and of validations (``step, validation``, and perhaps
+            ``disagreement``, the solver's with half its step), nats per dimension, as in a `TrainingResult`; other
+            keys, and values that are not finite, are passed over.
+        unit: ``"nats/dim"`` or ``"bits/dim"``.
+
+    Raises:
+        ConfigError: The unit is unknown.
+        DataError: There is nothing to draw.
+    """
+    if unit not in _UNITS:
+        raise ConfigError(unknown_name("unit", unit, _UNITS))
+    curves = {key: _curve(history, key) for key in ("nll", "validation", "E", "n", "nfe", "disagreement")}
+    if not len(curves["nll"][0]) and not len(curves["validation"][0]):
+        raise DataError(f"none of the history's {len(history)} records has a finite 'nll' or 'validation': train first")
+    rows = 3 if curves["disagreement"][1].any() else 2
+    figure = _figure(10, 2.0 * rows + 0.6)
+    grid = figure.add_gridspec(rows, 2, width_ratios=(1.6, 1))
+    main = figure.add_subplot(grid[:, 0])
+    _likelihood_panel(main, curves["nll"], curves["validation"], unit)
+    panels = [figure.add_subplot(grid[row, 1], sharex=main) for row in range(rows)]
+    _penalty_panel(panels[0], curves["E"], curves["n"])
+    panels[1].plot(*curves["nfe"], color=_GREY, lw=1.2)
+    panels[1].set(ylabel="evaluations of f\nper sample (forward)")
+    panels[1].set_ylim(0, 1.15 * max(curves["nfe"][1].max(initial=0), 1))
+    if rows == 3:
+        steps, values = curves["disagreement"]
+        sizes = np.where(values == 0, np.nan, np.abs(values)) * _UNITS[unit]  # zero has no logarithm: a gap
+        panels[2].semilogy(steps, sizes, color=_GREY, lw=1.2, marker=".")
+        panels[2].set(ylabel=f"solver against\nhalf its step\n({unit})")
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.tick_params(labelbottom=panel is panels[-1])
+    panels[-1].set_xlabel("optimiser step")
+    figure.align_ylabels(panels)
+    return figure
+
+
+def _curve(history: History, key: str) -> tuple[Array, Array]:
+    """Steps and finite values of the records that have `key`."""
+    pairs = [(float(r["step"]), float(r[key])) for r in history if r.get(key) is not None]  # type: ignore[arg-type]
+    kept = np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=np.float64).reshape(-1, 2)
+    return kept[:, 0], kept[:, 1]
+
+
+def smooth(values: Array, window: int) -> Array:
+    """Centred running mean over `window` values (an odd number), which narrows evenly towards the ends."""
+    if window < 1 or window % 2 == 0:
+        raise ConfigError(f"window = {window!r}: expected an odd positive number")
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, np.minimum(index, index[::-1]))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return np.asarray((total[index + half + 1] - total[index - half]) / (2 * half + 1))
+
+
+def _likelihood_panel(axes: Axes, train: tuple[Array, Array], validation: tuple[Array, Array], unit: str) -> None:
+    scale = _UNITS[unit]
+    steps, raw = train[0], train[1] * scale
+    window = 2 * (len(raw) // 100) + 1
+    smoothed = smooth(raw, window)
+    faint = window > 1
+    if faint:
+        axes.plot(steps, raw, color=_BLUE, lw=0.6, alpha=0.25)
+    if len(raw):
+        label = f"training (mean of {window})" if faint else "training"
+        axes.plot(steps, smoothed, color=_BLUE, lw=1.6, label=label)
+    shown = np.concatenate([raw, validation[1] * scale])
+    if len(validation[0]):
+        values = validation[1] * scale
+        best = int(values.argmin())
+        axes.plot(validation[0], values, color=_ORANGE, lw=1.6, marker=".", ms=5, label="validation")
+        axes.plot(
+            validation[0][best],
+            values[best],
+            color=_ORANGE,
+            marker="*",
+            ms=14,
+            mec="white",
+            ls="none",
+            zorder=5,
+            label=f"best {values[best]:.4g}, step {validation[0][best]:.0f}",
+        )
+    # The first steps are far above the rest and would flatten it: they may leave the panel.
+    low, high = shown.min(), np.quantile(shown, 0.97)
+    margin = 0.08 * max(high - low, 1e-3 * abs(high), 1e-9)
+    axes.set_ylim(low - margin, high + 2 * margin)
+    axes.set(xlabel="optimiser step", ylabel=f"negative log-likelihood ({unit})")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, **_TIGHT)
+
+
+def _penalty_panel(axes: Axes, energy: tuple[Array, Array], jacobian: tuple[Array, Array]) -> None:
+    """E and n, each on an axis of its own: they differ by orders of magnitude."""
+    other = axes.twinx()
+    for panel, (steps, values), colour, label in (
+        (axes, energy, _BLUE, "kinetic energy\nE per dim"),
+        (other, jacobian, _GREEN, "Jacobian\nn per dim"),
+    ):
+        panel.plot(steps, smooth(values, 2 * (len(values) // 100) + 1), color=colour, lw=1.4)
+        panel.set_ylabel(label, color=colour)
+        panel.tick_params(axis="y", labelcolor=colour)
+        panel.set_ylim(bottom=0)
+        panel.margins(y=0.1)
+
+
+# --- images ---
+
+
+def image_grid(images: Tensor, *, levels: int, rows: int | None = None) -> Figure:
+    """Images side by side, each of their pixels a sharp square.
+
+    Args:
+        images: ``(n, C, H, W)``, one channel (grey) or three (RGB); integers or floating-point in ``[0, levels−1]``.
+        levels: Number of levels; ``levels − 1`` is white.
+        rows: Rows of the grid; default about as many as columns.
+
+    Raises:
+        DataError: Wrong shape or values.
+        ConfigError: `levels` or `rows` does not fit.
+    """
+    picture = _tile(images, levels, rows)
+    height, width = picture.shape[:2]
+    figure = _figure(width / DPI, height / DPI)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))  # one pixel of the picture is one of the PNG
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    return figure
+
+
+def save_image_grid(images: Tensor, path: str | Path, *, levels: int, rows: int | None = None) -> None:
+    """Writes the grid of `image_grid` straight to a PNG; small images are enlarged by a whole factor.
+
+    Raises:
+        DataError: Wrong shape or values.
+        ConfigError: `levels`, `rows` or the file's name does not fit.
+        CheckpointError: The file cannot be written.
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(_tile(images, levels, rows)).save(buffer, "PNG")
+    write_atomically(_png(path), buffer.getvalue())
+
+
+def _tile(images: Tensor, levels: int, rows: int | None) -> Array:
+    """The grid as ``(height, width, 3)`` uint8."""
+    from torchvision.utils import make_grid
+
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise DataError(f"images of shape {tuple(images.shape)}: expected (n, C, H, W) with 1 or 3 channels")
+    if levels < 2:
+        raise ConfigError(f"levels = {levels!r}: expected at least 2")
+    n, _, height, width = images.shape
+    rows = max(1, math.isqrt(n)) if rows is None else rows
+    if not 1 <= rows <= n:
+        raise ConfigError(f"rows = {rows!r}: expected 1 to {n}, the number of images")
+    values = images.detach().cpu().to(torch.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= levels - 1):  # NaN fails too
+        raise DataError(f"image values {low:g} to {high:g}: expected 0 to {levels - 1} (levels = {levels})")
+    pixels = (values * (255 / (levels - 1))).round().to(torch.uint8)
+    factor = math.ceil(_MIN_CELL / max(height, width))
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    tiled = make_grid(pixels, nrow=math.ceil(n / rows), padding=_GAP, pad_value=255)
+    return np.ascontiguousarray(tiled.permute(1, 2, 0).numpy())
+
+
+# --- densities ---
+
+
+def density_2d(
+    log_prob: LogProb,
+    bounds: tuple[float, ...],
+    *,
+    truth: LogProb | None = None,
+    samples: Tensor | None = None,
+    title: str = "",
+    resolution: int = 120,
+) -> Figure:
+    """A learned density in the plane, beside the truth (on one colour scale) and its samples.
+
+    Args:
+        log_prob: The learned log-density in nats, ``(n,)`` of ``(n, 2)``.
+        bounds: Window ``(xmin, xmax, ymin, ymax)``.
+        truth: The true log-density.
+        samples: Samples of the learned density, ``(n, 2)``.
+        title: Title of the picture.
+        resolution: Cells along each side of the window.
+
+    Raises:
+        ConfigError: The window is empty.
+        DataError: A density is NaN or of the wrong shape, or the samples are not ``(n, 2)``.
+    """
+    x, y = (_centres(low, high, resolution) for low, high in _window(bounds, 2))
+    points = torch.cartesian_prod(y, x).flip(1)  # rows of the picture are y
+    shape = (resolution, resolution)
+    learned = _density(log_prob, points, "learned").reshape(shape)
+    panels = {"learned": learned}
+    if truth is not None:
+        panels = {"true": _density(truth, points, "true").reshape(shape), **panels}
+    top = float(panels.get("true", learned).max()) or 1.0  # by the truth: a learned spike does not darken both
+    count = len(panels) + (samples is not None)
+    figure = _figure(3.4 * count + 1.0, 4.4 if title else 4.1)
+    figure.set_layout_engine("compressed")  # as constrained, for axes of fixed aspect
+    axes = figure.subplots(1, count, squeeze=False, sharex=True, sharey=True)[0]
+    for panel, (name, density) in zip(axes, panels.items(), strict=False):
+        image = panel.imshow(density, origin="lower", extent=bounds, cmap="viridis", vmin=0, vmax=top)
+        panel.set_title(f"{name} density")
+    if samples is not None:
+        _scatter(axes[-1], _points(samples, 2), bounds)
+    for panel in axes:
+        panel.set(xlabel="$x_1$", xlim=bounds[:2], ylim=bounds[2:], aspect="equal")
+    axes[0].set_ylabel("$x_2$")
+    over = "max" if learned.max() > top * (1 + 1e-6) else "neither"
+    figure.colorbar(image, ax=list(axes), label="density $p(x)$", extend=over, aspect=30, pad=0.015)
+    if title:
+        figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def _scatter(axes: Axes, points: Array, bounds: tuple[float, ...]) -> None:
+    alpha = min(1.0, max(0.15, 500 / len(points)))
+    axes.scatter(points[:, 0], points[:, 1], s=3, color=_BLUE, alpha=alpha, linewidths=0)
+    xmin, xmax, ymin, ymax = bounds
+    inside = (points >= (xmin, ymin)).all(1) & (points <= (xmax, ymax)).all(1)
+    beyond = len(points) - int(inside.sum())
+    axes.set_title(f"{len(points)} samples" + (f", {beyond} outside" if beyond else ""))
+
+
+def density_1d(
+    log_prob: LogProb,
+    bounds: tuple[float, ...],
+    *,
+    truth: LogProb | None = None,
+    samples: Tensor | None = None,
+    title: str = "",
+    resolution: int = 400,
+) -> Figure:
+    """A learned density on the line, over the truth and a histogram of its samples.
+
+    Args:
+        log_prob: The learned log-density in nats, ``(n,)`` of ``(n, 1)``.
+        bounds: Window ``(xmin, xmax)``.
+        truth: The true log-density.
+        samples: Samples of the learned density, ``(n, 1)``.
+        title: Title of the picture.
+        resolution: Points along the window.
+
+    Raises:
+        ConfigError: The window is empty.
+        DataError: A density is NaN or of the wrong shape, or the samples are not ``(n, 1)``.
+    """
+    ((low, high),) = _window(bounds, 1)
+    x = _centres(low, high, resolution)
+    learned = _density(log_prob, x[:, None], "learned")
+    peak = learned.max()
+    figure = _figure(6.4, 4)
+    axes = figure.add_subplot()
+    if samples is not None:
+        points = _points(samples, 1)[:, 0]
+        counts, edges = np.histogram(points, bins=60, range=(low, high))
+        heights = counts / (len(points) * np.diff(edges))
+        peak = max(peak, heights.max())
+        axes.stairs(heights, edges, fill=True, color=_BLUE, alpha=0.2, label=f"{len(points)} samples")
+    if truth is not None:
+        density = _density(truth, x[:, None], "true")
+        peak = max(peak, density.max())
+        axes.plot(x, density, color="black", lw=3, alpha=0.35, label="true")
+    axes.plot(x, learned, color=_ORANGE, lw=1.6, label="learned")
+    axes.set(xlabel="$x$", ylabel="density $p(x)$", xlim=(low, high), ylim=(0, 1.3 * peak or 1.0), title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper center", ncols=3, framealpha=0.9)
+    return figure
+
+
+def _window(bounds: tuple[float, ...], d: int) -> list[tuple[float, float]]:
+    sides = list(zip(bounds[::2], bounds[1::2], strict=False))
+    if len(bounds) != 2 * d or not all(math.isfinite(high - low) and low < high for low, high in sides):
+        names = "(xmin, xmax)" if d == 1 else "(xmin, xmax, ymin, ymax)"
+        raise ConfigError(f"bounds = {tuple(bounds)!r}: expected finite {names}, each minimum below its maximum")
+    return sides
+
+
+def _centres(low: float, high: float, count: int) -> Tensor:
+    """Middles of `count` equal cells of ``[low, high]``."""
+    if count < 2:
+        raise ConfigError(f"resolution = {count!r}: expected at least 2")
+    return low + (torch.arange(count) + 0.5) * ((high - low) / count)
+
+
+def _points(samples: Tensor, d: int) -> Array:
+    if samples.ndim != 2 or samples.shape[1] != d or not len(samples):
+        raise DataError(f"samples of shape {tuple(samples.shape)}: expected (n, {d}), n at least 1")
+    return np.asarray(samples.detach().cpu().to(torch.float64))
+
+
+def _density(log_prob: LogProb, points: Tensor, name: str) -> Array:
+    """``p`` at points ``(n, d)``, ``(n,)``."""
+    with torch.no_grad():
+        values = log_prob(points).detach().cpu().to(torch.float64)
+    if values.shape != points.shape[:1]:
+        raise DataError(f"the {name} log-density has shape {tuple(values.shape)}: expected ({len(points)},)")
+    if bool((values.isnan() | (values == math.inf)).any()):
+        bad = int((values.isnan() | (values == math.inf)).nonzero()[0])
+        raise DataError(f"the {name} log-density is {float(values[bad])} at x = {points[bad].tolist()}")
+    return np.asarray(values.exp())
+
+
+# --- paths of particles ---
+
+
+@torch.no_grad()
+def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Tensor]:
+    """Where particles are on their way from the data (time 0) to the base.
+
+    The blocks follow one another in time; the states are those of the flow's own space, after its transform.
+
+    Args:
+        flow: A flow on vectors.
+        x: Data, ``(n, d)``.
+        points: Number of times, evenly spaced; the first and the last one are the ends.
+
+    Returns:
+        Times ``(points,)`` and states ``(points, n, d)``.
+
+    Raises:
+        ConfigError: Fewer than two points.
+        DataError: The flow is on images, or `x` does not fit it.
+        SolverError: A solve failed.
+    """
+    if points < 2:
+        raise ConfigError(f"points = {points!r}: expected at least 2")
+    if len(flow.event_shape) != 1:
+        raise DataError(f"a flow on images {flow.event_shape}: paths are followed for vectors (d,) only")
+    z = flow.transform(flow.prepare(x), torch.Generator().manual_seed(0))[0]
+    if not len(z):
+        raise DataError(f"x of shape {tuple(x.shape)}: expected at least one particle")
+    lengths = [block.end_time for block in flow.blocks]
+    starts = [math.fsum(lengths[:i]) for i in range(len(lengths))]
+    times = torch.linspace(0, math.fsum(lengths), points, dtype=torch.float64)
+    states, block, now = [z], 0, 0.0
+    for time in times[1:].tolist():
+        while True:
+            span = (now - starts[block], min(time - starts[block], lengths[block]))
+            if span[1] - span[0] > 1e-9 * lengths[block]:
+                z = flow.engine.integrate(flow.blocks[block].dynamics, z, None, span, flow.solver).z
+                now = starts[block] + span[1]
+            if block + 1 == len(lengths) or time <= starts[block + 1] * (1 + 1e-12):
+                break
+            block, now = block + 1, starts[block + 1]
+        states.append(z)
+    return times, torch.stack(states)
+
+
+def _segments(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths of the segments ``(points−1, n)``, distances from end to end ``(n,)``, and which particles move."""
+    if states.ndim != 3 or len(states) < 2 or 0 in states.shape:
+        raise DataError(f"states of shape {tuple(states.shape)}: expected (points, n, d), at least two points")
+    rounding = len(states) * torch.finfo(states.dtype).eps * states.abs().amax((0, 2)).double()
+    z = states.detach().double()
+    lengths = (z[1:] - z[:-1]).norm(dim=2)
+    return lengths, (z[-1] - z[0]).norm(dim=1), lengths.sum(0) > rounding
+
+
+def straightness(states: Tensor) -> float:
+    """Length of a path over the distance between its ends, mean over the particles: 1 is straight.
+
+    The few particles that come back to where they started can dominate the mean.
+
+    Args:
+        states: ``(points, n, d)``; a particle that does not move counts as straight.
+    """
+    return float(_detours(states).mean())
+
+
+def _detours(states: Tensor) -> Tensor:
+    """Length over distance of each path, ``(n,)``."""
+    lengths, distance, moves = _segments(states)
+    return torch.where(moves, lengths.sum(0) / distance, 1.0)
+
+
+def speed_variation(states: Tensor) -> float:
+    """Standard deviation over mean of a particle's speed along its path, mean over the particles: 0 is constant.
+
+    Args:
+        states: ``(points, n, d)`` at evenly spaced times; a particle that does not move counts as 0.
+    """
+    lengths, _, moves = _segments(states)
+    return float(torch.where(moves, lengths.std(0, correction=0) / lengths.mean(0), 0.0).mean())
+
+
+def trajectories(flow: Flow, x: Tensor, *, points: int = 33) -> Figure:
+    """Paths of particles from the data to the base, in the flow's own space: over time (d = 1) or in the plane (d = 2).
+
+    Args:
+        flow: A flow on vectors of one or two dimensions.
+        x: Data, ``(n, d)``: one particle each.
+        points: Number of times along a path.
+
+    Raises:
+        ConfigError: Fewer than two points.
+        DataError: The flow has more dimensions, or `x` does not fit it.
+        SolverError: A solve failed.
+    """
+    if flow.event_shape not in ((1,), (2,)):
+        raise DataError(f"a flow of event shape {flow.event_shape}: trajectories are drawn for (1,) or (2,)")
+    times, states = particle_paths(flow, x, points)
+    z = np.asarray(states.cpu().double())
+    figure = _figure(6.2, 4.6) if flow.dim == 1 else _figure(6.2, 6.4)
+    axes = figure.add_subplot()
+    if flow.dim == 1:
+        _paths_over_time(axes, np.asarray(times), z[..., 0], [block.end_time for block in flow.blocks])
+    else:
+        _paths_in_plane(axes, z)
+    ratio, variation = float(_detours(states).quantile(0.5)), speed_variation(states)
+    axes.set_title(f"path length / distance {ratio:.3f} (median), speed varies by {100 * variation:.0f} %", fontsize=11)
+    return figure
+
+
+def _paths_over_time(axes: Axes, times: Array, z: Array, lengths: list[float]) -> None:
+    from matplotlib import colormaps
+
+    order = np.argsort(np.argsort(z[0])) / max(z.shape[1] - 1, 1)
+    for path, rank in zip(z.T, order, strict=True):
+        axes.plot(times, path, color=colormaps["viridis"](0.95 * rank), lw=0.9, alpha=0.8)
+    for border in np.cumsum(lengths)[:-1]:
+        axes.axvline(border, color=_GREY, lw=0.8, ls=":")
+    axes.set(xlabel="time $t$ (data at the left, base at the right)", ylabel="position $z(t)$")
+    axes.set_xlim(times[0], times[-1])
+
+
+def _paths_in_plane(axes: Axes, z: Array) -> None:
+    axes.plot(z[..., 0], z[..., 1], color=_GREY, lw=0.7, alpha=0.55, zorder=1)
+    for state, colour, label in ((z[0], _BLUE, "start (data)"), (z[-1], _ORANGE, "end (base)")):
+        axes.scatter(state[:, 0], state[:, 1], s=14, color=colour, linewidths=0, zorder=2, label=label)
+    axes.set(xlabel="$z_1$", ylabel="$z_2$")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
