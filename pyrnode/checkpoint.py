@@ -1,6 +1,6 @@
 """Files: written atomically, checked when read, never unpickled.
 
-A checkpoint is one ``.safetensors`` file: tensors, and in its header a JSON description with a digest of the tensors.
+A checkpoint is one ``.safetensors`` file: tensors, and in its header a JSON description with a digest of both.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pyrnode.config import Config
-from pyrnode.errors import CheckpointError, ConfigError
+from pyrnode.errors import CheckpointError, ConfigError, EngineUnavailableError
 from pyrnode.flow import Flow
 
 FORMAT = 1
@@ -33,24 +33,23 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         CheckpointError: It could not be written (no space, no permission, no folder); the old file is untouched.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.part")  # one name: what a kill leaves behind, the next write replaces
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise CheckpointError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(description).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
@@ -61,7 +60,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Writes tensors with a JSON description; `kind` says what the file is for."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "kind": kind, "sha256": _digest(flat), "description": description}
+    header = {"format": FORMAT, "kind": kind, "sha256": _digest(flat, description), "description": description}
     write_atomically(path, to_bytes(flat, metadata={"pyrnode": json.dumps(header)}))
 
 
@@ -90,7 +89,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         raise CheckpointError(f"{path} has format {version}; this version of pyrnode reads format {FORMAT}")
     if found != kind:
         raise CheckpointError(f"{path} holds a {found}, not a {kind}")
-    if _digest(tensors) != digest:
+    if _digest(tensors, description) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest; use an earlier copy")
     return tensors, description
 
@@ -119,21 +118,40 @@ def load_flow(path: str | Path, *, engine: str | None = None, device: str = "cpu
     Args:
         path: The file, or the folder of a run (its best model on validation is read).
         engine: Engine to compute with; default the stored setting.
-        device: Device to put it on.
+        device: Device to put it on, or ``"auto"``.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged or foreign.
+        ConfigError: There is no such engine or device.
+        EngineUnavailableError: The engine is not installed.
     """
-    path = Path(path)
-    tensors, description = read(path / "model.safetensors" if path.is_dir() else path, "flow")
+    path, target = Path(path), resolve_device(device)
+    path = path / "model.safetensors" if path.is_dir() else path
+    tensors, description = read(path, "flow")
+    overrides = {} if engine is None else {"engine": engine}
+    Config().override(overrides)  # an unknown engine is not the file's fault
     try:
-        config = Config.from_dict(description["config"])
-        if engine is not None:
-            config = config.override({"engine": engine})
+        config = Config.from_dict(description["config"]).override(overrides)
         flow = Flow.build(config, tuple(description["event_shape"]), levels=description["levels"])
         flow.load_state_dict(tensors)
+    except EngineUnavailableError:
+        raise
     except (KeyError, TypeError, ConfigError, RuntimeError) as error:
-        if isinstance(error, ConfigError) and engine is not None and "engine" in str(error):
-            raise
         raise CheckpointError(f"{path} does not describe a flow of this version: {error}") from error
-    return flow.to(device).eval()
+    return flow.to(target).eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of that name; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

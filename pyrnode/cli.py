@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -43,23 +45,28 @@ def _train(args: argparse.Namespace) -> int:
     overrides = _settings(args.set)
     if args.data_dir is not None:
         overrides["data.dir"] = args.data_dir
-    result = pyrnode.train(
-        args.data,
-        preset=args.preset,
-        solver=args.solver,
-        step_size=args.step_size,
-        epochs=args.epochs,
-        engine=args.engine,
-        device=args.device,
-        seed=args.seed,
-        out=args.out,
-        resume=args.resume,
-        overrides=overrides,
-        evaluate=not args.no_evaluation,
-        progress=not args.quiet,
-    )
-    if result.interrupted:
-        print(f"interrupted; go on with: pyrnode train {args.data} --out {args.out} --resume", file=sys.stderr)
+    try:
+        result = pyrnode.train(
+            args.data,
+            preset=args.preset,
+            solver=args.solver,
+            step_size=args.step_size,
+            epochs=args.epochs,
+            engine=args.engine,
+            device=args.device,
+            seed=args.seed,
+            out=args.out,
+            resume=args.resume,
+            overrides=overrides,
+            evaluate=not args.no_evaluation,
+            progress=not args.quiet,
+        )
+        interrupted = result.interrupted
+    except KeyboardInterrupt:  # outside the loop, or for the second time: the last checkpoint is there
+        interrupted = True
+    if interrupted:
+        again = shlex.join(["pyrnode", "train", args.data, "--out", args.out, "--resume"])
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
         return INTERRUPTED
     if args.json:
         _print_json({"out": str(result.out), "report": result.report and result.report.to_dict()})
@@ -85,27 +92,26 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    import io
+
     import numpy as np
 
     from pyrnode import plotting
+    from pyrnode.checkpoint import write_atomically
 
-    flow = pyrnode.load(args.run, engine=args.engine)
-    samples = flow.sample(args.n, seed=args.seed, temperature=args.temperature)
     out = Path(args.out)
-    if out.suffix == ".png":
-        if flow.levels is None or len(flow.event_shape) != 3:
-            raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy file")
+    if out.suffix not in (".png", ".npy"):
+        raise ConfigError(f"--out {out}: expected a .png (images) or .npy file")
+    flow = pyrnode.load(args.run, engine=args.engine)
+    if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
+        raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy file")
+    samples = flow.sample(args.n, seed=args.seed, temperature=args.temperature)
+    if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
-    elif out.suffix == ".npy":
-        import io
-
-        from pyrnode.checkpoint import write_atomically
-
+    else:
         buffer = io.BytesIO()
         np.save(buffer, samples.numpy())
         write_atomically(out, buffer.getvalue())
-    else:
-        raise ConfigError(f"--out {out}: expected a .png (images) or .npy file")
     print(f"{args.n} samples written to {out}")
     return 0
 
@@ -171,6 +177,13 @@ class _Command:
     arguments: Callable[[argparse.ArgumentParser], None]
 
 
+def _step_size(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+_step_size.__name__ = "step size"  # argparse names it in its message
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="name of a data set, or path of a .npy, .npz, .csv, .parquet file or image folder")
     parser.add_argument("--preset", help="preset name or .toml file (see: pyrnode presets)")
@@ -179,7 +192,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
     parser.add_argument("--epochs", type=int, help="passes over the training set")
     parser.add_argument("--solver", help="training solver (see: pyrnode solvers)")
-    parser.add_argument("--step-size", type=lambda s: s if s == "auto" else float(s), help="its step, or auto")
+    parser.add_argument("--step-size", type=_step_size, help="its step, or auto")
     parser.add_argument("--engine", choices=["auto", "torch", "julia"])
     parser.add_argument("--device", help="torch device, or auto")
     parser.add_argument("--seed", type=int)
@@ -192,7 +205,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a run, or a model file")
     parser.add_argument("--data", help="data set or file to take the test set of (default: that of the run)")
     parser.add_argument("--data-dir", help="folder of downloaded data sets (default: $PYRNODE_DATA)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="evaluation setting; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="evaluation setting")
     parser.add_argument("--engine", choices=["auto", "torch", "julia"])
     _output_arguments(parser)
 
@@ -239,9 +252,12 @@ _COMMANDS: dict[str, _Command] = {
         _evaluate_arguments,
     ),
     "sample": _Command(
-        _sample, "draw samples from a trained flow", "pyrnode sample runs/digits -n 100 --out digits.png", _sample_arguments
+        _sample,
+        "draw samples from a trained flow",
+        "pyrnode sample runs/digits -n 100 --out digits.png",
+        _sample_arguments,
     ),
-    "presets": _Command(_presets, "list the presets, or show one", "pyrnode presets finlay2020-mnist", _presets_arguments),
+    "presets": _Command(_presets, "list the presets, or show one", "pyrnode presets toy", _presets_arguments),
     "solvers": _Command(_solvers, "list solvers and sensitivity algorithms", "pyrnode solvers --json", _json_argument),
     "doctor": _Command(_doctor, "say what is installed and what to do", "pyrnode doctor", _json_argument),
     "demo": _Command(
@@ -275,5 +291,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pyrnode: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output has gone, as in `pyrnode solvers | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

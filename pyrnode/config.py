@@ -54,7 +54,7 @@ class _Section:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
         """Builds the section from a mapping of plain values, as read from TOML or JSON."""
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = _keys(cls)
         for key in table:
             if key not in known:
                 raise ConfigError(unknown_name(f"key in {cls.__name__}", key, known))
@@ -62,7 +62,7 @@ class _Section:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for TOML and JSON: settings that are `None` are left out, tuples become lists."""
-        table = {}
+        table: dict[str, Any] = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if isinstance(value, _Section):
@@ -70,6 +70,10 @@ class _Section:
             elif value is not None:
                 table[f.name] = list(value) if isinstance(value, tuple) else value
         return table
+
+
+def _keys(section: type[_Section]) -> list[str]:
+    return [f.name for f in fields(section)]  # type: ignore[arg-type]
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
@@ -100,9 +104,22 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return value
     elif hint in (str, bool, type(None)) and isinstance(value, hint):
         return value
-    expected = getattr(hint, "__name__", None) if not args else None
-    expected = expected or str(hint).replace("typing.", "").replace("NoneType", "None")
-    raise ConfigError(f"{name} = {value!r}: expected {expected}")
+    if isinstance(hint, type) and issubclass(hint, _Section):
+        keys = ", ".join(f"{name}.{key}" for key in _keys(hint))
+        raise ConfigError(f"{name} = {value!r}: {name} is a section; its settings are {keys}")
+    raise ConfigError(f"{name} = {value!r}: expected {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    """An annotation as a user reads it: ``float or 'auto'``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, args))
+    if origin is tuple:
+        return f"a list of {_in_words(args[0])}"
+    return "none" if hint is type(None) else str((origin or hint).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +292,7 @@ class TrainingConfig(_Section):
         validation_limit: Validate on at most this many samples.
         patience: Stop after this many validations without improvement; `None` never stops early.
         checkpoint_every: Interval of checkpoints in steps; 0 means once an epoch.
+        tensorboard: Write the metrics for TensorBoard too, to ``tensorboard/`` in the run's folder.
         max_restarts: How often a non-finite step is answered by restoring the last good state and halving the
             solver's step before training gives up.
     """
@@ -293,6 +311,7 @@ class TrainingConfig(_Section):
     validation_limit: int | None = None
     patience: int | None = None
     checkpoint_every: int = 0
+    tensorboard: bool = False
     max_restarts: int = 3
 
     def _validate(self) -> None:
@@ -377,7 +396,10 @@ class Config(_Section):
             path = Path(name)
             if not path.is_file():
                 raise ConfigError(f"preset file {name!r} does not exist")
-            return cls.from_toml(path.read_text(encoding="utf-8"))
+            try:
+                return cls.from_toml(path.read_text(encoding="utf-8"))
+            except (OSError, ConfigError, UnicodeDecodeError) as error:
+                raise ConfigError(f"preset file {name!r}: {error}") from None
         table = presets()
         if name not in table:
             raise ConfigError(unknown_name("preset", name, table))
@@ -387,14 +409,15 @@ class Config(_Section):
         """A copy with some settings changed.
 
         Args:
-            values: Settings by name: ``"section.key"``, or ``"key"`` where only one section has that key.
+            values: Settings by name: ``"section.key"``, or ``"key"`` where only one section has that key. A mapping
+                changes the settings of a section that it names, and leaves the others.
 
         Raises:
             ConfigError: A key is unknown or ambiguous, or a value does not fit.
         """
         table = self.to_dict()
         paths = _setting_paths(type(self))
-        for name, value in values.items():
+        for name, value in flatten(values).items():
             matches = [name] if name in paths else [p for p in paths if p.endswith("." + name)]
             if not matches:
                 raise ConfigError(unknown_name("setting", name, {*paths, *(p.rpartition(".")[2] for p in paths)}))
@@ -406,6 +429,17 @@ class Config(_Section):
                 target = target[section]
             target[key] = value
         return type(self).from_dict(table)
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table with ``section.key`` for keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and key.rpartition(".")[2] != "options":
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _setting_paths(cls: type[_Section], prefix: str = "") -> list[str]:
@@ -429,4 +463,3 @@ def presets() -> dict[str, str]:
             first = entry.read_text(encoding="utf-8").splitlines()[0]
             table[entry.name.removesuffix(".toml")] = first.lstrip("# ")
     return table
-

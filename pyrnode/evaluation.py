@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pyrnode import seeds
 from pyrnode.config import EvaluationConfig, SolverConfig
-from pyrnode.data import Samples, Splits, TensorSamples
-from pyrnode.errors import ConfigError, DataError
+from pyrnode.data import Samples, Splits, TensorSamples, load
+from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow, base_log_prob
 from pyrnode.runs import Record, RunFolder
 
@@ -32,13 +33,13 @@ class Score:
         nats: ``log p(x)`` per sample.
         nats_error: Its standard error over samples.
         bits: ``−log₂ p(x) / d`` (bits per dimension; for discrete data of the integers' density).
-        bits_error: Its standard error over the draws of dequantisation and probe noise; 0 for one draw.
+        bits_error: Its standard error over the draws of dequantisation and probe noise; `None` for one draw.
     """
 
     nats: float
     nats_error: float
     bits: float
-    bits_error: float
+    bits_error: float | None
 
     @classmethod
     def of(cls, draws: Tensor, d: int) -> Score:
@@ -46,7 +47,7 @@ class Score:
         draws = draws.double()
         bits = -draws.mean(1) / d / math.log(2)
         count = len(bits)
-        error = float(bits.std() / math.sqrt(count)) if count > 1 else 0.0
+        error = float(bits.std() / math.sqrt(count)) if count > 1 else None
         samples = draws.mean(0)
         nats_error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
         return cls(float(samples.mean()), nats_error, float(bits.mean()), error)
@@ -64,7 +65,7 @@ class Report:
         solver: Solver of the evaluation with its tolerances.
         divergence: ``"exact"``, or the number of probes.
         disagreement: Mean ``|Δ log p|`` between the training solver and this one, nats per dimension, on the same
-            noise; `None` where no other solver was given.
+            noise; `None` where the training solver failed (`notes` says how).
         training_solver: What it was compared with.
         E, n: Kinetic energy and squared Jacobian norm integrals, summed over the blocks, per dimension.
         nfe: Evaluations of the dynamics per sample, all blocks together.
@@ -81,7 +82,7 @@ class Report:
     solver: str
     divergence: str
     disagreement: float | None
-    training_solver: str | None
+    training_solver: str
     E: float
     n: float
     nfe: float
@@ -108,7 +109,7 @@ class Report:
 
         def line(name: str, score: Score) -> str:
             value, error = (score.bits, score.bits_error) if bits else (score.nats, score.nats_error)
-            return f"  {name:<28}{value:10.4f} ± {error:.4f}"
+            return f"  {name:<28}{value:10.4f}" + ("" if error is None else f" ± {error:.4f}")
 
         rows = [f"{unit} on {self.samples} test samples, {self.draws} draw(s) each", line("pyrnode", self.score)]
         if self.bin_centre is not None:
@@ -127,8 +128,9 @@ def describe(solver: SolverConfig) -> str:
     """The solver with what determines its accuracy, in a few words."""
     from pyrnode.solvers import METHODS
 
-    fixed = solver.name in METHODS and not METHODS[solver.name].adaptive
-    return f"{solver.name} step {solver.step_size}" if fixed else f"{solver.name} rtol {solver.rtol:g} atol {solver.atol:g}"
+    if solver.name in METHODS and not METHODS[solver.name].adaptive:
+        return f"{solver.name} step {solver.step_size}"
+    return f"{solver.name} rtol {solver.rtol:g} atol {solver.atol:g}"
 
 
 def evaluate(
@@ -145,8 +147,8 @@ def evaluate(
 
     Args:
         flow: The flow.
-        data: `Splits` (their test set is scored, baselines are fitted on their training set), or test data as
-            `pyrnode.train` takes it: an array or tensor ``(n, *event)``.
+        data: An array or tensor ``(n, *event)``, all of which is scored; or `Splits`, or what `pyrnode.train` takes
+            (a name, a path, a torch data set): the test set is scored, baselines are fitted on the training set.
         config: Settings; default those of the flow.
         training_solver: Solver to compare with; default the flow's training solver.
         baselines: Fit and score the baselines (up to 128 dimensions, and only where there is a training set).
@@ -162,25 +164,30 @@ def evaluate(
     """
     start = time.perf_counter()
     config = config or flow.config.evaluation
-    splits = data if isinstance(data, Splits) else None
-    test: Samples = splits.test if splits is not None else TensorSamples(torch.as_tensor(data))
+    is_array = isinstance(data, (Tensor, np.ndarray))
+    splits = None if is_array else load(data, config=flow.config.data)
+    test: Samples = TensorSamples(torch.as_tensor(data).cpu()) if splits is None else splits.test
     count = min(len(test), config.test_limit or len(test))
     if count == 0:
         raise DataError("no test samples to score")
+    if flow.levels is not None and next(iter(test.batches(torch.arange(1), 1))).is_floating_point():
+        raise DataError(f"this flow models discrete data: expected integers 0 to {flow.levels - 1}, not floats")
     solver = replace(flow.solver, name=config.solver, rtol=config.rtol, atol=config.atol)
     exact = config.divergence == "exact" or (config.divergence == "auto" and flow.dim <= 64)
     draws = config.draws if flow.levels is not None or not exact else 1
     scorer = _Scorer(flow, config, seed)
     with torch.no_grad(), tqdm(total=draws * count, unit="sample", desc="evaluate", disable=not progress) as bar:
         log_prob, totals = scorer.score(test, count, solver, draws, bar)
-        disagreement, compared = _disagreement(scorer, test, count, training_solver or flow.config.solver, log_prob)
+        other = training_solver or flow.config.solver
+        if other.step_size == "auto":
+            other = replace(other, step_size=0.5)
+        disagreement, notes = _disagreement(scorer, test, count, other, log_prob)
         centre = None
         if flow.levels is not None:
             centre = Score.of(scorer.score(test, count, solver, 1, None, centre=True)[0], flow.dim)
         error = scorer.inversion_error(test, count, solver)
     density = splits.density if splits is not None else None
     table = _baseline_scores(flow, splits, count, draws, seed) if baselines and splits is not None else {}
-    notes = []
     if baselines and splits is not None and flow.dim > _BASELINE_DIM:
         notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
     return Report(
@@ -191,7 +198,7 @@ def evaluate(
         solver=describe(solver),
         divergence="exact" if exact else f"{config.probes} probe(s)",
         disagreement=disagreement,
-        training_solver=compared,
+        training_solver=describe(other),
         **totals,
         inversion_error=error,
         samples=count,
@@ -260,14 +267,14 @@ class _Scorer:
 
 def _disagreement(
     scorer: _Scorer, test: Samples, count: int, solver: SolverConfig, accurate: Tensor
-) -> tuple[float | None, str | None]:
+) -> tuple[float | None, list[str]]:
     """Mean difference to the training solver on the first batch, which shares its noise with the accurate score."""
-    if solver.step_size == "auto":
-        solver = replace(solver, step_size=0.5)
     size = min(count, scorer.config.chunk)
-    other, _ = scorer.score(test, size, solver, 1, None)
-    difference = (other[0] - accurate[0, :size]).abs().mean()
-    return float(difference) / scorer.flow.dim, describe(solver)
+    try:
+        other, _ = scorer.score(test, size, solver, 1, None)
+    except SolverError as error:
+        return None, [f"the training solver ({describe(solver)}) fails on test data: {error}"]
+    return float((other[0] - accurate[0, :size]).abs().mean()) / scorer.flow.dim, []
 
 
 def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: int) -> dict[str, Score]:
@@ -306,18 +313,18 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
         samples = flow.sample(flow.config.evaluation.grid, seed=flow.config.seed)
         plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
         return
-    x = splits.test.tensor()
+    x, density = splits.test.tensor(), splits.density
+    truth = density.log_prob if density is not None and density.exact else None
     with torch.no_grad():
         if splits.event_shape == (2,):
-            bounds = splits.density.bounds if splits.density is not None else _bounds(x)
-            truth = splits.density.log_prob if splits.density is not None and splits.density.exact else None
+            bounds = density.bounds if density is not None else _bounds(x)
             samples = flow.sample(2000, seed=flow.config.seed)
             figure = plotting.density_2d(flow.log_prob, bounds, truth=truth, samples=samples, title=splits.name)
             plotting.save(figure, folder.path / "density.png")
         elif splits.event_shape == (1,):
-            bounds = splits.density.bounds if splits.density is not None else (float(x.min()), float(x.max()))
-            truth = splits.density.log_prob if splits.density is not None and splits.density.exact else None
-            plotting.save(plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name), folder.path / "density.png")
+            bounds = density.bounds if density is not None else (float(x.min()), float(x.max()))
+            figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
+            plotting.save(figure, folder.path / "density.png")
         if splits.event_shape in ((1,), (2,)):
             plotting.save(plotting.trajectories(flow, x[:100]), folder.path / "trajectories.png")
 

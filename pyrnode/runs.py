@@ -1,11 +1,12 @@
 """The folder of a run: everything that is needed to repeat it, resume it, and see what it did.
 
-    config.toml         the resolved configuration
-    versions.json       versions, machine and command
-    metrics.jsonl       one JSON object per optimiser step and per validation
-    checkpoint.safetensors   the state to resume from
-    model.safetensors   the best model on validation
-    report.json, report.txt, *.png
+* ``config.toml``: the resolved configuration
+* ``versions.json``: versions, machine and command
+* ``metrics.jsonl``: one JSON object per optimiser step and per validation
+* ``checkpoint.safetensors``: the state to resume from
+* ``model.safetensors``: the best model on validation
+* ``report.json``, ``report.txt``, ``*.png``: the score, and pictures
+* ``tensorboard/``: the metrics once more, if ``training.tensorboard`` is on
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyrnode.checkpoint import write_atomically
-from pyrnode.config import Config
+from pyrnode.config import Config, flatten
 from pyrnode.errors import CheckpointError, ConfigError
 
 Record = dict[str, Any]
+
+_FREE = {"device", "engine"} | {
+    f"training.{key}" for key in ("epochs", "max_steps", "patience", "checkpoint_every", "max_restarts", "tensorboard")
+}
 
 
 def versions() -> dict[str, Any]:
@@ -51,18 +55,11 @@ class RunFolder:
     """A folder that holds one run.
 
     Args:
-        path: The folder; made if it is not there.
-
-    Raises:
-        CheckpointError: It cannot be made, or is a file.
+        path: The folder; `begin` makes it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; choose another out=") from error
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.model = self.path / "model.safetensors"
         self._metrics = self.path / "metrics.jsonl"
@@ -87,9 +84,22 @@ class RunFolder:
             raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
 
     def begin(self, config: Config) -> None:
-        """Writes the configuration and versions of a run."""
-        self.write_text("config.toml", config.to_toml())
+        """Makes the folder and writes the configuration and versions of a new run.
+
+        Raises:
+            CheckpointError: It cannot be made or written to, or is a file.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; use another out=") from error
+        self.write_config(config)
         self.write_text("versions.json", json.dumps(versions(), indent=2) + "\n")
+
+    def write_config(self, config: Config) -> None:
+        """Writes the configuration."""
+        self.write_text("config.toml", config.to_toml())
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file of the folder, atomically."""
@@ -112,6 +122,44 @@ class RunFolder:
         records = [r for r in read_metrics(self.path) if r["step"] <= step]
         self.write_text(self._metrics.name, "".join(json.dumps(r) + "\n" for r in records))
         return records
+
+
+def require_tensorboard() -> Any:
+    """TensorBoard's writer.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(f"training.tensorboard = true needs TensorBoard: pip install tensorboard ({error})") from None
+    return SummaryWriter
+
+
+class Board:
+    """The metrics for TensorBoard, in ``tensorboard/`` of a run's folder.
+
+    Args:
+        folder: The run.
+        step: Step from which the run starts or goes on: what was written after it is hidden.
+    """
+
+    def __init__(self, folder: RunFolder, step: int) -> None:
+        self._writer = require_tensorboard()(str(folder.path / "tensorboard"), purge_step=step + 1)
+
+    def write(self, records: list[Record]) -> None:
+        """Adds records: optimiser steps under ``train/``, validations under ``validation/``."""
+        for record in records:
+            group = "validation" if "validation" in record else "train"
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{group}/{name}", value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._writer.close()
 
 
 def read_metrics(path: str | Path) -> list[Record]:
@@ -139,17 +187,6 @@ def read_metrics(path: str | Path) -> list[Record]:
 
 def differences(stored: Config, asked: Config) -> list[str]:
     """What a resumed run may not change, as ``key: stored → asked``; how long to train and how to score, it may."""
-    free = {"training.epochs", "training.max_steps", "training.checkpoint_every", "device", "engine"}
-
-    def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in table.items():
-            if isinstance(value, dict) and key != "options":
-                flat |= flatten(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-        return flat
-
     old, new = flatten(stored.to_dict()), flatten(asked.to_dict())
-    keys = sorted(key for key in {*old, *new} - free if not key.startswith("evaluation."))
+    keys = sorted(key for key in {*old, *new} - _FREE if not key.startswith("evaluation."))
     return [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]

@@ -1,7 +1,7 @@
 """Activations φ with the first two derivatives that explicit vector-Jacobian products need.
 
-An activation is a value, a slope φ' and a curvature φ''; each is written in terms of what is cheapest to keep.
-Adding one is adding a subclass to this file.
+An activation is a value, a slope φ', and the bend ``φ'' r`` for ``g = φ' r``; each is written in terms of what is
+cheapest to keep. Adding one is adding a subclass to this file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from torch import Tensor
 
 
 class Activation(ABC):
-    """An elementwise function with two derivatives; `a` is the input and `h = φ(a)` the output."""
+    """An elementwise function with two derivatives; `a` is the input and `h = φ(a)` the output.
 
-    keeps_input = True  # whether slope and curvature read `a`; else it is not kept in memory
+    Attributes:
+        keeps_input: Whether the derivatives read `a`; else it is not kept in memory, and anything may stand for it.
+        keeps_r: Whether `bend` reads `r`. Where φ''/φ' is a bounded function of h or φ', g does instead.
+    """
+
+    keeps_input = False
+    keeps_r = False
 
     @abstractmethod
     def value(self, a: Tensor) -> Tensor:
@@ -28,29 +34,30 @@ class Activation(ABC):
         """φ'(a)."""
 
     @abstractmethod
-    def curvature(self, a: Tensor | None, h: Tensor, slope: Tensor) -> Tensor:
-        """φ''(a)."""
+    def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
+        """φ''(a) r, where ``g = φ'(a) r``; `a` and `r` may be anything where they are not kept."""
 
 
 class Softplus(Activation):
-    """log(1 + eᵃ); φ' = σ(a), φ'' = φ'(1 − φ')."""
-
-    keeps_input = False
+    """log(1 + eᵃ); φ' = 1 − e⁻ʰ, φ'' = φ'(1 − φ')."""
 
     def value(self, a: Tensor) -> Tensor:
-        return F.softplus(a)
+        if torch.is_grad_enabled():
+            return F.softplus(a)
+        # Half the library's time on a CPU, which takes log1p where an error of one rounding of 1 does no harm.
+        limit = 80.0 if a.dtype == torch.float32 else 700.0
+        h = torch.exp(a).add_(1).log_().clamp_(max=limit)
+        return torch.maximum(h, a, out=h)
 
     def slope(self, a: Tensor, h: Tensor) -> Tensor:
-        return torch.sigmoid(a)
+        return torch.neg(h).exp_().neg_().add_(1)
 
-    def curvature(self, a: Tensor | None, h: Tensor, slope: Tensor) -> Tensor:
-        return torch.addcmul(slope, slope, slope, value=-1)
+    def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
+        return torch.addcmul(g, g, slope, value=-1)
 
 
 class Tanh(Activation):
     """tanh(a); φ' = 1 − h², φ'' = −2 h φ'."""
-
-    keeps_input = False
 
     def value(self, a: Tensor) -> Tensor:
         return torch.tanh(a)
@@ -58,12 +65,14 @@ class Tanh(Activation):
     def slope(self, a: Tensor, h: Tensor) -> Tensor:
         return torch.addcmul(h.new_ones(()), h, h, value=-1)
 
-    def curvature(self, a: Tensor | None, h: Tensor, slope: Tensor) -> Tensor:
-        return (h * slope).mul_(-2)
+    def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
+        return (g * h).mul_(-2)
 
 
 class SiLU(Activation):
     """a σ(a); φ' = σ(1 + a(1 − σ)), φ'' = σ(1 − σ)(2 + a(1 − 2σ))."""
+
+    keeps_input = keeps_r = True
 
     def value(self, a: Tensor) -> Tensor:
         return F.silu(a)
@@ -72,14 +81,15 @@ class SiLU(Activation):
         sigma = torch.sigmoid(a)
         return sigma * (1 + a * (1 - sigma))
 
-    def curvature(self, a: Tensor | None, h: Tensor, slope: Tensor) -> Tensor:
-        assert a is not None
+    def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
         sigma = torch.sigmoid(a)
-        return sigma * (1 - sigma) * (2 + a * (1 - 2 * sigma))
+        return r * (sigma * (1 - sigma) * (2 + a * (1 - 2 * sigma)))
 
 
 class GELU(Activation):
     """a Φ(a) with the exact normal distribution function; φ' = Φ + a N(a), φ'' = N(a)(2 − a²)."""
+
+    keeps_input = keeps_r = True
 
     @staticmethod
     def _density(a: Tensor) -> Tensor:
@@ -91,15 +101,12 @@ class GELU(Activation):
     def slope(self, a: Tensor, h: Tensor) -> Tensor:
         return torch.special.ndtr(a) + a * self._density(a)
 
-    def curvature(self, a: Tensor | None, h: Tensor, slope: Tensor) -> Tensor:
-        assert a is not None
-        return self._density(a) * (2 - a * a)
+    def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
+        return r * (self._density(a) * (2 - a * a))
 
 
 class ELU(Activation):
     """a for a > 0, else eᵃ − 1; φ' = 1 or h + 1, φ'' = 0 or h + 1."""
-
-    keeps_input = False
 
     def value(self, a: Tensor) -> Tensor:
         return F.elu(a)
@@ -107,8 +114,8 @@ class ELU(Activation):
     def slope(self, a: Tensor, h: Tensor) -> Tensor:
         return torch.clamp(h, max=0) + 1
 
-    def curvature(self, a: Tensor | None, h: Tensor, slope: Tensor) -> Tensor:
-        return slope * (h < 0)
+    def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
+        return g * (h < 0)
 
 
 ACTIVATIONS: dict[str, Activation] = {

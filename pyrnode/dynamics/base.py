@@ -27,12 +27,15 @@ class Evaluation(NamedTuple):
 
 
 class SplitPullback(Protocol):
-    """A pullback in three parts, over one tape that holds the evaluations of many stages side by side.
+    """Products and pullback in parts, over one tape that holds the evaluations of many stages side by side.
 
-    The cotangent w̄ of every stage is known as soon as the forward solve is done; only f̄ has to wait for the stages
+    The stages' states have to be found one after the other, their products do not. The cotangent w̄ of every stage is known as soon as the forward solve is done; only f̄ has to wait for the stages
     after it. So the products of all stages are pulled back at once, the states stage by stage, and the parameters
     at once again.
     """
+
+    def join(self, evaluations: list[Evaluation], t: Tensor, eps: Tensor | None) -> Evaluation:
+        """One evaluation of all stages, from taped evaluations of f alone; `t` and `eps` are for the joint batch."""
 
     def pull_product(self, evaluation: Evaluation, w_bar: Tensor, alpha: float | None) -> None:
         """First: the transpose of the product, for all stages."""

@@ -26,17 +26,17 @@ from pyrnode.dynamics.layers import Layer, Time, TimeEntry
 
 @dataclass
 class _Tape:
-    """What one evaluation leaves for its pullback; lists are indexed by layer."""
+    """What one evaluation leaves for its pullback, a list entry for each layer (g and r: from the last to the first)."""
 
     t: Time
     scale: list[Tensor | None] = field(default_factory=list)
     h: list[Tensor] = field(default_factory=list)  # input of the layer
-    a: list[Tensor | None] = field(default_factory=list)  # input of the activation, if it reads it
+    a: list[Tensor] = field(default_factory=list)  # input of the activation, if it reads it (else its output)
     y: list[Tensor | None] = field(default_factory=list)  # W h, where there is a scale to differentiate
     slope: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)  # scaled: s ⊙ g, what Wᵀ was applied to
     g_unscaled: list[Tensor] = field(default_factory=list)
-    r: list[Tensor] = field(default_factory=list)
+    r: list[Tensor] = field(default_factory=list)  # if the activation reads it (else g)
     a_bar: list[Tensor] = field(default_factory=list)  # cotangents of the hidden a_i, complete after the pullback
     s_bar: list[Tensor] = field(default_factory=list)  # the product's share in the scales' cotangents, elementwise
 
@@ -61,7 +61,7 @@ class LayeredKernel(Kernel):
     def tape_bytes(self, z: Tensor, probes: int) -> int:
         pixels = z[0, 0].numel() if self.images else 1
         hidden = sum(layer.linear.weight.shape[0] for layer in self.layers[:-1])
-        kept = 2 + self.phi.keeps_input + 2 * probes  # h, slope, perhaps a; g and r for each probe
+        kept = 3 + self.phi.keeps_input + probes * (1 + self.phi.keeps_r)  # h, slope, ā, perhaps a; g, perhaps r
         return z.element_size() * len(z) * pixels * hidden * kept
 
     def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
@@ -78,11 +78,28 @@ class LayeredKernel(Kernel):
             record.y.append(y)
             if i < last:
                 h = self.phi.value(a)
-                if eps is not None or tape:
-                    record.slope.append(self.phi.slope(a, h))
-                record.a.append(a if self.phi.keeps_input else None)
+                record.a.append(a if self.phi.keeps_input else h)
         w = None if eps is None else self._product(record, eps)
         return Evaluation(a, w, None, record if tape else None)
+
+    def join(self, evaluations: list[Evaluation], t: Tensor, eps: Tensor | None) -> Evaluation:
+        records: list[_Tape] = [evaluation.tape for evaluation in evaluations]
+        batch = len(records[0].h[0])
+        joint = _Tape(t)
+        for i in range(len(self.layers)):
+            joint.h.append(torch.cat([record.h[i] for record in records]))
+            scales = [record.scale[i] for record in records]
+            ys = [record.y[i] for record in records]
+            joint.scale.append(None if scales[0] is None else torch.stack(scales).repeat_interleave(batch, 0))
+            joint.y.append(None if ys[0] is None else torch.cat(ys))
+        for i in range(len(self.layers) - 1):
+            joint.a.append(torch.cat([r.a[i] for r in records]) if self.phi.keeps_input else joint.h[i + 1])
+        w = None if eps is None else self._product(joint, eps)
+        return Evaluation(torch.cat([evaluation.f for evaluation in evaluations]), w, None, joint)
+
+    def _slopes(self, record: _Tape) -> None:
+        if not record.slope:
+            record.slope = [self.phi.slope(a, h) for a, h in zip(record.a, record.h[1:], strict=True)]
 
     def _entries(self, t: Time) -> list[tuple[Tensor | None, Tensor]]:
         """Scale and shift of every layer at time `t`; a fixed grid asks for the same times again and again."""
@@ -95,6 +112,7 @@ class LayeredKernel(Kernel):
     def _product(self, record: _Tape, eps: Tensor) -> Tensor:
         """``w = εᵀ ∂f/∂z``; leaves g and r, last layer first, on the record."""
         k, batch = eps.shape[:2]
+        self._slopes(record)
         g = eps
         for i in reversed(range(len(self.layers))):
             record.g_unscaled.append(g)
@@ -102,9 +120,9 @@ class LayeredKernel(Kernel):
             g = (g if scale is None else g * scale).flatten(0, 1)
             r = self.layers[i].linear.transpose(g).unflatten(0, (k, batch))
             record.g.append(g)
-            record.r.append(r)
             if i:
                 g = r * record.slope[i - 1]
+                record.r.append(r if self.phi.keeps_r else g)
         return r
 
     def pullback(
@@ -126,24 +144,24 @@ class LayeredKernel(Kernel):
         last = len(self.layers) - 1
         p = w_bar
         for i, layer in enumerate(self.layers):
-            p = p.flatten(0, 1)
+            p, g_scaled, g = p.flatten(0, 1), record.g.pop(), record.g_unscaled.pop()
             if alpha is not None:
-                layer.linear.accumulate(p, record.g[last - i], alpha)
+                layer.linear.accumulate(p, g_scaled, alpha)
             scale = record.scale[i]
             if i == last and scale is None:
                 break  # ε is held constant: nothing is asked of the last product but its weight
             g_bar = layer.linear(p).unflatten(0, (k, batch))
             if scale is not None:
-                record.s_bar.append((g_bar * record.g_unscaled[last - i]).sum(0))
+                record.s_bar.append((g_bar * g).sum(0))
                 g_bar = g_bar * scale
             if i < last:
-                r = record.r[last - i - 1]
-                bend = g_bar[0] * r[0] if k == 1 else (g_bar * r).sum(0)
-                record.a_bar.append(bend.mul_(self.phi.curvature(record.a[i], record.h[i + 1], record.slope[i])))
+                bend = self.phi.bend(record.a[i], record.h[i + 1], record.slope[i], g, record.r.pop()).mul_(g_bar)
+                record.a_bar.append(bend[0] if k == 1 else bend.sum(0))
                 p = g_bar.mul_(record.slope[i])
 
     def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
         record: _Tape = evaluation.tape
+        self._slopes(record)
         if not record.a_bar:
             record.a_bar = [torch.zeros_like(slope) for slope in record.slope]
         a_bar = f_bar

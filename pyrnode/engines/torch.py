@@ -6,14 +6,14 @@ cotangents z̄ of the new state and q̄ = (l̄, Ē, n̄) of the integrals,
     f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f          w̄ = h b_i (l̄ ε + 2 n̄ w),   w = εᵀ ∂f/∂z
 
 and the kernel's pullback gives z̄_i and adds to θ̄. With ``memory="checkpoint"`` only the stages' states are kept, and
-one evaluation's intermediates live at a time. With ``"store"`` all are kept, and all stages are batched wherever their
-order does not matter: only f, forward, and the transposed Jacobian, backward, have to go stage by stage.
+one evaluation's intermediates live at a time. With ``"store"`` all are kept, and a step's stages are one batch wherever
+their order does not matter: only f, forward, and the transposed Jacobian, backward, have to go stage by stage.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,11 @@ from pyrnode.engines.runge_kutta import (
 )
 from pyrnode.errors import ConfigError
 
-_STORE_LIMIT = 64 * 2**20
+_STORE_LIMIT = 32 * 2**20
 """Up to how many bytes of intermediates of one block ``memory="auto"`` stores."""
+
+_PIECE = 10 * 2**20
+"""Bytes of intermediates beyond which an evaluation goes through in pieces of the batch: they stay in the caches."""
 
 
 class TorchEngine(Engine):
@@ -82,6 +85,14 @@ class TorchEngine(Engine):
         return Solution(z, l, E, n, D, solve.stats)
 
 
+class _Joint(NamedTuple):
+    """The stages of one step as one batch: evaluation, probes, and weights in the integrals."""
+
+    evaluation: Evaluation
+    eps: Tensor | None
+    weights: Tensor
+
+
 @dataclass
 class _Solve:
     """One solve of one block; remembers what its backward pass needs."""
@@ -96,24 +107,23 @@ class _Solve:
     steps: list[Step] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the parameters, at the time of the solve
     end: Tensor | None = None
-    stages: Evaluation | None = None  # of all stages of the solve, one after the other, where they are stored
-    stage_eps: Tensor | None = None
-    weights: Tensor | None = None  # of the stages in the integrals
+    evaluations: list[Evaluation] = field(default_factory=list)  # of the present step's stages, until they are joined
+    joints: list[_Joint] = field(default_factory=list)  # of every step, where intermediates are stored
 
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
         self.versions = self._versions()
         backprop = record and self.solver.sensealg == "Backprop"
         store = backprop and self._fits(z0)
-        columns = 0 if self.probes is None or store else 4
-        on_step = self.steps.append if backprop else None
+        system, on_step = (self._state, self._join) if store else (self._augmented, self.steps.append)
+        q0 = z0.new_zeros(len(z0), 0 if self.probes is None else 4)
         with torch.no_grad():
-            system = self._state if store else self._augmented
-            z, q, stats = self._integrate(system, z0, z0.new_zeros(len(z0), columns), self.t_span, on_step)
+            z, q, stats = self._integrate(system, z0, q0[:, :0] if store else q0, self.t_span, on_step if backprop else None)
             if store:
-                q = self._evaluate_stages()
+                q = torch.stack([q0, *(self._step_integrals(joint) for joint in self.joints)]).sum(0)
         vars(self.stats).update(vars(stats))
-        self.end = z if record else None
+        if record and not backprop:
+            self.end = z.detach()  # not z itself: it will own the node that owns this solve
         return z, q
 
     def _fits(self, z0: Tensor) -> bool:
@@ -127,18 +137,22 @@ class _Solve:
         stages = len(grid(self.t_span, float(self.solver.step_size))) * len(method.tableau.b)
         return stages * self.kernel.tape_bytes(z0, probes) <= _STORE_LIMIT
 
-    def _evaluate_stages(self) -> Tensor:
-        """Evaluates all stages of the solve as one batch, with the tape of all; returns the integrals."""
-        tableau = solvers.method(self.solver.name).tableau
-        z = torch.cat([stage for step in self.steps for stage in step.stages])
-        times = [step.t + c * step.h for step in self.steps for c in tableau.c]
-        self.weights = z.new_tensor([b * step.h for step in self.steps for b in tableau.b])
-        batch, count = len(z) // len(times), len(times)
-        t = z.new_tensor(times).repeat_interleave(batch)
-        self.stage_eps = None if self.probes is None else self.probes.eps.repeat(1, count, *[1] * (z.ndim - 1))
-        self.stages = self.kernel.evaluate(t, z, self.stage_eps, tape=True)
-        rates = self._integrands(self.stages, self.stage_eps)
-        return torch.tensordot(self.weights, rates.unflatten(0, (count, batch)), 1)
+    def _join(self, step: Step) -> None:
+        """Joins the evaluations of a step's stages to one batch, and adds their products."""
+        split, tableau = self.kernel.split(), solvers.method(self.solver.name).tableau
+        assert split is not None
+        z = step.stages[0]
+        times = z.new_tensor([step.t + c * step.h for c in tableau.c]).repeat_interleave(len(z))
+        eps = None if self.probes is None else self.probes.eps.repeat(1, len(tableau.c), *[1] * (z.ndim - 1))
+        weights = z.new_tensor([b * step.h for b in tableau.b])
+        self.joints.append(_Joint(split.join(self.evaluations, times, eps), eps, weights))
+        self.steps.append(step)
+        self.evaluations.clear()
+
+    def _step_integrals(self, joint: _Joint) -> Tensor:
+        """A step's share in the integrals."""
+        rates = self._integrands(joint.evaluation, joint.eps)
+        return torch.tensordot(joint.weights, rates.unflatten(0, (len(joint.weights), -1)), 1)
 
     def _integrate(
         self, system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], on_step: OnStep | None
@@ -163,12 +177,26 @@ class _Solve:
     def _augmented(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
         """The right-hand side of the augmented system."""
         eps = self._eps(rows) if weight else None
-        ev = self.kernel.evaluate(t, z, eps)
-        return Rate(ev.f, self._integrands(ev, eps))
+        parts = []
+        for piece in self._pieces(z):
+            part_eps = None if eps is None else eps[:, piece]
+            ev = self.kernel.evaluate(_rows(t, piece), z[piece], part_eps)
+            parts.append((ev.f, self._integrands(ev, part_eps)))
+        if len(parts) == 1:
+            return Rate(*parts[0])
+        return Rate(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+    def _pieces(self, z: Tensor) -> list[slice]:
+        """Slices of the batch whose intermediates have at most `_PIECE` bytes."""
+        each = self.kernel.tape_bytes(z[:1], 0 if self.probes is None else len(self.probes.eps))
+        size = max(1, min(len(z), _PIECE // each)) if each else len(z)
+        return [slice(start, start + size) for start in range(0, len(z), size)] or [slice(0, 0)]
 
     def _state(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
-        """The right-hand side of the state alone."""
-        return Rate(self.kernel.evaluate(t, z, None).f, z.new_empty(len(z), 0))
+        """The right-hand side of the state alone, each evaluation of which is kept."""
+        evaluation = self.kernel.evaluate(t, z, None, tape=True)
+        self.evaluations.append(evaluation)
+        return Rate(evaluation.f, z.new_empty(len(z), 0))
 
     def _integrands(self, ev: Evaluation, eps: Tensor | None) -> Tensor:
         """(l', E', n', D') for each sample."""
@@ -208,8 +236,9 @@ class _Solve:
         if self._versions() != self.versions:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
         z_bar = self.kernel.layout(z_bar)
-        if self.stages is not None:
-            z_bar = self._stages_back(self.stages, z_bar, q_bar)
+        if self.joints:
+            for step in reversed(self.steps):
+                z_bar = self._joint_back(step, self.joints.pop(), z_bar, q_bar)
         elif self.solver.sensealg == "Backprop":
             for step in reversed(self.steps):
                 z_bar = self._step_back(step, z_bar, q_bar)
@@ -247,40 +276,37 @@ class _Solve:
             f_bar = self._stage_bar(tableau, i, h_z, bar, stage_bars)
             if f_bar is None:
                 continue
-            stage_eps = eps if tableau.b[i] else None
-            ev = self.kernel.evaluate(_cast(step.t + tableau.c[i] * step.h, bar), step.stages[i], stage_eps, tape=True)
             self.stats.nfe_backward += 1 if rows is None else len(rows) / len(z_bar)
-            bars = self._cotangents(ev, f_bar, q_rows * (h_q * tableau.b[i]), stage_eps)
-            stage_bars[i] = self.kernel.pullback(ev, *bars, 1.0)
+            t, share = _cast(step.t + tableau.c[i] * step.h, bar), q_rows * (h_q * tableau.b[i])
+            parts = []
+            for piece in self._pieces(bar):
+                stage_eps = eps[:, piece] if eps is not None and tableau.b[i] else None
+                ev = self.kernel.evaluate(_rows(t, piece), step.stages[i][piece], stage_eps, tape=True)
+                bars = self._cotangents(ev, f_bar[piece], share[piece], stage_eps)
+                parts.append(self.kernel.pullback(ev, *bars, 1.0))
+            stage_bars[i] = torch.cat(parts) if len(parts) > 1 else parts[0]
             total = total + stage_bars[i]
         return total if rows is None else z_bar.index_copy(0, rows, total)
 
-    def _stages_back(self, stages: Evaluation, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """Pulls the cotangents back through all steps at once, but for the chain of the states."""
-        split = self.kernel.split()
-        assert split is not None and self.weights is not None
-        tableau, count, batch = solvers.method(self.solver.name).tableau, len(self.weights), len(z_bar)
-        zero = torch.zeros_like(stages.f)
-        q_bars = torch.mul(self.weights[:, None, None], q_bar).flatten(0, 1) if q_bar.shape[1] else q_bar
-        f_bars, w_bars, _ = self._cotangents(stages, zero, q_bars, self.stage_eps)
+    def _joint_back(self, step: Step, joint: _Joint, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """Pulls the cotangents back through one step, its stages at once but for the chain of the states."""
+        split, stages = self.kernel.split(), joint.evaluation
+        assert split is not None
+        tableau, batch = solvers.method(self.solver.name).tableau, len(z_bar)
+        q_bars = (joint.weights[:, None, None] * q_bar).flatten(0, 1)
+        f_bars, w_bars, _ = self._cotangents(stages, torch.zeros_like(stages.f), q_bars, joint.eps)
         if w_bars is not None:
             split.pull_product(stages, w_bars, 1.0)
-        row = count * batch
-        for step in reversed(self.steps):
-            stage_bars: list[Tensor | None] = [None] * len(tableau.b)
-            total = z_bar
-            for i in reversed(range(len(tableau.b))):
-                row -= batch
-                bar = self._stage_bar(tableau, i, step.h, z_bar, stage_bars)
-                if bar is None:
-                    continue
-                rows = slice(row, row + batch)
+        stage_bars: list[Tensor | None] = [None] * len(tableau.b)
+        total = z_bar
+        for i in reversed(range(len(tableau.b))):
+            bar = self._stage_bar(tableau, i, step.h, z_bar, stage_bars)
+            if bar is not None:
+                rows = slice(i * batch, (i + 1) * batch)
                 stage_bars[i] = split.pull_state(stages, f_bars[rows].add_(bar), rows)
                 total = total + stage_bars[i]
-            z_bar = total
         split.pull_parameters(stages, f_bars, 1.0)
-        self.stages = self.stage_eps = None
-        return z_bar
+        return total
 
     def _backsolve(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         """Solves ``z' = f``, ``a' = −(∂f/∂z)ᵀ a − …`` from the end time back, both as one state ``(batch, 2, *event)``.
@@ -318,6 +344,10 @@ class _Solve:
 
 def _cast(t: Time, like: Tensor) -> Time:
     return t.to(like.dtype) if isinstance(t, Tensor) else t
+
+
+def _rows(t: Time, piece: slice) -> Time:
+    return t[piece] if isinstance(t, Tensor) else t
 
 
 class _Differentiable(torch.autograd.Function):

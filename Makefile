@@ -1,0 +1,81 @@
+# Needs make and Python 3.11 or newer. Everything is installed into .venv, in the versions of constraints.txt.
+
+PYTHON ?= python3.11 python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: venv demo test lint types wheel-smoke bench format clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := venv
+
+venv: .venv/installed-base
+
+# Stamps: a second run installs nothing unless pyproject.toml or constraints.txt has changed.
+.venv/created:
+	@for python in $(PYTHON); do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "Creating .venv with $$($$python --version)"; \
+	        $$python -m venv --clear .venv && touch $@ && exit 0; \
+	        echo "'$$python -m venv' failed; on Debian, install python3-venv" >&2; exit 1; \
+	    fi; \
+	done; \
+	echo "pyrnode needs Python 3.11 or newer, and none of '$(PYTHON)' is." >&2; \
+	echo "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1
+
+.venv/installed-base: .venv/created pyproject.toml constraints.txt
+	@echo "Installing pyrnode into .venv; PyTorch is large, so the first time takes minutes"
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/installed-test: .venv/created pyproject.toml constraints.txt
+	@echo "Installing pyrnode and its tests' needs into .venv; PyTorch is large, so the first time takes minutes"
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@ .venv/installed-base
+
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt
+	@echo "Installing the developers' tools into .venv"
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ .venv/installed-test .venv/installed-base
+
+demo: .venv/installed-base
+	$(BIN)/python -m pyrnode demo --out runs/demo
+
+# ARGS are passed on: make test ARGS="tests/test_packaging.py -x"
+test: .venv/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+bench: .venv/installed-test
+	$(BIN)/python -m benchmarks.speed
+
+# The wheel as a user gets it: built, installed in a fresh environment outside the checkout, and trained with there.
+wheel-smoke: .venv/installed-dev
+	@set -eu; work="$$(mktemp -d)"; trap 'rm -rf "$$work"' EXIT; \
+	$(BIN)/python -m build --wheel --outdir "$$work/dist" . >"$$work/build.log" 2>&1 \
+	    || { cat "$$work/build.log" >&2; exit 1; }; \
+	echo "Built $$(basename "$$work"/dist/*.whl); installing it into $$work/venv"; \
+	$(BIN)/python -m venv "$$work/venv"; \
+	"$$work/venv/bin/python" -m pip install --quiet --constraint constraints.txt "$$work"/dist/*.whl; \
+	cd "$$work"; unset PYTHONPATH; \
+	venv/bin/python -c "import pathlib, sys, pyrnode; \
+	    here = pathlib.Path(pyrnode.__file__).resolve(); \
+	    assert here.is_relative_to(pathlib.Path(sys.prefix).resolve()), here; \
+	    print('pyrnode', pyrnode.__version__, 'from', here)"; \
+	venv/bin/python -m pyrnode train 8gaussians --preset toy --set max_steps=20 --out run; \
+	test -s run/config.toml && test -s run/report.json; \
+	venv/bin/pyrnode --help >/dev/null; \
+	echo "The wheel installs, trains and writes its run directory"
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	find pyrnode tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,211 @@
+"""Times a training step of pyrnode beside the standard construction, in one run on one machine.
+
+    python -m benchmarks.speed                 all cases, a table
+    python -m benchmarks.speed --json out.json --cases mlp-512 mnist-8
+
+Both sides have the same network, batch, time grid (RK4, step 0.25, one block after the other), one Gaussian probe and
+both penalties, and compute the loss and the gradient of every parameter. Steps alternate between the two sides in one
+process, and the ratio is the median over the pairs; peak memory is the growth of the resident set over five steps, each
+side in a fresh process of its own. README.md says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.reference import ReferenceImageFlow, ReferenceMLPFlow
+from pyrnode.config import Config
+from pyrnode.flow import Flow
+from pyrnode.objective import objective
+from pyrnode.runs import versions
+
+CASES = {"mlp-512": 512, "mnist-8": 8, "mnist-32": 32}
+PAIRS = {"mlp-512": 60, "mnist-8": 7, "mnist-32": 3}
+SIDES = ("pyrnode", "adjoint", "backprop")
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case: pyrnode against one way of differentiating the standard construction."""
+
+    case: str
+    reference: str
+    pyrnode_ms: float
+    reference_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pyrnode_mib: float
+    reference_mib: float
+    attained: float | None
+
+
+def _data(case: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2,) if case.startswith("mlp") else (1, 28, 28)
+    return torch.randn(CASES[case], *shape, generator=generator)
+
+
+def _perturb(module: torch.nn.Module) -> None:
+    """Moves the zero-initialised layers away from zero, as a few steps of training do."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not bool(parameter.any()):
+                parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
+def pyrnode_step(case: str) -> Step:
+    """A training step of pyrnode."""
+    settings = {"blocks": 1 if case.startswith("mlp") else 2}
+    config = Config().override({**settings, "standardize": False})
+    x = _data(case)
+    flow = Flow.build(config, tuple(x.shape[1:]))
+    _perturb(flow)
+    log_det = torch.zeros(len(x))
+    draw = flow.draw("hutchinson", generator=torch.Generator().manual_seed(2))
+
+    def step() -> None:
+        flow.zero_grad()
+        objective(flow.solve(x, draw, config.solver), log_det, config.penalties).loss.backward()
+
+    return step
+
+
+def reference_step(case: str, gradients: str) -> Step:
+    """A training step of the standard construction; `gradients` is ``"adjoint"`` or ``"backprop"``."""
+    options: dict[str, Any] = {"gradients": gradients, "step_size": 0.25}
+    x = _data(case)
+    flow = ReferenceMLPFlow(2, **options) if case.startswith("mlp") else ReferenceImageFlow(**options)
+    _perturb(flow)
+    generator = torch.Generator().manual_seed(2)
+
+    def step() -> None:
+        flow.zero_grad()
+        flow.loss(x, generator).backward()
+
+    return step
+
+
+def _make(case: str, side: str) -> Step:
+    return pyrnode_step(case) if side == "pyrnode" else reference_step(case, side)
+
+
+def _milliseconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def memory(case: str, side: str) -> float:
+    """Growth of the resident set over five steps, MiB; to be called once in a fresh process."""
+    step = _make(case, side)
+    torch.nn.functional.conv2d(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3))  # the libraries' own start-up
+    before = _peak()
+    for _ in range(5):
+        step()
+    return _peak() - before
+
+
+def _peak() -> float:
+    """Largest resident set of this process so far, MiB (``ru_maxrss`` would be inherited from the parent)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
+
+
+def throughput(batch: int) -> float:
+    """Multiply-adds per second ×2 of a 64-channel 3×3 convolution on 28×28 images, channels last (FLOP/s)."""
+    x = torch.randn(batch, 64, 28, 28).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    seconds = [_milliseconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1)) / 1e3 for _ in range(60)]
+    return 2 * x.numel() * 64 * 9 / statistics.median(seconds[10:])
+
+
+def arithmetic(case: str) -> float:
+    """Operations that a step cannot do without: six products with each weight in each of 16 evaluations (FLOP)."""
+    config = Config().override({"blocks": 2})
+    flow = Flow.build(config, (1, 28, 28))
+    per_sample = 0
+    for block in flow.blocks:
+        _, height, width = block.dynamics.event_shape
+        weights = sum(layer.weight.numel() for layer in block.dynamics.layers)  # type: ignore[union-attr, misc]
+        per_sample += weights * height * width
+    return 2.0 * per_sample * 6 * 16 * CASES[case]
+
+
+def measure(case: str, pairs: int) -> list[Result]:
+    """Times all sides of a case, one step of each in turn."""
+    steps = {side: _make(case, side) for side in SIDES}
+    for step in steps.values():
+        step()
+    table: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(pairs):
+        for side, step in steps.items():
+            table[side].append(_milliseconds(step))
+    attained = None
+    if case.startswith("mnist"):
+        attained = arithmetic(case) / (statistics.median(table["pyrnode"]) / 1e3) / throughput(CASES[case])
+    peak = {side: _in_fresh_process(case, side) for side in SIDES}
+    results = []
+    for side in SIDES[1:]:
+        ratios = sorted(b / a for a, b in zip(table["pyrnode"], table[side], strict=True))
+        ours, theirs = statistics.median(table["pyrnode"]), statistics.median(table[side])
+        span = (ratios[0], ratios[-1])
+        results.append(
+            Result(case, side, ours, theirs, statistics.median(ratios), *span, peak["pyrnode"], peak[side], attained)
+        )
+    return results
+
+
+def _in_fresh_process(case: str, side: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.speed", "--memory", case, side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--pairs", type=int, help="steps of each side (default: by case)")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--memory", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        print(memory(*args.memory))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; pyrnode against torchdiffeq + nested autograd")
+    print(f"{'case':<10}{'against':<10}{'pyrnode':>10}{'theirs':>10}{'ratio (min-max)':>20}{'peak memory, MiB':>22}{'attained':>10}")
+    results = []
+    for case in args.cases:
+        for r in measure(case, args.pairs or PAIRS[case]):
+            results.append(r)
+            attained = "" if r.attained is None else f"{r.attained:.0%}"
+            ratio = f"{r.ratio:.2f} ({r.ratio_low:.2f}-{r.ratio_high:.2f})"
+            mib = f"{r.pyrnode_mib:.0f} vs {r.reference_mib:.0f}"
+            times = f"{r.pyrnode_ms:>8.1f}ms{r.reference_ms:>8.1f}ms"
+            print(f"{r.case:<10}{r.reference:<10}{times}{ratio:>20}{mib:>22}{attained:>10}", flush=True)
+    if args.json:
+        document = {"versions": versions(), "results": [asdict(r) for r in results]}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    assert all(math.isfinite(r.ratio) for r in results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Data: `load` turns a name, a file, a folder, an array or a data set into train, validation and test samples.
+
+Example:
+    >>> splits = load("8gaussians")
+    >>> splits.event_shape, len(splits.train), len(splits.validation), len(splits.test)
+    ((2,), 16000, 2000, 2000)
+"""
+
+from pyrnode.data import synthetic
+from pyrnode.data.loading import load, sources
+from pyrnode.data.samples import DatasetSamples, Samples, Splits, TensorSamples
+
+__all__ = ["DatasetSamples", "Samples", "Splits", "TensorSamples", "load", "sources", "synthetic"]

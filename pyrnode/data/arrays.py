@@ -1,0 +1,226 @@
+"""Arrays, tensors and single items: what is accepted, and what is said about the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrnode.errors import DataError
+
+_UINT8_LEVELS = 256
+
+
+def array_tensor(array: Any, what: str) -> Tensor:
+    """A numpy array or torch tensor as a CPU tensor of type uint8, int64, float32 or float64.
+
+    Args:
+        array: The array or tensor.
+        what: What it is called in messages.
+
+    Raises:
+        DataError: The type is none of numbers, or one that could only be kept with a silent change.
+    """
+    if isinstance(array, Tensor):
+        if array.device.type != "cpu":
+            raise DataError(f"{what} is on {array.device}; pass it as .cpu(): batches move to the device in training")
+        if array.is_sparse or array.is_quantized:
+            raise DataError(f"{what} is a sparse or quantized tensor; pass it as .to_dense() or .dequantize()")
+        tensor: Tensor = array.detach()
+        if tensor.dtype in (torch.uint8, torch.int64, torch.float32, torch.float64):
+            return tensor
+        if tensor.dtype in (torch.int8, torch.int16, torch.int32):
+            return tensor.to(torch.int64)
+        raise DataError(_bad_type(what, _short(array.dtype)))
+    values = np.asarray(array)
+    if values.dtype == np.uint8 or values.dtype.newbyteorder("=") in (np.float32, np.float64):
+        target = values.dtype.newbyteorder("=")
+    elif values.dtype.kind in "iu":
+        target = np.dtype(np.int64)
+    else:
+        raise DataError(_bad_type(what, str(values.dtype)))
+    values = np.asarray(values, dtype=target, order="C")
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bad_type(what: str, dtype: str) -> str:
+    remedy = {
+        "object": "all entries must be numbers, in rows of equal length",
+        "bool": "convert it to uint8 and set levels = 2",
+        "float16": "convert it to float32",
+        "bfloat16": "convert it to float32",
+    }.get(dtype, "expected float32, float64, or integers")
+    return f"{what} has type {dtype}: {remedy}"
+
+
+def check_array(
+    values: Tensor, what: str, levels: int | None, features: tuple[str, ...] | None = None
+) -> tuple[Tensor, int | None]:
+    """Checks a whole set of samples.
+
+    Args:
+        values: Samples: ``(n, d)`` vectors, ``(n, H, W)`` or ``(n, C, H, W)`` images.
+        what: What it is called in messages.
+        levels: Grey levels as configured, or `None`.
+        features: Names of the columns, for messages.
+
+    Returns:
+        The samples, ``(n, d)`` or ``(n, C, H, W)``, and the number of levels (`None` if continuous). Discrete samples
+        are uint8, or int32 from 257 levels on; the type of continuous samples is theirs.
+
+    Raises:
+        DataError: Shape, type or values are of no use; the message says where and what to do.
+    """
+    if values.ndim == 1:
+        raise DataError(f"{what} has shape {tuple(values.shape)}: for one feature, reshape it to (n, 1)")
+    if values.ndim not in (2, 3, 4):
+        raise DataError(f"{what} has shape {tuple(values.shape)}: expected (n, d), (n, H, W) or (n, C, H, W)")
+    if values.numel() == 0:
+        raise DataError(f"{what} is empty: shape {tuple(values.shape)}")
+    if values.ndim == 3:
+        values = values.unsqueeze(1)
+    if values.ndim == 4:
+        check_channels(tuple(values.shape[1:]), what)
+    if values.is_floating_point():
+        _check_continuous(values, what, levels, features)
+        return values, None
+    levels = _levels_of(values, what, levels)
+    check_levels(values, what, levels)
+    return values.to(torch.uint8 if levels <= _UINT8_LEVELS else torch.int32), levels
+
+
+def _levels_of(values: Tensor, what: str, levels: int | None) -> int:
+    if levels is not None:
+        return levels
+    if values.dtype == torch.uint8 and values.ndim == 4:
+        return _UINT8_LEVELS
+    raise DataError(
+        f"{what} holds integers ({_short(values.dtype)}): set levels = L if they are discrete values 0 .. L-1, or "
+        "convert them to float32 or float64 if they are measurements"
+    )
+
+
+def check_levels(values: Tensor, what: str, levels: int) -> None:
+    """Raises `DataError` unless all values are in ``0 .. levels-1``."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= levels:
+        raise DataError(f"{what} has values {low} .. {high}, but levels = {levels} allows 0 .. {levels - 1}")
+
+
+def check_channels(shape: tuple[int, ...], what: str) -> None:
+    """Raises `DataError` if an image's shape is ``(H, W, C)`` by the look of it, not ``(C, H, W)``."""
+    if shape[-1] in (1, 3, 4) and shape[0] > 4:
+        raise DataError(f"{what} has images of shape {shape}, channels last: move them first, to (C, H, W)")
+
+
+def _check_continuous(values: Tensor, what: str, levels: int | None, features: tuple[str, ...] | None) -> None:
+    if levels is not None:
+        raise DataError(
+            f"{what} holds floating-point values, but levels = {levels} is for integers 0 .. {levels - 1}: leave "
+            "levels unset, or convert the values to integers"
+        )
+    bad = ~torch.isfinite(values)
+    if count := int(bad.sum()):
+        first = bad.nonzero()[0].tolist()
+        place = f"row {first[0]}, column {column(first[1], features)}" if values.ndim == 2 else f"image {first[0]}"
+        raise DataError(f"{what} has {count} NaN or infinite values, the first in {place}: remove or fill them")
+    if values.ndim == 2:
+        check_varies(values, what, features)
+    else:
+        check_not_scaled_pixels(values[:100], what)
+
+
+def check_varies(values: Tensor, what: str, features: tuple[str, ...] | None) -> None:
+    """Raises `DataError` if a column of a table ``(n, d)`` is constant: it has no density."""
+    constant = (values == values[0]).all(dim=0).nonzero().flatten().tolist()
+    if constant:
+        i = constant[0]
+        more = f" (and {len(constant) - 1} more columns)" if len(constant) > 1 else ""
+        raise DataError(
+            f"{what}: column {column(i, features)} is constant ({values[0, i].item():g}) in all {len(values)} "
+            f"samples{more}: it has no density; remove it"
+        )
+
+
+def check_not_scaled_pixels(values: Tensor, what: str) -> None:
+    """Raises `DataError` if images are 8-bit pixels over 255: their density would be unbounded."""
+    scaled = values.double() * 255
+    if bool(((scaled - scaled.round()).abs() < 1e-3).all()) and float(values.min()) >= 0 and float(values.max()) <= 1:
+        raise DataError(
+            f"{what} holds 8-bit pixels divided by 255, so it is discrete: pass the uint8 values themselves (in "
+            "torchvision, PILToTensor in place of ToTensor); pyrnode dequantises them"
+        )
+
+
+def column(index: int, features: tuple[str, ...] | None) -> str:
+    """A column's name in quotes, or its number."""
+    return repr(features[index]) if features else str(index)
+
+
+def item_tensor(item: Any, what: str, levels: int | None) -> Tensor:
+    """One item of a data set as a tensor: ``(d,)``, or ``(C, H, W)``; a tuple stands for its first entry.
+
+    Raises:
+        DataError: It is not a tensor, array or PIL image, or not of a type and shape that `check_array` accepts.
+    """
+    if isinstance(item, (tuple, list)) and len(item):
+        item = item[0]
+    if hasattr(item, "getbands"):  # a PIL image, without importing PIL
+        return image_tensor(item, what)
+    if not isinstance(item, (Tensor, np.ndarray)):
+        raise DataError(
+            f"{what} is of type {type(item).__name__}: expected a tensor, an array or a PIL image, or a tuple "
+            "that starts with one"
+        )
+    value = array_tensor(item, what)
+    if value.ndim == 2:
+        value = value.unsqueeze(0)
+    if value.ndim not in (1, 3) or value.numel() == 0:
+        raise DataError(f"{what} has shape {tuple(value.shape)}: expected (d,), (H, W) or (C, H, W)")
+    if value.is_floating_point():
+        if levels is not None:
+            raise DataError(f"{what} holds floating-point values, but levels = {levels} is for integers")
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(f"{what} has values that are NaN or infinite")
+        return value
+    if value.ndim == 3:
+        check_channels(tuple(value.shape), what)
+    levels = _levels_of(value.unsqueeze(0), what, levels)
+    check_levels(value, what, levels)
+    return value.to(torch.uint8 if levels <= _UINT8_LEVELS else torch.int32)
+
+
+def check_item(value: Tensor, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The value, or `DataError` if it differs in shape or type from the first item of its set."""
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise DataError(
+            f"{what} is {tuple(value.shape)} {_short(value.dtype)}, but item 0 is {shape} {_short(dtype)}: all must "
+            "have one shape and type"
+        )
+    return value
+
+
+def image_tensor(image: Any, what: str, channels: int | None = None) -> Tensor:
+    """A PIL image as uint8 ``(C, H, W)``: one channel if grey, three if colour or palette.
+
+    Args:
+        image: The PIL image.
+        what: What it is called in messages.
+        channels: 1 or 3 where it is known; a grey image is repeated to three channels.
+
+    Raises:
+        DataError: The image has transparency or another mode that cannot be kept, or colours where `channels` is 1.
+    """
+    if image.mode not in ("L", "RGB", "P") or "transparency" in image.info:
+        raise DataError(f"{what} has mode {image.mode}: convert it to 8-bit grey or RGB, without transparency")
+    if channels == 1 and image.mode != "L":
+        raise DataError(f"{what} has colours, but the first image is grey: all must have the same channels")
+    grey = image.mode == "L" and channels != 3
+    pixels = np.array(image if grey else image.convert("RGB"))
+    return torch.from_numpy(pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1)))

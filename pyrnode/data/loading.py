@@ -1,0 +1,132 @@
+"""`load`: from whatever the user has to train, validation and test samples."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pyrnode.config import DataConfig
+from pyrnode.data import images, synthetic, tables, tabular
+from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies
+from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
+from pyrnode.errors import DataError, unknown_name
+
+_DEFAULT = DataConfig()
+
+sources: dict[str, str] = {
+    **images.NAMES,
+    **{name: density.description for name, density in synthetic.DENSITIES.items()},
+    **tabular.NAMES,
+}
+"""Names that `load` knows, each with a line about it."""
+
+
+def load(data: Any, *, config: DataConfig = _DEFAULT) -> Splits:
+    """Reads data and splits it into train, validation and test.
+
+    The split depends on ``config.split_seed`` and the number of samples alone, so that it is the same on every machine.
+    A source's own test set stays the test set; validation is then a share of the training samples. A source without one
+    gives shares of all its samples to validation and test. ``config.limit`` caps the training samples afterwards.
+
+    Args:
+        data: One of: a name in `sources`; the path of a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file or of a
+            folder of images; an array, tensor or pandas data frame (``(n, d)`` vectors, ``(n, H, W)`` or
+            ``(n, C, H, W)`` images); a map-style `torch.utils.data.Dataset`; a `synthetic.Density`; a
+            `Splits`, which is returned as it is. ``None`` and ``""`` stand for ``config.name``.
+        config: Folder of downloaded sets, shares, seed and limits. With ``config.levels``, integers are discrete
+            values ``0 .. levels-1``; uint8 images have 256 levels by default.
+
+    Returns:
+        The samples, in the values and the type of the source.
+
+    Raises:
+        DataError: The data is missing, unreadable, or not fit to train on; the message says what to do.
+
+    Example:
+        >>> import torch
+        >>> splits = load(torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)))
+        >>> len(splits.train), splits.event_shape, splits.train.tensor().dtype
+        (800, (3,), torch.float32)
+    """
+    if isinstance(data, Splits):
+        return data
+    if data is None or (isinstance(data, str) and not data):
+        data = config.name
+        if not data:
+            raise DataError("no data: pass a name, a path or an array, or set data.name (see pyrnode.data.sources)")
+    splits = _source(data, config).split(config)
+    if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
+        check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)
+    return splits
+
+
+def _source(data: Any, config: DataConfig) -> Source:
+    if isinstance(data, str):
+        if data in sources:
+            return _named(data, config)
+        path = Path(data).expanduser()
+        if not path.exists() and not path.suffix and path.name == data:
+            raise DataError(f"{unknown_name('data set', data, sources)}; and there is no file or folder of that name")
+        return _from_path(path, config)
+    if isinstance(data, os.PathLike):
+        return _from_path(Path(data).expanduser(), config)
+    if isinstance(data, synthetic.Density):
+        return _from_density(data, config)
+    if isinstance(data, Dataset):
+        return _from_dataset(data, config)
+    if (pandas := sys.modules.get("pandas")) and isinstance(data, pandas.DataFrame):
+        return tables.frame_source(data, "the data frame", config)
+    if isinstance(data, (Tensor, np.ndarray)):
+        return _from_array(data, config)
+    raise DataError(
+        f"cannot load a {type(data).__name__}: expected a name, a path, an array, a tensor, a data frame, a torch data "
+        "set, a synthetic density or Splits"
+    )
+
+
+def _named(name: str, config: DataConfig) -> Source:
+    folder = Path(config.dir or os.environ.get("PYRNODE_DATA") or "data").expanduser()
+    reader: Callable[[str, Path, DataConfig], Source]
+    if name in synthetic.DENSITIES:
+        return _from_density(synthetic.DENSITIES[name], config)
+    reader = images.named_source if name in images.NAMES else tabular.named_source
+    return reader(name, folder, config)
+
+
+def _from_path(path: Path, config: DataConfig) -> Source:
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    return images.folder_source(path, config) if path.is_dir() else tables.file_source(path, config)
+
+
+def _from_density(density: synthetic.Density, config: DataConfig) -> Source:
+    if config.levels is not None:
+        raise DataError(f"{density.name} is continuous: leave levels = {config.levels} unset")
+    samples = TensorSamples(density.sample(config.samples, seed=config.split_seed))
+    return Source(density.name, samples, density.event_shape, density=density)
+
+
+def _from_dataset(dataset: Dataset[Any], config: DataConfig) -> Source:
+    name = type(dataset).__name__
+    samples = DatasetSamples(dataset, levels=config.levels)
+    shape, levels = samples.event_shape, config.levels
+    if not samples.dtype.is_floating_point:
+        levels = levels or 256
+    elif len(shape) == 3:
+        first = next(samples.batches(torch.arange(min(len(samples), 10)), 10))
+        check_not_scaled_pixels(first, name)
+    return Source(name, samples, shape, levels)
+
+
+def _from_array(array: Any, config: DataConfig) -> Source:
+    what = "the tensor" if isinstance(array, Tensor) else "the array"
+    values, levels = check_array(array_tensor(array, what), what, config.levels)
+    return Source("array", TensorSamples(values), tuple(values.shape[1:]), levels)

@@ -1,0 +1,105 @@
+"""The package as it is installed: versions that agree, a light import, and the files that must travel along."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import pyrnode
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+UNTESTED_EXTRAS = {"julia", "docs"}  # not installed by `make test`, so no version of them has been tested
+
+HEAVY = ["juliacall", "matplotlib", "sklearn", "pandas", "pyarrow", "h5py", "torchvision", "tensorboard", "torchdiffeq"]
+
+
+def _requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    texts = PROJECT["dependencies"] + [r for name in extras if name not in UNTESTED_EXTRAS for r in extras[name]]
+    return [r for r in map(Requirement, texts) if r.name != PROJECT["name"]]
+
+
+def _constraints() -> dict[str, Version]:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if text := line.partition("#")[0].strip():
+            name, version = text.split("==")
+            pins[name] = Version(version)
+    return pins
+
+
+@pytest.mark.parametrize("requirement", _requirements(), ids=str)
+def test_constraints_pin_a_version_within_the_bounds(requirement: Requirement) -> None:
+    assert requirement.name in _constraints()
+    assert requirement.specifier.contains(_constraints()[requirement.name])
+
+
+def test_constraints_pin_nothing_else() -> None:
+    assert set(_constraints()) == {r.name for r in _requirements()}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert pyrnode.__version__ == PROJECT["version"]
+
+
+def test_installed_metadata_agree() -> None:
+    try:
+        installed = metadata.version("pyrnode")
+    except metadata.PackageNotFoundError:
+        pytest.skip("pyrnode is not installed here (make test installs it)")
+    assert installed == pyrnode.__version__
+
+
+def test_changelog_has_a_section_for_what_is_unreleased() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", text, flags=re.MULTILINE)[0] == "Unreleased"
+
+
+def test_typed_marker_and_presets_travel_with_the_package() -> None:
+    package = resources.files("pyrnode")
+    assert (package / "py.typed").is_file()
+    shipped = {entry.name.removesuffix(".toml") for entry in (package / "presets").iterdir() if ".toml" in entry.name}
+    assert shipped >= {"digits", "toy", "finlay2020-mnist", "finlay2020-cifar10"}
+
+
+def test_import_starts_nothing_heavy() -> None:
+    code = "import sys, json, pyrnode; print(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = {name.partition(".")[0] for name in json.loads(out)}
+    assert loaded.isdisjoint(HEAVY), sorted(loaded.intersection(HEAVY))
+    assert "torch" in loaded
+
+
+def _public_callables() -> list[str]:
+    """Dotted names of what `pyrnode.__all__` lists, and of the methods and properties that its classes define."""
+    names = []
+    for name in pyrnode.__all__:
+        item = getattr(pyrnode, name)
+        if not (inspect.isclass(item) or inspect.isfunction(item)):
+            continue
+        names.append(name)
+        for member, value in vars(item).items() if inspect.isclass(item) else ():
+            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                names.append(f"{name}.{member}")
+    return names
+
+
+def test_public_api_is_documented() -> None:
+    undocumented = []
+    for name in _public_callables():
+        head, _, member = name.partition(".")
+        item = getattr(pyrnode, head)
+        if not inspect.getdoc(getattr(item, member) if member else item):
+            undocumented.append(name)
+    assert undocumented == []
