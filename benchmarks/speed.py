@@ -145,7 +145,7 @@ def arithmetic(case: str) -> float:
     per_sample = 0
     for block in flow.blocks:
         _, height, width = block.dynamics.event_shape
-        weights = sum(layer.weight.numel() for layer in block.dynamics.layers)  # type: ignore[union-attr, misc]
+        weights = sum(p.numel() for name, p in block.dynamics.named_parameters() if name.endswith(".weight"))
         per_sample += weights * height * width
     return 2.0 * per_sample * 6 * 16 * CASES[case]
 
@@ -190,8 +190,11 @@ def main() -> None:
     if args.memory:
         print(memory(*args.memory))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; pyrnode against torchdiffeq + nested autograd")
-    print(f"{'case':<10}{'against':<10}{'pyrnode':>10}{'theirs':>10}{'ratio (min-max)':>20}{'peak memory, MiB':>22}{'attained':>10}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; pyrnode against torchdiffeq + nested autograd"
+    )
+    names = f"{'case':<10}{'against':<10}{'pyrnode':>10}{'theirs':>10}{'ratio (min-max)':>20}"
+    print(f"{names}{'peak memory, MiB':>22}{'attained':>10}")
     results = []
     for case in args.cases:
         for r in measure(case, args.pairs or PAIRS[case]):

@@ -1,4 +1,4 @@
-"""The errors that pyrnode raises: `ValueError`/`TypeError` for bad input, one small family for what goes wrong later."""
+"""The errors that pyrnode raises: those for bad input are `ValueError`s too, those for what goes wrong later not."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The flow: ODE blocks composed (for images over several scales) between the data and a standard normal.
 
     x --transform--> y --blocks--> z ~ N(0, I)        log p(x) = log N(z; 0, I) + Σ l_block(T) + log |det ∂y/∂x|
+
+Encoding runs the blocks from t = 0 to T, decoding and sampling from T to 0.
 """
 
 from __future__ import annotations
@@ -182,7 +184,9 @@ class Flow(nn.Module):
         reference = self._reference()
         x = torch.as_tensor(x)
         if tuple(x.shape[1:]) != self.event_shape or x.ndim != len(self.event_shape) + 1:
-            raise DataError(f"input of shape {tuple(x.shape)}: expected (batch, {', '.join(map(str, self.event_shape))})")
+            raise DataError(
+                f"input of shape {tuple(x.shape)}: expected (batch, {', '.join(map(str, self.event_shape))})"
+            )
         if x.is_floating_point():
             if not bool(torch.isfinite(x).all()):
                 bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
@@ -204,7 +208,8 @@ class Flow(nn.Module):
         Raises:
             SolverError: A block's solve failed; the message names it.
         """
-        z, outs, solutions = y, [], []
+        z, outs = y, list[Tensor]()
+        solutions: list[Solution] = []
         log_det = y.new_zeros(len(y))
         for stage in self.stages:
             if isinstance(stage, Block):
@@ -341,6 +346,8 @@ class Flow(nn.Module):
         """
         if not isinstance(n, int) or n < 1:
             raise ConfigError(f"n = {n!r}: expected a positive number of samples")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ConfigError(f"temperature = {temperature!r}: expected a finite number, at least 0")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         z = torch.randn(n, self.dim, generator=generator, dtype=self._reference().dtype)
         return self.decode(z * temperature, solver=solver)

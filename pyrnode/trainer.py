@@ -97,7 +97,6 @@ class Trainer:
         self.flushed = 0.0
         self.board: Board | None = None
         self._snapshot = self._capture()
-        self._saved = -1  # step of the last checkpoint
         self._stop = False
 
     # -- what is fixed by the settings -------------------------------------------------------------------------------
@@ -205,8 +204,7 @@ class Trainer:
         result.loss.backward()
         norm = self._clip()
         if self._stop or (step and step % (training.checkpoint_every or self.steps_per_epoch) == 0):
-            if self._saved != step:
-                self._save()
+            self._save()
             if self._stop:
                 return None
         self.optimizer.step()
@@ -264,7 +262,7 @@ class Trainer:
         good, cause = self._snapshot[1].step, f"after step {self.state.step}: {error}"
         restarts, refinement = self.state.restarts + 1, self.state.refinement + 1
         where = ""
-        if self.folder is not None and self._saved >= 0:
+        if self.folder is not None and self.folder.checkpoint.exists():
             where = f" (the last good state, of step {good}, is in {self.folder.path})"
         if restarts > self.config.training.max_restarts:
             raise TrainingDivergedError(
@@ -419,7 +417,6 @@ class Trainer:
 
     def _write(self, captured: tuple[dict[str, Tensor], _Progress]) -> None:
         tensors, state = self._snapshot = captured
-        self._saved = state.step
         if self.folder is None:
             return
         self._flush()
@@ -446,7 +443,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of this run: {error}") from error
         self.history = self.folder.rewind(state.step)
-        self._snapshot, self._saved = self._capture(), state.step
+        self._snapshot = self._capture()
 
     # -- what a person sees ------------------------------------------------------------------------------------------
 

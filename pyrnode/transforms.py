@@ -53,7 +53,9 @@ class Dequantize(Transform):
         if not x.is_floating_point():
             low, high = int(x.min()), int(x.max())
             if low < 0 or high >= self.levels:
-                raise DataError(f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})")
+                raise DataError(
+                    f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})"
+                )
             device = x.device if generator is None else generator.device
             noise = torch.rand(x.shape, generator=generator, dtype=self.dtype, device=device)
             x = x.to(self.dtype) + noise.to(x.device)

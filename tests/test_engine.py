@@ -117,7 +117,9 @@ def test_adaptive_error_follows_the_tolerance(engine: Engine, name: str, toleran
     dynamics, z0 = make("conv", activation="tanh"), torch.randn(4, *EVENTS["conv"]).double()
     exact = solve(engine, dynamics, z0, TIGHT)
     found = solve(engine, dynamics, z0, SolverConfig(name=name, rtol=tolerance, atol=tolerance))
-    z_error, l_error = (float((a - b).abs().max()) for a, b in zip(parts(found, "z", "l"), parts(exact, "z", "l"), strict=True))
+    z_error, l_error = (
+        float((a - b).abs().max()) for a, b in zip(parts(found, "z", "l"), parts(exact, "z", "l"), strict=True)
+    )
     assert z_error < 20 * tolerance
     assert l_error < 20 * tolerance * exact.z[0].numel() ** 0.5
     assert found.stats.accepted >= 1
@@ -131,7 +133,9 @@ def test_fixed_steps_are_torchdiffeqs(engine: Engine, name: str, theirs: str) ->
     found = solve(engine, dynamics, z0, SolverConfig(name=name, step_size=0.25))
     with torch.no_grad():
         times = torch.tensor([0.0, 1.0]).double()
-        expected = torchdiffeq.odeint(lambda t, z: dynamics(float(t), z), z0, times, method=theirs, options={"step_size": 0.25})
+        expected = torchdiffeq.odeint(
+            lambda t, z: dynamics(float(t), z), z0, times, method=theirs, options={"step_size": 0.25}
+        )
     assert torch.allclose(found.z, expected[-1], rtol=0, atol=1e-12)
 
 
@@ -142,7 +146,9 @@ def test_adaptive_agree_with_torchdiffeq(engine: Engine, name: str, theirs: str)
     found = solve(engine, dynamics, z0, SolverConfig(name=name, rtol=1e-9, atol=1e-9))
     with torch.no_grad():
         times = torch.tensor([0.0, 1.0]).double()
-        expected = torchdiffeq.odeint(lambda t, z: dynamics(float(t), z), z0, times, method=theirs, rtol=1e-10, atol=1e-10)
+        expected = torchdiffeq.odeint(
+            lambda t, z: dynamics(float(t), z), z0, times, method=theirs, rtol=1e-10, atol=1e-10
+        )
     assert torch.allclose(found.z, expected[-1], rtol=0, atol=1e-8)
 
 
@@ -160,7 +166,13 @@ def test_penalties_in_error_control_only_when_asked(engine: Engine) -> None:
 def weighted_loss(solution: Solution) -> Tensor:
     """A scalar in which every output takes part."""
     batch = torch.arange(1.0, len(solution.l) + 1, dtype=solution.l.dtype)
-    parts = (solution.z.sin().flatten(1).sum(1), -1.3 * solution.l, 0.7 * solution.E, 0.4 * solution.n, 0.2 * solution.D)
+    parts = (
+        solution.z.sin().flatten(1).sum(1),
+        -1.3 * solution.l,
+        0.7 * solution.E,
+        0.4 * solution.n,
+        0.2 * solution.D,
+    )
     return (torch.stack(parts) * batch).sum()
 
 

@@ -164,7 +164,9 @@ def test_sampling_follows_the_density() -> None:
 def test_scales_of_images(shape: tuple[int, int, int], scales: int, blocks: int) -> None:
     flow = Flow.build(Config().override({"flow.blocks": 2, "flow.network.hidden": (4,)}), shape, levels=256)
     assert len(flow.blocks) == blocks
-    explicit = Flow.build(Config().override({"flow.blocks": 2, "scales": scales, "flow.network.hidden": (4,)}), shape, levels=256)
+    explicit = Flow.build(
+        Config().override({"flow.blocks": 2, "scales": scales, "flow.network.hidden": (4,)}), shape, levels=256
+    )
     assert repr(explicit) == repr(flow)
 
 

@@ -112,7 +112,9 @@ def test_constant_feature_is_named() -> None:
         Standardize.fit(torch.tensor([[0.0, 2.0], [1.0, 2.0]]))
 
 
-@pytest.mark.parametrize(("pixels", "message"), [([[0, 17]], "0 to 17: expected 0 to 16"), ([[0.0, 17.5]], "17.5: expected 0 to 17")])
+@pytest.mark.parametrize(
+    ("pixels", "message"), [([[0, 17]], "0 to 17: expected 0 to 16"), ([[0.0, 17.5]], "17.5: expected 0 to 17")]
+)
 def test_values_outside_the_levels(pixels: list[list[float]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Dequantize(17)(torch.tensor(pixels))

@@ -99,7 +99,8 @@ class GELU(Activation):
         return F.gelu(a)
 
     def slope(self, a: Tensor, h: Tensor) -> Tensor:
-        return torch.special.ndtr(a) + a * self._density(a)
+        slope: Tensor = torch.special.ndtr(a) + a * self._density(a)
+        return slope
 
     def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
         return r * (self._density(a) * (2 - a * a))

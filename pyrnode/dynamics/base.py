@@ -29,9 +29,9 @@ class Evaluation(NamedTuple):
 class SplitPullback(Protocol):
     """Products and pullback in parts, over one tape that holds the evaluations of many stages side by side.
 
-    The stages' states have to be found one after the other, their products do not. The cotangent w̄ of every stage is known as soon as the forward solve is done; only f̄ has to wait for the stages
-    after it. So the products of all stages are pulled back at once, the states stage by stage, and the parameters
-    at once again.
+    The stages' states have to be found one after the other, their products do not. And the cotangent w̄ of every stage
+    is known as soon as the forward solve is done; only f̄ has to wait for the stages after it. So the products of all
+    stages are pulled back at once, the states stage by stage, and the parameters at once again.
     """
 
     def join(self, evaluations: list[Evaluation], t: Tensor, eps: Tensor | None) -> Evaluation:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS, Activation
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel, SplitPullback
-from pyrnode.dynamics.layers import Layer, Time, TimeEntry
+from pyrnode.dynamics.layers import Layer, Time, TimeEntry, channels_last
 
 
 @dataclass
 class _Tape:
-    """What one evaluation leaves for its pullback, a list entry for each layer (g and r: from the last to the first)."""
+    """What one evaluation leaves for its pullback: an entry for each layer (of g and r, the last layer's first)."""
 
     t: Time
     scale: list[Tensor | None] = field(default_factory=list)
@@ -55,8 +55,9 @@ class LayeredKernel(Kernel):
         if not self.images:
             return z.contiguous()
         if z.ndim == 5:
-            return self.layout(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        return z.contiguous(memory_format=torch.channels_last)
+            laid: Tensor = channels_last(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+            return laid
+        return channels_last(z)
 
     def tape_bytes(self, z: Tensor, probes: int) -> int:
         pixels = z[0, 0].numel() if self.images else 1
@@ -88,10 +89,10 @@ class LayeredKernel(Kernel):
         joint = _Tape(t)
         for i in range(len(self.layers)):
             joint.h.append(torch.cat([record.h[i] for record in records]))
-            scales = [record.scale[i] for record in records]
-            ys = [record.y[i] for record in records]
-            joint.scale.append(None if scales[0] is None else torch.stack(scales).repeat_interleave(batch, 0))
-            joint.y.append(None if ys[0] is None else torch.cat(ys))
+            scales = [s for record in records if (s := record.scale[i]) is not None]
+            ys = [y for record in records if (y := record.y[i]) is not None]
+            joint.scale.append(torch.stack(scales).repeat_interleave(batch, 0) if scales else None)
+            joint.y.append(torch.cat(ys) if ys else None)
         for i in range(len(self.layers) - 1):
             joint.a.append(torch.cat([r.a[i] for r in records]) if self.phi.keeps_input else joint.h[i + 1])
         w = None if eps is None else self._product(joint, eps)
@@ -118,7 +119,7 @@ class LayeredKernel(Kernel):
             record.g_unscaled.append(g)
             scale = record.scale[i]
             g = (g if scale is None else g * scale).flatten(0, 1)
-            r = self.layers[i].linear.transpose(g).unflatten(0, (k, batch))
+            r: Tensor = self.layers[i].linear.transpose(g).unflatten(0, (k, batch))
             record.g.append(g)
             if i:
                 g = r * record.slope[i - 1]

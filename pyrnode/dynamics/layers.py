@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,22 +94,22 @@ class Conv(Linear):
     """
 
     def __init__(self, weight: Tensor, size: tuple[int, int]) -> None:
-        super().__init__(weight.contiguous(memory_format=torch.channels_last))
+        super().__init__(channels_last(weight))
         self.size = size
         self.padding = weight.shape[-1] // 2
-        self.flipped = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        self.flipped = channels_last(weight.flip(2, 3).transpose(0, 1))
 
     def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
-        a = F.conv2d(h, self.weight, padding=self.padding)
+        a = F.conv2d(channels_last(h), self.weight, padding=self.padding)
         if shift is None:
             return a
         return a + shift if torch.is_grad_enabled() else a.add_(shift)
 
     def transpose(self, g: Tensor) -> Tensor:
-        return F.conv2d(g, self.flipped, padding=self.padding)
+        return F.conv2d(channels_last(g), self.flipped, padding=self.padding)
 
     def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
-        gradient = _conv_weight_gradient(h, g, self.weight)
+        gradient = _conv_weight_gradient(channels_last(h), channels_last(g), self.weight)
         if self.gradient is None:
             self.gradient = gradient.mul_(alpha)
         else:
@@ -116,7 +117,7 @@ class Conv(Linear):
 
     def constant(self, weight: Tensor) -> Tensor:
         response = F.conv2d(weight.new_ones(1, 1, *self.size), weight, padding=self.padding)
-        return response.contiguous(memory_format=torch.channels_last)[0]
+        return channels_last(response)[0]
 
     def constant_gradient(self, bar: Tensor, weight: Tensor) -> Tensor:
         return _conv_weight_gradient(weight.new_ones(1, 1, *self.size), bar.unsqueeze(0), weight)
@@ -128,11 +129,24 @@ class Conv(Linear):
         return x.sum((-2, -1))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """`x` ``(batch, C, H, W)`` in channels-last layout, also by its strides.
+
+    With one channel both layouts are the same memory, and `contiguous` leaves strides from which a convolution infers
+    the default layout for its output, whose many channels then have to be copied at every later step.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.shape[1] == 1 and x.stride(1) != 1:
+        x = x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)), x.storage_offset())
+    return x
+
+
 def _conv_weight_gradient(h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
     padding = weight.shape[-1] // 2
-    return torch.ops.aten.convolution_backward(
+    _, gradient, _ = torch.ops.aten.convolution_backward(
         g, h, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (False, True, False)
-    )[1]
+    )
+    return cast(Tensor, gradient)
 
 
 class TimeEntry(ABC):

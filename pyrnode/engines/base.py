@@ -3,6 +3,8 @@
 With probes ε held fixed for the whole solve (design.md §2):
 
     z' = f(z, t; θ)        l' = εᵀ (∂f/∂z) ε        E' = ‖f‖²        n' = ‖εᵀ ∂f/∂z‖²
+
+Everything above a block (composition, loss, optimiser, checkpoints) is the same for every engine.
 """
 
 from __future__ import annotations
@@ -31,9 +33,7 @@ class Probes(NamedTuple):
     weight: float
 
     @staticmethod
-    def draw(
-        z: Tensor, k: int = 1, *, noise: str = "gaussian", generator: torch.Generator | None = None
-    ) -> Probes:
+    def draw(z: Tensor, k: int = 1, *, noise: str = "gaussian", generator: torch.Generator | None = None) -> Probes:
         """Random probes for states like `z` ``(batch, *event)``: Gaussian, or Rademacher (±1)."""
         shape = (k, *z.shape)
         device = generator.device if generator is not None else z.device
@@ -86,7 +86,7 @@ class Solution:
     """
 
     z: Tensor
-    l: Tensor  # noqa: E741  (the paper's symbol)
+    l: Tensor
     E: Tensor
     n: Tensor
     D: Tensor

@@ -32,7 +32,7 @@ class Rate(NamedTuple):
 class System(Protocol):
     """The right-hand side; `weight` is the stage's weight in the integrals (0: they are not needed here)."""
 
-    def __call__(self, t: Time, y: Tensor, rows: Tensor | None, weight: float) -> Rate: ...
+    def __call__(self, t: Time, y: Tensor, rows: Tensor | None, weight: float, /) -> Rate: ...
 
 
 @dataclass
@@ -169,8 +169,10 @@ def _not_finite(y: Tensor, q: Tensor) -> int:
 
 @dataclass(frozen=True)
 class ErrorNorm:
-    """The norm of a step's error: root mean square over a sample's state and its first `controlled` integrals,
-    each relative to ``atol + rtol max(|y|, |y_new|)``.
+    """The norm of a step's error.
+
+    It is the root mean square over a sample's state and its first `controlled` integrals, each relative to
+    ``atol + rtol max(|y|, |y_new|)``.
     """
 
     rtol: float

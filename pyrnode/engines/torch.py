@@ -49,6 +49,11 @@ class TorchEngine(Engine):
 
     name = "torch"
 
+    def __init__(self) -> None:
+        # glibc hands freed blocks back to the system until it has once seen a larger one freed; the page faults of
+        # getting them again cost up to a fifth of a training step. This block is never touched.
+        torch.empty(31 * 2**20, dtype=torch.uint8)
+
     def check(self, solver: SolverConfig) -> None:
         method = solvers.method(solver.name)
         solvers.check_sensitivity(solver.sensealg)
@@ -81,7 +86,7 @@ class TorchEngine(Engine):
             z, q = _Differentiable.apply(solve, z0, *parameters)
         else:
             z, q = solve.forward(z0, record=False)
-        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)  # noqa: E741
+        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         return Solution(z, l, E, n, D, solve.stats)
 
 
@@ -115,10 +120,13 @@ class _Solve:
         self.versions = self._versions()
         backprop = record and self.solver.sensealg == "Backprop"
         store = backprop and self._fits(z0)
-        system, on_step = (self._state, self._join) if store else (self._augmented, self.steps.append)
+        system: System = self._state if store else self._augmented
+        on_step: OnStep = self._join if store else self.steps.append
         q0 = z0.new_zeros(len(z0), 0 if self.probes is None else 4)
         with torch.no_grad():
-            z, q, stats = self._integrate(system, z0, q0[:, :0] if store else q0, self.t_span, on_step if backprop else None)
+            z, q, stats = self._integrate(
+                system, z0, q0[:, :0] if store else q0, self.t_span, on_step if backprop else None
+            )
             if store:
                 q = torch.stack([q0, *(self._step_integrals(joint) for joint in self.joints)]).sum(0)
         vars(self.stats).update(vars(stats))
@@ -152,7 +160,8 @@ class _Solve:
     def _step_integrals(self, joint: _Joint) -> Tensor:
         """A step's share in the integrals."""
         rates = self._integrands(joint.evaluation, joint.eps)
-        return torch.tensordot(joint.weights, rates.unflatten(0, (len(joint.weights), -1)), 1)
+        share: Tensor = torch.tensordot(joint.weights, rates.unflatten(0, (len(joint.weights), -1)), 1)
+        return share
 
     def _integrate(
         self, system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], on_step: OnStep | None
@@ -165,9 +174,7 @@ class _Solve:
             return integrate_fixed(system, y, q, t_span, step_size, method, on_step=on_step)
         controlled = min(q.shape[1], 4 if self.solver.error_control == "all" else 1)
         norm = ErrorNorm(self.solver.rtol, self.solver.atol, controlled)
-        return integrate_adaptive(
-            system, y, q, t_span, method, norm, maxiters=self.solver.maxiters, on_step=on_step
-        )
+        return integrate_adaptive(system, y, q, t_span, method, norm, maxiters=self.solver.maxiters, on_step=on_step)
 
     def _eps(self, rows: Tensor | None) -> Tensor | None:
         if self.probes is None:
@@ -284,8 +291,8 @@ class _Solve:
                 ev = self.kernel.evaluate(_rows(t, piece), step.stages[i][piece], stage_eps, tape=True)
                 bars = self._cotangents(ev, f_bar[piece], share[piece], stage_eps)
                 parts.append(self.kernel.pullback(ev, *bars, 1.0))
-            stage_bars[i] = torch.cat(parts) if len(parts) > 1 else parts[0]
-            total = total + stage_bars[i]
+            stage_bar = torch.cat(parts) if len(parts) > 1 else parts[0]
+            stage_bars[i], total = stage_bar, total + stage_bar
         return total if rows is None else z_bar.index_copy(0, rows, total)
 
     def _joint_back(self, step: Step, joint: _Joint, z_bar: Tensor, q_bar: Tensor) -> Tensor:
@@ -303,8 +310,8 @@ class _Solve:
             bar = self._stage_bar(tableau, i, step.h, z_bar, stage_bars)
             if bar is not None:
                 rows = slice(i * batch, (i + 1) * batch)
-                stage_bars[i] = split.pull_state(stages, f_bars[rows].add_(bar), rows)
-                total = total + stage_bars[i]
+                stage_bar = split.pull_state(stages, f_bars[rows].add_(bar), rows)
+                stage_bars[i], total = stage_bar, total + stage_bar
         split.pull_parameters(stages, f_bars, 1.0)
         return total
 
@@ -363,5 +370,3 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
         z0_bar, gradients = ctx.solve.backward(z_bar, q_bar)
         return None, z0_bar, *gradients
-
-
