@@ -4,7 +4,7 @@ PYTHON ?= python3.11 python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint types wheel-smoke bench format clean
+.PHONY: venv demo test lint types wheel-smoke bench docs format clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := venv
 
@@ -53,6 +53,10 @@ types: .venv/installed-dev
 
 bench: .venv/installed-test
 	$(BIN)/python -m benchmarks.speed
+
+docs: .venv/created
+	$(PIP_INSTALL) --editable '.[docs]'
+	$(BIN)/mkdocs build --site-dir site
 
 # The wheel as a user gets it: built, installed in a fresh environment outside the checkout, and trained with there.
 wheel-smoke: .venv/installed-dev

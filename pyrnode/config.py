@@ -420,7 +420,9 @@ class Config(_Section):
         for name, value in flatten(values).items():
             matches = [name] if name in paths else [p for p in paths if p.endswith("." + name)]
             if not matches:
-                raise ConfigError(unknown_name("setting", name, {*paths, *(p.rpartition(".")[2] for p in paths)}))
+                names = {*paths, *(p.rpartition(".")[2] for p in paths)}
+                listing = "`pyrnode presets digits` shows them all"
+                raise ConfigError(unknown_name("setting", name, names, listing=listing))
             if len(matches) > 1:
                 raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(matches)}")
             *sections, key = matches[0].split(".")

@@ -44,9 +44,16 @@ class CheckpointError(PyrnodeError, RuntimeError):
     """A checkpoint is missing, truncated, foreign, or of another version."""
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Message for a name that is not in a table: the value, the nearest match, and what there is."""
+def unknown_name(kind: str, name: object, known: Iterable[str], *, listing: str | None = None) -> str:
+    """Message for a name that is not in a table: the value, the nearest match, and what there is.
+
+    Args:
+        kind: What the name names.
+        name: The value.
+        known: The names that there are.
+        listing: Where a reader finds them, if they are too many to say.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown {kind} {name!r}{hint}; known: {', '.join(names)}"
+    return f"unknown {kind} {name!r}{hint}; {listing or 'known: ' + ', '.join(names)}"

@@ -307,26 +307,34 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
 
     folder.write_text("report.json", json.dumps(report.to_dict(), indent=2) + "\n")
     folder.write_text("report.txt", f"{report}\n")
-    unit = "bits/dim" if splits.levels is not None else "nats/dim"
-    plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
-    if splits.levels is not None and len(splits.event_shape) == 3:
-        samples = flow.sample(flow.config.evaluation.grid, seed=flow.config.seed)
-        plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
-        return
+    if history:
+        unit = "bits/dim" if splits.levels is not None else "nats/dim"
+        plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
+    shape = splits.event_shape
+    if splits.levels is not None:
+        if len(shape) == 3 and shape[0] in (1, 3):
+            samples = flow.sample(flow.config.evaluation.grid, seed=flow.config.seed)
+            plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
+    elif shape in ((1,), (2,)):
+        _draw_density(folder, flow, splits)
+
+
+@torch.no_grad()
+def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
+    """Pictures of a continuous density in one or two dimensions, beside the truth where it is known."""
+    from pyrnode import plotting
+
     x, density = splits.test.tensor(), splits.density
     truth = density.log_prob if density is not None and density.exact else None
-    with torch.no_grad():
-        if splits.event_shape == (2,):
-            bounds = density.bounds if density is not None else _bounds(x)
-            samples = flow.sample(2000, seed=flow.config.seed)
-            figure = plotting.density_2d(flow.log_prob, bounds, truth=truth, samples=samples, title=splits.name)
-            plotting.save(figure, folder.path / "density.png")
-        elif splits.event_shape == (1,):
-            bounds = density.bounds if density is not None else (float(x.min()), float(x.max()))
-            figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
-            plotting.save(figure, folder.path / "density.png")
-        if splits.event_shape in ((1,), (2,)):
-            plotting.save(plotting.trajectories(flow, x[:100]), folder.path / "trajectories.png")
+    if splits.event_shape == (2,):
+        bounds = density.bounds if density is not None else _bounds(x)
+        samples = flow.sample(2000, seed=flow.config.seed)
+        figure = plotting.density_2d(flow.log_prob, bounds, truth=truth, samples=samples, title=splits.name)
+    else:
+        bounds = density.bounds if density is not None else (float(x.min()), float(x.max()))
+        figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
+    plotting.save(figure, folder.path / "density.png")
+    plotting.save(plotting.trajectories(flow, x[:100]), folder.path / "trajectories.png")
 
 
 def _bounds(x: Tensor) -> tuple[float, float, float, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -328,6 +330,37 @@ def test_second_backward_gives_the_same(engine: Engine, solver: SolverConfig) ->
     second = torch.autograd.grad(loss, list(dynamics.parameters()))
     for a, b in zip(first, second, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver", [SolverConfig(), SolverConfig(name="DP5"), SolverConfig(sensealg="BacksolveAdjoint")]
+)
+def test_solve_is_freed_with_its_graph(engine: Engine, solver: SolverConfig) -> None:
+    """A reference cycle through autograd's graph would never be collected, and training would grow step by step."""
+    loss = weighted_loss(solve(engine, make("mlp"), torch.ones(2, 3).double(), solver))
+    loss.backward()
+    kept = [weakref.ref(o) for o in gc.get_objects() if type(o).__name__ in ("_Solve", "LayeredKernel")]
+    assert kept
+    del loss
+    gc.collect()
+    assert not [ref for ref in kept if ref() is not None]
+
+
+def test_pieces_of_a_batch_are_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large batches go through in pieces; the result and the gradient must not notice."""
+    results = []
+    for piece in (2**30, 1):
+        monkeypatch.setattr("pyrnode.engines.torch._PIECE", piece)
+        for solver in (SolverConfig(memory="checkpoint"), SolverConfig(name="Tsit5")):
+            dynamics, z0 = (
+                make("conv"),
+                torch.randn(5, *EVENTS["conv"], generator=torch.Generator().manual_seed(1)).double(),
+            )
+            solution = solve(engine, dynamics, z0, solver)
+            weighted_loss(solution).backward()
+            results.append([*parts(solution), *(p.grad for p in dynamics.parameters())])
+    for whole, pieces in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        assert torch.allclose(whole, pieces, rtol=1e-10, atol=1e-10)
 
 
 def test_parameter_changed_before_backward(engine: Engine) -> None:

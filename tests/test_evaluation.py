@@ -412,3 +412,19 @@ def test_pictures_are_written_where_there_is_something_to_see(
         with Image.open(tmp_path / name) as image:
             image.load()
             assert min(image.size) > 16
+
+
+@pytest.mark.parametrize(
+    ("data", "levels", "pictures"),
+    [
+        (torch.randint(0, 5, (200, 2)), 5, {"curves.png"}),
+        (torch.randint(0, 9, (60, 2, 4, 4), dtype=torch.uint8), 9, {"curves.png"}),
+        (torch.randint(0, 9, (60, 3, 4, 4), dtype=torch.uint8), 9, {"curves.png", "samples.png"}),
+        (torch.randn(200, 2), None, {"curves.png", "density.png", "trajectories.png"}),
+        (torch.randn(200, 4), None, {"curves.png"}),
+    ],
+)
+def test_a_run_draws_what_can_be_drawn(data: Tensor, levels: int | None, pictures: set[str], tmp_path: Path) -> None:
+    overrides = {"max_steps": 2, "hidden": (4,), "data.levels": levels, "evaluation.draws": 1, "grid": 4}
+    pyrnode.train(data, out=tmp_path / "run", overrides=overrides, progress=False)
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == pictures

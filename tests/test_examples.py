@@ -1,0 +1,58 @@
+"""What the README and the examples promise runs as written."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pyrnode.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")
+    assert len(code) == 2
+    namespace: dict[str, object] = {}
+    for block in code:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = "".join(blocks("console")).splitlines()
+    assert len(commands) == 6
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "pyrnode"
+        assert main(arguments) == 0, command
+    assert (tmp_path / "digits.png").stat().st_size > 1000
+    assert (tmp_path / "runs/digits/samples.png").stat().st_size > 1000
+
+
+def test_links_and_pictures_of_the_readme_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--quick"] + (["--out", str(tmp_path)] if name == "straight_trajectories.py" else [])
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    module = runpy.run_path(str(ROOT / "examples" / name))
+    values = module["main"]()
+    if name == "straight_trajectories.py":
+        assert len(list(tmp_path.glob("*.png"))) == 2
+        assert all(value >= 14 for value in values.values())  # two adaptive steps at least
+    else:  # the untrained flow is 1.42 nats from the truth; a few steps must not make it worse
+        assert all(-0.05 < gap < 1.5 for gap in values.values())
