@@ -76,12 +76,11 @@ class TorchEngine(Engine):
     ) -> Solution:
         self.check(solver)
         total_derivative = total_derivative and probes is not None
-        kernel = dynamics.kernel(total_derivative=total_derivative)
-        z0 = kernel.layout(z0)
+        solve = _Solve(dynamics, probes, t_span, solver, total_derivative)
+        z0 = solve.kernel.layout(z0)
         if probes is not None:
-            probes = Probes(kernel.layout(probes.eps), probes.weight)
+            solve.probes = Probes(solve.kernel.layout(probes.eps), probes.weight)
         parameters = tuple(dynamics.parameters())
-        solve = _Solve(dynamics, kernel, probes, t_span, solver, total_derivative)
         if torch.is_grad_enabled() and (z0.requires_grad or any(p.requires_grad for p in parameters)):
             z, q = _Differentiable.apply(solve, z0, *parameters)
         else:
@@ -103,7 +102,6 @@ class _Solve:
     """One solve of one block; remembers what its backward pass needs."""
 
     dynamics: Dynamics
-    kernel: Kernel  # gradients accumulate in it: each backward pass has its own
     probes: Probes | None
     t_span: tuple[float, float]
     solver: SolverConfig
@@ -114,6 +112,15 @@ class _Solve:
     end: Tensor | None = None
     evaluations: list[Evaluation] = field(default_factory=list)  # of the present step's stages, until they are joined
     joints: list[_Joint] = field(default_factory=list)  # of every step, where intermediates are stored
+
+    bound: Kernel | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        """The dynamics bound to their parameters; a backward pass uses it up, for its gradients gather in it."""
+        if self.bound is None:
+            self.bound = self.dynamics.kernel(total_derivative=self.total_derivative)
+        return self.bound
 
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
@@ -252,7 +259,7 @@ class _Solve:
         else:
             z_bar = self._backsolve(z_bar, q_bar)
         gradients = self.kernel.gradients()
-        self.kernel = self.dynamics.kernel(total_derivative=self.total_derivative)
+        self.bound = None
         return z_bar, gradients
 
     def _versions(self) -> list[int]:
