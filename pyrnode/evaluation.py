@@ -61,8 +61,8 @@ class Report:
         score: The flow's score: for images over the dequantisation draws.
         bin_centre: The score at the bins' centres (``u = ½``), as ffjord-rnode reports it; discrete data only.
         true_entropy: Entropy of the true density in nats, where it is known.
-        gap: Kullback-Leibler divergence from the true density to the flow, nats: mean of ``log p_true − log p`` over the
-            test samples, whose own scatter cancels in the difference.
+        gap: Kullback-Leibler divergence from the true density to the flow, nats: mean of ``log p_true − log p`` over
+            the test samples, whose own scatter cancels in the difference.
         gap_error: Its standard error.
         baselines: Scores of the baselines on the same data, in the same units.
         solver: Solver of the evaluation with its tolerances.
