@@ -70,7 +70,10 @@ wheel-smoke: .venv/installed-dev
 	venv/bin/python -c "import pathlib, sys, pyrnode; \
 	    here = pathlib.Path(pyrnode.__file__).resolve(); \
 	    assert here.is_relative_to(pathlib.Path(sys.prefix).resolve()), here; \
-	    print('pyrnode', pyrnode.__version__, 'from', here)"; \
+	    from pyrnode import julia_setup; \
+	    julia = julia_setup.sources(); \
+	    assert julia.is_relative_to(here.parent) and 'Lux' in julia_setup.needs(), julia; \
+	    print('pyrnode', pyrnode.__version__, 'from', here, 'with', len(list(julia.iterdir())), 'Julia files')"; \
 	venv/bin/python -m pyrnode train 8gaussians --preset toy --set max_steps=20 --out run; \
 	test -s run/config.toml && test -s run/report.json; \
 	venv/bin/pyrnode --help >/dev/null; \

@@ -205,7 +205,7 @@ def main() -> None:
             times = f"{r.pyrnode_ms:>8.1f}ms{r.reference_ms:>8.1f}ms"
             print(f"{r.case:<10}{r.reference:<10}{times}{ratio:>20}{mib:>22}{attained:>10}", flush=True)
     if args.json:
-        document = {"versions": versions(), "results": [asdict(r) for r in results]}
+        document = {"versions": versions(Config()), "results": [asdict(r) for r in results]}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     assert all(math.isfinite(r.ratio) for r in results)
 

@@ -9,7 +9,9 @@ The whole public interface is here. Importing it starts nothing and costs what i
     images = result.flow.sample(16)
 """
 
-from pyrnode import data, transforms
+from typing import TYPE_CHECKING, Any
+
+from pyrnode import data, distribution, export, transforms
 from pyrnode.checkpoint import load_flow as load
 from pyrnode.config import (
     Config,
@@ -22,6 +24,7 @@ from pyrnode.config import (
     TrainingConfig,
     presets,
 )
+from pyrnode.distribution import FlowDistribution, FlowTransform
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, ModuleDynamics
 from pyrnode.engines import Engine, Probes, Solution
 from pyrnode.errors import (
@@ -34,13 +37,19 @@ from pyrnode.errors import (
     TrainingDivergedError,
 )
 from pyrnode.evaluation import Report, evaluate
+from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow
+from pyrnode.scores import Calibration, calibrate, score_file
 from pyrnode.training import TrainingResult, train
+
+if TYPE_CHECKING:
+    from pyrnode.estimator import RNODEDensity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Calibration",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -53,22 +62,39 @@ __all__ = [
     "EvaluationConfig",
     "Flow",
     "FlowConfig",
+    "FlowDistribution",
+    "FlowTransform",
     "ModuleDynamics",
     "NetworkConfig",
     "PenaltyConfig",
     "Probes",
     "PyrnodeError",
+    "RNODEDensity",
     "Report",
     "Solution",
     "SolverConfig",
     "SolverError",
+    "TorchFlow",
     "TrainingConfig",
     "TrainingDivergedError",
     "TrainingResult",
+    "calibrate",
     "data",
+    "distribution",
     "evaluate",
+    "export",
     "load",
     "presets",
+    "score_file",
     "train",
     "transforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`RNODEDensity`, which needs scikit-learn, on first use."""
+    if name == "RNODEDensity":
+        from pyrnode.estimator import RNODEDensity
+
+        return RNODEDensity
+    raise AttributeError(f"module 'pyrnode' has no attribute {name!r}")

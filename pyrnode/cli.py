@@ -18,6 +18,8 @@ from typing import Any
 
 import pyrnode
 from pyrnode.errors import ConfigError, PyrnodeError
+from pyrnode.export import cli as export_cli
+from pyrnode.scores import score_arguments, score_command
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -116,6 +118,14 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows with the same keys, in columns as wide as they must be; `None` is left empty."""
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def _presets(args: argparse.Namespace) -> int:
     if args.name is not None:
         config = pyrnode.Config.preset(args.name)
@@ -130,28 +140,58 @@ def _presets(args: argparse.Namespace) -> int:
     return 0
 
 
-def _solvers(args: argparse.Namespace) -> int:
-    from pyrnode.solvers import METHODS, SENSITIVITIES
+def _torch_solvers() -> list[dict[str, Any]]:
+    from pyrnode.solvers import METHODS
 
-    rows = [
+    return [
         {
             "name": m.name,
             "engine": "torch",
             "order": m.order,
             "kind": "explicit, adaptive" if m.adaptive else "explicit, fixed step",
+            "package": "pyrnode",
             "description": m.description,
         }
         for m in METHODS.values()
     ]
+
+
+def _julia_solvers() -> list[dict[str, Any]]:
+    """Asks Julia itself, which starts it."""
+    print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
+    from pyrnode.engines.julia import JuliaEngine
+
+    keys = ("order", "kind", "package", "description")
+    return [
+        {"name": row["name"], "engine": "julia"} | {key: row[key] for key in keys} for row in JuliaEngine().solvers()
+    ]
+
+
+def _solvers(args: argparse.Namespace) -> int:
+    from pyrnode import julia_setup
+    from pyrnode.solvers import SENSITIVITIES
+
+    rows = [] if args.engine == "julia" else _torch_solvers()
+    julia = julia_setup.require() if args.engine == "julia" else julia_setup.status()
+    missing = None if julia.ready or args.engine == "torch" else julia.explanation
+    if julia.ready and args.engine != "torch":
+        rows += _julia_solvers()
     if args.json:
-        _print_json({"solvers": rows, "sensitivities": SENSITIVITIES})
+        _print_json({"solvers": rows, "sensitivities": SENSITIVITIES, "missing": missing and {"julia": missing}})
         return 0
-    print(f"{'solver':<12}{'engine':<8}{'order':<7}{'kind':<22}")
-    for row in rows:
-        print(f"{row['name']:<12}{row['engine']:<8}{row['order']:<7}{row['kind']:<22}{row['description']}")
+    _print_table([{**{key: key for key in rows[0]}, "name": "solver"}, *rows])
     print("\nsensitivity algorithms")
-    for name, line in SENSITIVITIES.items():
-        print(f"{name:<20}{line}")
+    for name, text in SENSITIVITIES.items():
+        print(f"{name:<20}{text}")
+    if missing:
+        print(f"\nthe solvers of Julia are not listed: {missing}")
+    return 0
+
+
+def _install_julia(args: argparse.Namespace) -> int:
+    from pyrnode.julia_install import install
+
+    install(cuda=args.cuda)
     return 0
 
 
@@ -233,6 +273,17 @@ def _json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _solvers_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", choices=["torch", "julia"], help="only its solvers (Julia's: about 15 s to start it)"
+    )
+    _json_argument(parser)
+
+
+def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cuda", action="store_true", help="also the Julia packages for NVIDIA GPUs")
+
+
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="folder to write to (default runs/demo)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -257,8 +308,34 @@ _COMMANDS: dict[str, _Command] = {
         "pyrnode sample runs/digits -n 100 --out digits.png",
         _sample_arguments,
     ),
+    "export": _Command(
+        export_cli.export,
+        "write a trained flow to a file that runs without pyrnode",
+        "pyrnode export runs/digits --to torch.export --out digits.pt2",
+        export_cli.export_arguments,
+    ),
+    "verify": _Command(
+        export_cli.verify,
+        "check an exported file against the outputs that it carries",
+        "pyrnode verify digits.pt2",
+        export_cli.verify_arguments,
+    ),
+    "score": _Command(
+        score_command,
+        "anomaly scores (log-density, p-value) of the samples of a file",
+        "pyrnode score runs/toy new.csv --out scores.csv --calibrate test",
+        score_arguments,
+    ),
     "presets": _Command(_presets, "list the presets, or show one", "pyrnode presets toy", _presets_arguments),
-    "solvers": _Command(_solvers, "list solvers and sensitivity algorithms", "pyrnode solvers --json", _json_argument),
+    "solvers": _Command(
+        _solvers, "list solvers and sensitivity algorithms", "pyrnode solvers --engine torch", _solvers_arguments
+    ),
+    "install-julia": _Command(
+        _install_julia,
+        "install Julia and the packages of its engine, and test it",
+        "pyrnode install-julia --cuda",
+        _install_julia_arguments,
+    ),
     "doctor": _Command(_doctor, "say what is installed and what to do", "pyrnode doctor", _json_argument),
     "demo": _Command(
         _demo, "train on digits and on a 2-D density, and compare", "pyrnode demo --out runs/demo", _demo_arguments

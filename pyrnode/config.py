@@ -224,7 +224,8 @@ class SolverConfig(_Section):
         error_control: What an adaptive solver's step answers for: the state and the log-determinant (``"density"``), or
             the penalties' integrals too (``"all"``).
         maxiters: Bound on the steps of one solve.
-        sensealg: Sensitivity algorithm, under SciMLSensitivity's names, or ``"Backprop"``.
+        sensealg: Sensitivity algorithm, under SciMLSensitivity's names, or ``"Backprop"``; ``"auto"`` takes Backprop in
+            PyTorch and InterpolatingAdjoint in Julia.
         memory: What ``Backprop`` keeps of the forward solve: every intermediate (``"store"``), only the state at each
             evaluation (``"checkpoint"``: memory does not grow with the number of steps), or by size (``"auto"``).
         options: Further keyword options of the solver, passed on by the Julia engine.
@@ -236,7 +237,7 @@ class SolverConfig(_Section):
     atol: float = 1e-5
     error_control: Literal["density", "all"] = "density"
     maxiters: int = 10_000
-    sensealg: str = "Backprop"
+    sensealg: str = "auto"
     memory: Literal["auto", "store", "checkpoint"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 

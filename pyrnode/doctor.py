@@ -1,6 +1,6 @@
-"""What `pyrnode doctor` looks at: the installation, the data folder, the machine; and one command for what is amiss.
+"""What `pyrnode doctor` looks at: the installation, Julia, data, the machine; and one command for what is amiss.
 
-Nothing is started and nothing heavy is imported: packages are looked up, not loaded.
+Julia is not started and nothing heavy is imported: packages are looked up, not loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from pyrnode import julia_setup
+from pyrnode.julia_setup import JuliaStatus
 
 Status = Literal["ok", "note", "problem"]
 
@@ -61,7 +65,7 @@ def diagnose() -> list[Check]:
         _cuda(),
         _torchvision(),
         *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
-        _julia(),
+        *_julia(),
         _data(),
         _space(),
         _writable(),
@@ -159,12 +163,85 @@ def _optional(name: str, purpose: str) -> Check:
     return Check(name, "ok", f"{version} ({purpose})")
 
 
-def _julia() -> Check:
-    """What there is of Julia; it is neither imported nor started."""
-    package, executable = _version("juliacall"), shutil.which("julia")
-    found = f"julia {'at ' + executable if executable else 'not found'}, juliacall {package or 'not installed'}"
-    detail = "the Julia engine is not part of this version, the PyTorch engine does everything"
-    return Check("Julia", "note", f"{detail} ({found})")
+# --- Julia ---
+
+
+def _julia() -> list[Check]:
+    """What there is of Julia; neither it nor juliacall is started."""
+    found = julia_setup.status()
+    if not found.ready:
+        tried = found.executable is not None or julia_setup.is_named()
+        detail = f"its engine is not ready, the PyTorch engine does the work: {found.detail}"
+        return [Check("Julia", "problem" if tried else "note", detail, found.remedy)]
+    return [
+        Check("Julia", "ok", found.detail),
+        _julia_packages(found),
+        _julia_cuda(found),
+        _julia_threads(),
+        _julia_openssl(),
+        _import_order(),
+    ]
+
+
+def _julia_packages(found: JuliaStatus) -> Check:
+    gpu = julia_setup.needs(gpu=True)
+    versions = ", ".join(f"{name} {version}" for name, version in found.packages.items() if name not in gpu)
+    return Check("Julia packages", "ok", f"{versions}; juliacall {found.juliacall}")
+
+
+def _julia_cuda(found: JuliaStatus) -> Check:
+    gpu = [name for name in julia_setup.needs(gpu=True) if name in found.packages]
+    if found.has_cuda:
+        return Check("CUDA.jl", "ok", ", ".join(f"{name} {found.packages[name]}" for name in gpu))
+    if not torch.cuda.is_available():
+        return Check("CUDA.jl", "ok", "not installed, and without a GPU not needed")
+    remedy = julia_setup.add_command(found, cuda=True) if found.own else f"{julia_setup.INSTALL} --cuda"
+    return Check("CUDA.jl", "note", "not installed: the Julia engine computes on the CPU", remedy)
+
+
+def _julia_threads() -> Check:
+    """Threads that Julia will have: the user's number or torch's."""
+    cpus = _cpus()
+    names = ("PYTHON_JULIACALL_THREADS", "JULIA_NUM_THREADS")  # the first one wins, in juliacall too
+    name = next((name for name in names if os.environ.get(name)), None)
+    value = str(torch.get_num_threads()) if name is None else os.environ[name]
+    where = "as torch" if name is None else f"{name} = {value}"
+    first = value.partition(",")[0]  # "4,1" is four threads and an interactive one
+    if first != "auto" and (not first.isdecimal() or int(first) < 1):
+        return Check("Julia threads", "problem", f"{where}: expected a positive number or auto", f"unset {name}")
+    threads = cpus if first == "auto" else int(first)
+    if threads > cpus:
+        detail = f"{where}: {_count(threads, 'thread')}, but this process may use {_count(cpus, 'CPU')}"
+        remedy = f"export {name or 'JULIA_NUM_THREADS'}={cpus}"
+        return Check("Julia threads", "problem", detail, remedy)
+    signals = "PYTHON_JULIACALL_HANDLE_SIGNALS"
+    if threads > 1 and os.environ.get(signals, "yes") != "yes":
+        detail = f"{where}: {_count(threads, 'thread')}, which can crash while {signals} = {os.environ[signals]}"
+        return Check("Julia threads", "problem", detail, f"unset {signals}")
+    return Check("Julia threads", "ok", f"{where}: {_count(threads, 'thread')}")
+
+
+def _julia_openssl() -> Check:
+    """Julia and Python share one OpenSSL in a process; `status` has checked that the two fit."""
+    from juliapkg.deps import openssl_compat
+
+    cap = openssl_compat()[1]
+    allowed = "any Julia" if cap is None else f"Julia {cap} only, newer ones need OpenSSL 3.5"
+    return Check("OpenSSL", "ok", f"Python has {julia_setup.openssl_version()}: {allowed}")
+
+
+def _import_order() -> Check:
+    """Whether juliacall is imported already, and then with which settings."""
+    modules = list(sys.modules)
+    if "juliacall" not in modules:
+        return Check("import order", "ok", "torch is imported, juliacall not yet; either may come first")
+    first, second = sorted(("torch", "juliacall"), key=modules.index)
+    config = sys.modules["juliacall"].CONFIG
+    threads, signals = str(config.get("opt_threads") or 1), config.get("opt_handle_signals")
+    if threads not in ("0", "1") and signals != "yes":
+        detail = f"juliacall was imported before pyrnode could set it up: {threads} threads without signal handling"
+        return Check("import order", "problem", f"{detail} can crash", "export PYTHON_JULIACALL_HANDLE_SIGNALS=yes")
+    return Check("import order", "ok", f"{first} was imported before {second}, which works")
 
 
 # --- data ---

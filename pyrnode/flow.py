@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,12 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.dynamics import MLP, ConvNet, Dynamics
 from pyrnode.engines import Engine, Probes, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
+from pyrnode.noise import SampleNoise, spread
 from pyrnode.transforms import Chain, Dequantize, Logit, Standardize
+
+if TYPE_CHECKING:
+    from pyrnode.distribution import FlowDistribution
+    from pyrnode.export import TorchFlow
 
 Draw = Callable[[Tensor], Probes | None]
 """Gives the probes for a block's start state."""
@@ -126,7 +131,7 @@ class Flow(nn.Module):
         self.solver = replace(
             config.solver, name=evaluation.solver, rtol=evaluation.rtol, atol=evaluation.atol, options={}, memory="auto"
         )
-        self.engine: Engine = engines.create(config.engine)
+        self.engine: Engine = engines.create(config.engine, config.device)
 
     @classmethod
     def build(
@@ -271,50 +276,101 @@ class Flow(nn.Module):
         return state
 
     def draw(
-        self, divergence: str = "auto", *, noise: str = "gaussian", probes: int = 1, generator: torch.Generator
+        self,
+        divergence: str = "auto",
+        *,
+        noise: str = "gaussian",
+        probes: int = 1,
+        generator: torch.Generator | SampleNoise,
     ) -> Draw:
         """How the divergence is probed: ``"exact"``, ``"hutchinson"``, or ``"auto"`` (exact up to 64 dimensions)."""
         if divergence not in ("auto", "exact", "hutchinson"):
             raise ConfigError(f"divergence = {divergence!r}: expected 'auto', 'exact' or 'hutchinson'")
         if divergence == "exact" or (divergence == "auto" and self.dim <= EXACT_LIMIT):
             return Probes.exact
+        if probes < 1:
+            raise ConfigError(f"probes = {probes!r}: expected at least 1")
+        if isinstance(generator, SampleNoise):
+            return generator.draw(probes)
         return lambda z: Probes.draw(z, probes, noise=noise, generator=generator)
 
+    @overload
     def log_prob(
-        self, x: Tensor, *, solver: SolverConfig | None = None, divergence: str = "auto", probes: int = 1, seed: int = 0
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        *,
+        solver: SolverConfig | None = None,
+        divergence: str = "auto",
+        probes: int | None = None,
+        seed: int = 0,
+        return_error: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        solver: SolverConfig | None = None,
+        divergence: str = "auto",
+        probes: int | None = None,
+        seed: int = 0,
+        return_error: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        solver: SolverConfig | None = None,
+        divergence: str = "auto",
+        probes: int | None = None,
+        seed: int = 0,
+        return_error: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-density of samples, differentiable.
+
+        Noise belongs to the sample: it depends on its values and on the seed, not on the rest of the batch.
 
         Args:
             x: ``(batch, *event)``. For discrete data integers, to which dequantisation noise is added, or
                 floating-point values ``p + u`` in ``[0, levels]``.
             solver: Solver; default the accurate one.
             divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
-            probes: Probes per sample where the divergence is estimated.
+            probes: Probes per sample where the divergence is estimated; default 1, or 16 with an error.
             seed: Seed of the probes and of the dequantisation: the same call gives the same numbers.
+            return_error: Also state the error of the estimate, from the spread of at least two probes and a finer
+                solve (`pyrnode.uncertainty`); this costs several solves.
 
         Returns:
-            Nats, ``(batch,)``, in the units of `x` (for discrete data, the density of ``p + u``).
+            Nats, ``(batch,)``, in the units of `x` (for discrete data, the density of ``p + u``). With `return_error`,
+            also the standard error, ``(batch,)``: the exact value is within it for at least 68 % of the samples.
 
         Raises:
+            ConfigError: `divergence` is unknown, or there are too few probes.
             DataError: `x` has the wrong shape or is not finite.
             SolverError: A solve failed.
         """
-        x = self.prepare(x)
-        generator = torch.Generator().manual_seed(seed)
-        draw = self.draw(divergence, probes=probes, generator=generator)
-        parts = []
-        for chunk in x.split(_CHUNK):
-            y, log_det = self.transform(chunk, generator)
+        if return_error:
+            from pyrnode.uncertainty import log_prob_with_error
+
+            return log_prob_with_error(self, x, solver=solver, divergence=divergence, probes=probes, seed=seed)
+        x, parts = self.prepare(x), [self._reference().new_zeros(0)]
+        for chunk in x.split(_CHUNK) if len(x) else ():
+            noise = SampleNoise(chunk, seed, self._reference().dtype)
+            y, log_det = self.transform(spread(chunk, noise))
+            draw = self.draw(divergence, probes=1 if probes is None else probes, generator=noise)
             solution = self.solve(y, draw, solver)
             parts.append(base_log_prob(solution.z) + solution.log_det + log_det)
-        return torch.cat(parts) if parts else self._reference().new_zeros(0)
+        return torch.cat(parts)
 
     def encode(self, x: Tensor, *, solver: SolverConfig | None = None, seed: int = 0) -> Tensor:
         """Latents ``(batch, d)`` of samples ``(batch, *event)``; arguments and errors as in `log_prob`."""
-        generator = torch.Generator().manual_seed(seed)
-        chunks = self.prepare(x).split(_CHUNK)
-        return torch.cat([self.solve(self.transform(c, generator)[0], lambda _: None, solver).z for c in chunks])
+        x, parts = self.prepare(x), [self._reference().new_zeros(0, self.dim)]
+        for chunk in x.split(_CHUNK) if len(x) else ():
+            y, _ = self.transform(spread(chunk, SampleNoise(chunk, seed, self._reference().dtype)))
+            parts.append(self.solve(y, lambda _: None, solver).z)
+        return torch.cat(parts)
 
     def decode(self, z: Tensor, *, solver: SolverConfig | None = None) -> Tensor:
         """Samples ``(batch, *event)`` of latents ``(batch, d)``; integers for discrete data.
@@ -351,6 +407,73 @@ class Flow(nn.Module):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         z = torch.randn(n, self.dim, generator=generator, dtype=self._reference().dtype)
         return self.decode(z * temperature, solver=solver)
+
+    def to_torch(
+        self,
+        *,
+        solver: str | None = None,
+        step_size: float | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        divergence: str = "auto",
+        probes: int = 1,
+        seed: int = 0,
+    ) -> TorchFlow:
+        """The density as a plain PyTorch module with its own copy of the parameters, which needs no engine.
+
+        Args:
+            solver: A solver of the PyTorch engine; default RK4, or DP5 where `rtol` is given.
+            step_size: Fixed step, in units of time; default 0.05 unless `rtol` is given.
+            rtol: Relative tolerance of adaptive steps; a module with them cannot be exported.
+            atol: Absolute tolerance; default `rtol`.
+            divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
+            probes: Probes of an estimated divergence.
+            seed: Their seed.
+
+        Raises:
+            ConfigError: Settings that contradict each other or are out of range.
+            EngineUnavailableError: The PyTorch engine has no such solver.
+            DataError: A parameter is not finite.
+        """
+        from pyrnode.export import to_torch
+
+        return to_torch(
+            self,
+            solver=solver,
+            step_size=step_size,
+            rtol=rtol,
+            atol=atol,
+            divergence=divergence,
+            probes=probes,
+            seed=seed,
+        )
+
+    def distribution(
+        self,
+        *,
+        solver: SolverConfig | None = None,
+        divergence: str = "auto",
+        probes: int = 1,
+        seed: int = 0,
+        validate_args: bool | None = None,
+    ) -> FlowDistribution:
+        """The flow among `torch.distributions`: it computes with this flow, so training changes it.
+
+        Args:
+            solver: Solver; default the accurate one.
+            divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
+            probes: Probes of an estimated divergence.
+            seed: Seed of the probes.
+            validate_args: As in `torch.distributions.Distribution`.
+
+        Raises:
+            ConfigError: There is no such divergence.
+        """
+        from pyrnode.distribution import FlowDistribution
+
+        return FlowDistribution(
+            self, solver=solver, divergence=divergence, probes=probes, seed=seed, validate_args=validate_args
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the flow to one ``.safetensors`` file, atomically; `pyrnode.load` reads it."""

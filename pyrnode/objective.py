@@ -14,7 +14,7 @@ from pyrnode.flow import FlowSolution, base_log_prob
 
 @dataclass
 class Objective:
-    """The loss of a batch and its parts, each a mean over the batch.
+    """The loss of a batch and its parts, each a (weighted) mean over the batch.
 
     Attributes:
         loss: What is minimised: nats (``convention="paper"``) or bits (``"ffjord-rnode"``) per dimension. The parts
@@ -35,7 +35,9 @@ class Objective:
         return float(self.nll) / math.log(2)
 
 
-def objective(solution: FlowSolution, log_det: Tensor, penalties: PenaltyConfig) -> Objective:
+def objective(
+    solution: FlowSolution, log_det: Tensor, penalties: PenaltyConfig, weights: Tensor | None = None
+) -> Objective:
     """The regularised negative log-likelihood of a batch.
 
     ``1/(N d) Σ_i [−log p(x_i) + λ_K E_i(T) + λ_J n_i(T)]``, sums running over all blocks (eq. 17); with
@@ -46,10 +48,16 @@ def objective(solution: FlowSolution, log_det: Tensor, penalties: PenaltyConfig)
         solution: The pass through the blocks.
         log_det: Log-determinant of the fixed transform, nats, ``(batch,)``.
         penalties: ``λ_K``, ``λ_J``, the weight of the total derivative, and the convention.
+        weights: Weight of each sample, ``(batch,)``, with mean 1 over the whole training set (not the batch, so that
+            the gradient stays unbiased); `None` weighs all alike.
     """
+
+    def mean(values: Tensor) -> Tensor:
+        return values.mean() if weights is None else (weights * values).mean()
+
     d = solution.z.shape[1]
-    nll = -(base_log_prob(solution.z) + solution.log_det + log_det).mean() / d
-    E, n = solution.total("E").mean() / d, solution.total("n").mean() / d
+    nll = -mean(base_log_prob(solution.z) + solution.log_det + log_det) / d
+    E, n = mean(solution.total("E")) / d, mean(solution.total("n")) / d
     lambda_K, lambda_J, lambda_D = penalties.kinetic, penalties.jacobian, penalties.total_derivative
     if penalties.convention == "paper":
         loss = nll
@@ -57,10 +65,10 @@ def objective(solution: FlowSolution, log_det: Tensor, penalties: PenaltyConfig)
             if weight:
                 loss = loss + weight * value
         if lambda_D:
-            loss = loss + lambda_D * solution.total("D").mean() / d
+            loss = loss + lambda_D * mean(solution.total("D")) / d
         return Objective(loss, nll.detach(), E.detach(), n.detach())
     per_block = [
-        (lambda_K * 0.5 * block.E + lambda_J * block.n + lambda_D * block.D).mean() / block.z[0].numel()
+        mean(lambda_K * 0.5 * block.E + lambda_J * block.n + lambda_D * block.D) / block.z[0].numel()
         for block in solution.blocks
     ]
     loss = nll / math.log(2) + torch.stack(per_block).sum()

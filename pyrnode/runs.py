@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pyrnode import engines
 from pyrnode.checkpoint import write_atomically
 from pyrnode.config import Config, flatten
 from pyrnode.errors import CheckpointError, ConfigError
@@ -31,17 +32,18 @@ _FREE = {"device", "engine"} | {
 }
 
 
-def versions() -> dict[str, Any]:
-    """Versions of what computes, and the machine."""
+def versions(config: Config) -> dict[str, Any]:
+    """Versions of what computes, the engine that is taken and why, and the machine."""
     from importlib import metadata
 
     packages = {}
-    for name in ("pyrnode", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors"):
+    for name in ("pyrnode", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors", "juliacall"):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             packages[name] = "not installed"
     return {
+        "engine": dict(zip(("name", "why"), engines.choose(config.engine, config.device), strict=True)),
         "packages": packages,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -95,7 +97,7 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; use another out=") from error
         self.write_config(config)
-        self.write_text("versions.json", json.dumps(versions(), indent=2) + "\n")
+        self.write_text("versions.json", json.dumps(versions(config), indent=2) + "\n")
 
     def write_config(self, config: Config) -> None:
         """Writes the configuration."""

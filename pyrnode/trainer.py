@@ -21,7 +21,7 @@ from pyrnode import checkpoint
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Splits
 from pyrnode.dynamics import Dynamics, ModuleDynamics
-from pyrnode.errors import CheckpointError, ConfigError, SolverError, TrainingDivergedError
+from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow, base_log_prob
 from pyrnode.objective import Objective, objective
 from pyrnode.runs import Board, Record, RunFolder, require_tensorboard
@@ -55,6 +55,31 @@ class _Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the samples, positive; those of training have mean 1.
+
+    Attributes:
+        train: ``(n,)``, float64.
+        validation: The same for the validation samples.
+    """
+
+    train: Tensor
+    validation: Tensor
+
+    def checked(self, splits: Splits) -> Weights:
+        """The weights, brought to mean 1; raises `DataError` where they do not fit the samples."""
+        parts = []
+        for name in ("train", "validation"):
+            values, count = getattr(self, name).double().cpu(), len(getattr(splits, name))
+            if tuple(values.shape) != (count,):
+                raise DataError(f"{name} weights of shape {tuple(values.shape)}: expected one for each of {count}")
+            if not bool((torch.isfinite(values) & (values > 0)).all()):
+                raise DataError(f"{name} weights must be finite and positive: leave out the samples of weight zero")
+            parts.append(values / values.mean())
+        return Weights(*parts)
+
+
 class Trainer:
     """The training loop over one flow; `train` is the way to use it.
 
@@ -64,6 +89,8 @@ class Trainer:
         folder: Where to write; `None` writes nothing.
         dynamics: The user's own dynamics by event shape.
         progress: Show a progress bar.
+        weights: Weights of the samples in the loss, in the validation and in the standardisation; `None` weighs all
+            alike.
     """
 
     def __init__(
@@ -74,8 +101,10 @@ class Trainer:
         *,
         dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
         progress: bool = True,
+        weights: Weights | None = None,
     ) -> None:
         self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
+        self.weights = None if weights is None else weights.checked(splits)
         self.state = _Progress()
         if config.training.tensorboard:
             if folder is None:
@@ -83,6 +112,8 @@ class Trainer:
             require_tensorboard()
         self.device = checkpoint.resolve_device(config.device)
         sample = splits.train.tensor() if splits.levels is None and config.flow.standardize else None
+        if sample is not None and self.weights is not None:
+            sample = _with_moments_of(sample.double(), self.weights.train)
         self.make = None if dynamics is None else _wrapped(dynamics)
         self.flow = Flow.build(config, splits.event_shape, levels=splits.levels, sample=sample, dynamics=self.make).to(
             self.device
@@ -98,6 +129,7 @@ class Trainer:
         self.board: Board | None = None
         self._snapshot = self._capture()
         self._stop = False
+        self._weights_order: tuple[int, Tensor] | None = None  # the present epoch and its order
 
     # -- what is fixed by the settings -------------------------------------------------------------------------------
 
@@ -181,10 +213,21 @@ class Trainer:
         size, workers = self.config.training.batch_size, self.config.data.workers
         first = self.state.step % self.steps_per_epoch
         for epoch in range(self.state.step // self.steps_per_epoch, 2**62):
-            order = torch.randperm(len(self.splits.train), generator=generator(self.config.seed, "order", epoch))
-            order = order[first * size : self.steps_per_epoch * size]
+            order = self._order(epoch)[first * size : self.steps_per_epoch * size]
             first = 0
             yield from self.splits.train.batches(order, size, workers=workers)
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.splits.train), generator=generator(self.config.seed, "order", epoch))
+
+    def _batch_weights(self, step: int) -> Tensor | None:
+        """Weights of the samples in the batch of that step."""
+        if self.weights is None:
+            return None
+        size, (epoch, number) = self.config.training.batch_size, divmod(step, self.steps_per_epoch)
+        if self._weights_order is None or self._weights_order[0] != epoch:
+            self._weights_order = epoch, self._order(epoch)
+        return self.weights.train[self._weights_order[1][number * size : (number + 1) * size]]
 
     def _step(self, batch: Tensor) -> Record | None:
         """One optimiser step; `None` if Ctrl-C asked to end here.
@@ -194,7 +237,7 @@ class Trainer:
         """
         step, training = self.state.step, self.config.training
         random = generator(self.config.seed, "step", step)
-        result, nfe = self._objective(batch, random)
+        result, nfe = self._objective(batch, self._batch_weights(step), random)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,7 +283,7 @@ class Trainer:
                         raise _NotFiniteError(f"block {index}: the gradient of {name} is not finite") from None
             raise _NotFiniteError("the gradient's norm is not finite") from None
 
-    def _objective(self, batch: Tensor, random: torch.Generator) -> tuple[Objective, float]:
+    def _objective(self, batch: Tensor, weights: Tensor | None, random: torch.Generator) -> tuple[Objective, float]:
         penalties = self.config.penalties
         x = self.flow.prepare(batch)
         if self.config.data.flip and len(self.splits.event_shape) == 3:
@@ -250,7 +293,7 @@ class Trainer:
         draw = self.flow.draw(penalties.divergence, noise=penalties.noise, probes=penalties.probes, generator=random)
         solution = self.flow.solve(y, draw, self.solver, total_derivative=penalties.total_derivative > 0)
         self._stats = [block.stats for block in solution.blocks]
-        return objective(solution, log_det, penalties), solution.nfe
+        return objective(solution, log_det, penalties, None if weights is None else weights.to(y)), solution.nfe
 
     @property
     def nfe_backward(self) -> float:
@@ -323,11 +366,13 @@ class Trainer:
     def _validation_value(self) -> float:
         """Mean of ``−log p`` over the validation set, nats per dimension, always with the same noise."""
         samples, count = self.splits.validation, self._validation_size
-        total = 0.0
         size = self.config.evaluation.chunk
+        weights = torch.ones(count).double() if self.weights is None else self.weights.validation[:count]
+        total = 0.0
         for number, batch in enumerate(samples.batches(torch.arange(count), size)):
-            total += float(self._log_prob(batch, number, self.solver).double().sum())
-        return -total / count / self.flow.dim
+            log_prob = self._log_prob(batch, number, self.solver).double().cpu()
+            total += float((log_prob * weights[number * size : (number + 1) * size]).sum())
+        return -total / float(weights.sum()) / self.flow.dim
 
     def _disagreement(self) -> float:
         """Mean ``|log p − log p'|`` of the training solver and of half its step, nats per dimension."""
@@ -501,6 +546,14 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _with_moments_of(x: Tensor, weights: Tensor) -> Tensor:
+    """Two samples whose mean and standard deviation are the weighted ones of ``x`` ``(n, *event)``."""
+    share = (weights / weights.sum()).reshape(-1, *[1] * (x.ndim - 1))
+    mean = (share * x).sum(0)
+    std = (share * (x - mean).square()).sum(0).sqrt()
+    return torch.stack((mean - std, mean + std))
 
 
 def _wrapped(dynamics: Callable[[tuple[int, ...]], nn.Module]) -> Callable[[tuple[int, ...]], Dynamics]:

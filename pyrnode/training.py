@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pyrnode import evaluation
-from pyrnode.config import Config, FlowConfig
+from pyrnode import engines, evaluation
+from pyrnode.config import Config, FlowConfig, SolverConfig
 from pyrnode.data import load
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
@@ -46,7 +47,7 @@ def train(
     *,
     preset: str | None = None,
     flow: FlowConfig | Mapping[str, Any] | None = None,
-    solver: str | None = None,
+    solver: str | Mapping[str, Any] | None = None,
     step_size: float | str | None = None,
     sensealg: str | None = None,
     kinetic: float | None = None,
@@ -73,7 +74,8 @@ def train(
         data: Name of a data set, path of a file or folder, array ``(n, *event)``, torch data set, or `Splits`.
         preset: Name of a preset (``pyrnode presets``) or path of a ``.toml`` file.
         flow: Composition and network, as a `FlowConfig` or a mapping of its fields.
-        solver: Training solver, e.g. ``"RK4"``.
+        solver: Training solver, e.g. ``"RK4"``, or a mapping with its options, e.g. ``{"name": "Vern7", "lazy": False}``:
+            keys of `SolverConfig` are settings, all others are options of the solver itself (Julia engine).
         step_size: Its step, or ``"auto"``.
         sensealg: Sensitivity algorithm, e.g. ``"Backprop"``.
         kinetic: ``λ_K``.
@@ -109,7 +111,7 @@ def train(
     folder = None if out is None else RunFolder(out)
     given = {
         "flow": flow.to_dict() if isinstance(flow, FlowConfig) else flow,
-        "solver.name": solver,
+        **_solver_settings(solver),
         "solver.step_size": step_size,
         "solver.sensealg": sensealg,
         "penalties.kinetic": kinetic,
@@ -125,6 +127,8 @@ def train(
     given = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     config = _resolve(folder, resume, preset, given)
     splits = load(data, config=config.data)
+    if progress and config.engine == "auto":
+        print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
     trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress)
     if folder is not None and resume and folder.checkpoint.exists():
         trainer.resume()
@@ -139,6 +143,18 @@ def train(
         if folder is not None:
             evaluation.write_report(folder, best, splits, report, trainer.history)
     return TrainingResult(best, trainer.history, report, config, None if folder is None else folder.path, interrupted)
+
+
+def _solver_settings(solver: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A solver's name, or a mapping of its name, settings and options, as settings by key."""
+    if not isinstance(solver, Mapping):
+        return {"solver.name": solver}
+    if "name" not in solver:
+        raise ConfigError(f"solver = {dict(solver)!r}: expected a mapping with the solver's 'name'")
+    known = {f.name for f in fields(SolverConfig)}
+    options = {key: value for key, value in solver.items() if key not in known}
+    settings = {f"solver.{key}": value for key, value in solver.items() if key in known}
+    return settings | ({"solver.options": options} if options else {})
 
 
 _MADE_FOR = {"digits": "digits", "mnist": "mnist-cpu", "cifar10": "finlay2020-cifar10"}

@@ -1,18 +1,25 @@
-"""What all tests share: fixed seeds, at most two threads, no display, and the folder of real data."""
+"""What all tests share: fixed seeds, at most two threads, no display, the folder of real data, and the Julia engine."""
 
 from __future__ import annotations
 
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 # Before torch and matplotlib are imported anywhere: OpenMP reads its variable once.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# What does not name its engine is tested with PyTorch's, whether Julia is there or not.
+os.environ["PYRNODE_ENGINE"] = "torch"
+# juliapkg installs whatever is missing when juliacall is imported; no test may download Julia.
+os.environ.setdefault("PYTHON_JULIAPKG_OFFLINE", "yes")
 
 import numpy as np
 import pytest
 import torch
+
+from pyrnode import julia_setup
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -35,3 +42,19 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"PYRNODE_DATA = {name!r} is not a folder")
     return path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs Julia where it is not ready: before any fixture, and in one place, so that one line says why."""
+    wanted = item.get_closest_marker("needs_julia") or "julia_engine" in getattr(item, "fixturenames", ())
+    if wanted and not julia_setup.status().ready:
+        pytest.skip(f"the Julia engine is not ready: {julia_setup.status().detail} (see: pyrnode doctor)")
+
+
+@pytest.fixture(scope="session")
+def julia_engine() -> Any:
+    """The Julia engine, started once; a test that takes it needs no marker."""
+    from pyrnode.engines.julia import JuliaEngine
+
+    return JuliaEngine()

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 
 import pyrnode
-from pyrnode import cli
+from pyrnode import cli, julia_setup
 from pyrnode.config import Config
 from pyrnode.errors import ConfigError
+from pyrnode.julia_setup import JuliaStatus
 from pyrnode.runs import read_metrics
 
 TINY = ["--set", "hidden=[4]", "--set", "max_steps=4", "--set", "batch_size=20", "--quiet"]
@@ -71,7 +73,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         run("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for name in ("train", "evaluate", "sample", "presets", "solvers", "doctor", "demo"):
+    for name in ("train", "evaluate", "sample", "presets", "solvers", "install-julia", "doctor", "demo"):
         assert name in text
 
 
@@ -264,16 +266,83 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == pyrnode.presets()
 
 
-def test_solvers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+ORDERS = {"Euler": 1, "Midpoint": 2, "Heun": 2, "SSPRK33": 3, "RK4": 4, "BS3": 3, "DP5": 5, "Tsit5": 5, "DP8": 8}
+ABSENT = JuliaStatus(False, "juliacall is not installed", "pip install 'pyrnode[julia]'")
+
+
+def test_solvers_of_pytorch_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("solvers", "--engine", "torch", "--json") == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row["order"] for row in table["solvers"]} == ORDERS
+    assert {(row["engine"], row["package"]) for row in table["solvers"]} == {("torch", "pyrnode")}
+    assert {"Backprop", "BacksolveAdjoint"} <= set(table["sensitivities"])
+    assert table["missing"] is None
+    assert run("solvers", "--engine", "torch") == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].split() == ["solver", "engine", "order", "kind", "package", "description"]
+    assert [line.split()[:3] for line in lines[1:10]] == [[name, "torch", str(order)] for name, order in ORDERS.items()]
+    assert "Julia" not in captured.out + captured.err
+
+
+def test_solvers_of_a_julia_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(julia_setup, "status", lambda: ABSENT)
+    reason = "juliacall is not installed; run: pip install 'pyrnode[julia]'"
+    assert run("solvers") == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == f"the solvers of Julia are not listed: {reason}"
+    assert captured.err == ""
     assert run("solvers", "--json") == 0
     table = json.loads(capsys.readouterr().out)
-    orders = {row["name"]: row["order"] for row in table["solvers"]}
-    expected = {"Euler": 1, "Midpoint": 2, "Heun": 2, "SSPRK33": 3, "RK4": 4, "BS3": 3, "DP5": 5, "Tsit5": 5, "DP8": 8}
-    assert orders.items() >= expected.items()
-    assert {"Backprop", "BacksolveAdjoint"} <= set(table["sensitivities"])
-    assert run("solvers") == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in (*expected, "BacksolveAdjoint"))
+    assert (len(table["solvers"]), table["missing"]) == (len(ORDERS), {"julia": reason})
+    assert run("solvers", "--engine", "julia") == 1
+    assert one_line(capsys.readouterr()) == f"pyrnode: the Julia engine cannot be started: {reason}"
+
+
+def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    moulton = "OrdinaryDiffEqAdamsBashforthMoulton"
+    rows = [
+        {"name": "Rodas5P", "order": 5, "kind": "stiff, adaptive", "package": "OrdinaryDiffEqRosenbrock"},
+        {"name": "VCABM", "order": None, "kind": "multistep, adaptive", "package": moulton},
+    ]
+    rows = [{**row, "description": "from Julia"} for row in rows]
+    fake = ModuleType("pyrnode.engines.julia")
+    fake.JuliaEngine = lambda: SimpleNamespace(solvers=lambda: rows)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyrnode.engines.julia", fake)
+    monkeypatch.setattr(julia_setup, "status", lambda: JuliaStatus(True, "Julia 1.10.8"))
+    assert run("solvers", "--json") == 0
+    captured = capsys.readouterr()
+    table = json.loads(captured.out)
+    assert table["solvers"][len(ORDERS) :] == [{**row, "engine": "julia"} for row in rows]
+    assert table["missing"] is None
+    assert captured.err == "starting Julia to ask it, which takes about 15 s\n"
+    assert run("solvers", "--engine", "julia") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [
+        "Rodas5P",
+        "julia",
+        "5",
+        "stiff,",
+        "adaptive",
+        "OrdinaryDiffEqRosenbrock",
+        "from",
+        "Julia",
+    ]
+    assert lines[2].split()[:3] == ["VCABM", "julia", "multistep,"]
+    assert len({line.index("from Julia") for line in lines[1:3]}) == 1  # columns are columns
+    assert run("solvers", "--engine", "torch") == 0
+    assert "julia" not in capsys.readouterr().out
+
+
+@pytest.mark.needs_julia
+def test_solvers_of_julia_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("solvers", "--engine", "julia", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["solvers"]}
+    for name, order in ORDERS.items():
+        assert (rows[name]["order"], rows[name]["engine"]) == (order, "julia")
+    assert len(rows) > 100
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

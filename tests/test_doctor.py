@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -12,16 +14,30 @@ import time
 import warnings
 from collections import namedtuple
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from pyrnode import doctor
+from pyrnode import doctor, julia_setup
 from pyrnode.doctor import Check, diagnose, format_report
+from pyrnode.julia_setup import JuliaStatus
+
+pytest.importorskip("juliapkg", reason="juliacall is not installed (the extra `julia`)")
 
 INSTALLED = {"torchvision": "0.29.1", "pandas": "3.0", "pyarrow": "20.0", "tensorboard": "2.20", "h5py": "3.12"}
+READY = JuliaStatus(
+    ready=True,
+    detail="Julia 1.10.8 at /opt/julia/bin/julia with its packages in /opt/env",
+    executable="/opt/julia/bin/julia",
+    project="/opt/env",
+    version="1.10.8",
+    juliacall="0.9.34",
+    packages={"Lux": "1.31.2", "PythonCall": "0.9.34", "CUDA": "5.9.7", "LuxCUDA": "0.3.6", "cuDNN": "1.4.6"},
+)
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
 
@@ -42,6 +58,13 @@ class Machine:
         self.executables({})
         self.free(100)
         self.gpus("NVIDIA H100")
+        for name in ("JULIA_NUM_THREADS", *(n for n in os.environ if n.startswith("PYTHON_JULIACALL_"))):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "juliacall"})
+        self.julia(READY)
+
+    def julia(self, status: JuliaStatus) -> None:
+        self.patch.setattr(julia_setup, "status", lambda: status)
 
     def packages(self, versions: Mapping[str, str]) -> None:
         self.patch.setattr("importlib.util.find_spec", lambda name: object() if name in versions else None)
@@ -104,7 +127,12 @@ def test_a_good_machine(machine: Machine) -> None:
         "pyarrow": "ok",
         "tensorboard": "ok",
         "h5py": "ok",
-        "Julia": "note",  # its engine is not there, whatever is installed
+        "Julia": "ok",
+        "Julia packages": "ok",
+        "CUDA.jl": "ok",
+        "Julia threads": "ok",
+        "OpenSSL": "ok",
+        "import order": "ok",
         "data": "ok",
         "disk": "ok",
         "working folder": "ok",
@@ -162,12 +190,102 @@ def test_cuda(machine: Machine) -> None:
     assert (check.status, check.remedy) == ("problem", "pip install --force-reinstall torch torchvision")
 
 
-def test_julia_is_looked_for_and_said_not_to_matter(machine: Machine) -> None:
-    plain = "the Julia engine is not part of this version, the PyTorch engine does everything"
-    assert _find("Julia") == Check("Julia", "note", f"{plain} (julia not found, juliacall not installed)")
-    machine.executables({"julia": "/opt/julia/bin/julia"})
-    machine.packages({**INSTALLED, "juliacall": "0.9.31"})
-    assert _find("Julia").detail == f"{plain} (julia at /opt/julia/bin/julia, juliacall 0.9.31)"
+def test_julia(machine: Machine) -> None:
+    assert _find("Julia") == Check("Julia", "ok", READY.detail)
+    assert _find("Julia packages").detail == "Lux 1.31.2, PythonCall 0.9.34; juliacall 0.9.34"
+    assert _find("CUDA.jl").detail == "CUDA 5.9.7, LuxCUDA 0.3.6, cuDNN 1.4.6"
+    assert _find("Julia threads").detail == "as torch: 4 threads"
+    assert _find("import order").detail == "torch is imported, juliacall not yet; either may come first"
+
+
+def test_a_julia_that_is_not_installed_is_a_note_and_a_broken_one_a_problem(machine: Machine) -> None:
+    machine.julia(JuliaStatus(False, "juliacall is not installed", "pip install 'pyrnode[julia]'"))
+    plain = "its engine is not ready, the PyTorch engine does the work: "
+    remedy = "pip install 'pyrnode[julia]'"
+    assert _find("Julia") == Check("Julia", "note", plain + "juliacall is not installed", remedy)
+    assert not {"CUDA.jl", "Julia threads", "OpenSSL"} & {check.name for check in diagnose()}
+    machine.julia(JuliaStatus(False, "its Manifest is damaged", "pyrnode install-julia", executable="/opt/julia"))
+    assert _find("Julia") == Check("Julia", "problem", plain + "its Manifest is damaged", "pyrnode install-julia")
+    machine.julia(JuliaStatus(False, "PYTHON_JULIACALL_EXE is set alone", "unset PYTHON_JULIACALL_EXE"))
+    assert _find("Julia").status == "note"
+    machine.patch.setenv("PYTHON_JULIACALL_EXE", "/opt/julia")
+    assert _find("Julia").status == "problem"
+
+
+def test_julia_packages_for_a_gpu(machine: Machine) -> None:
+    machine.julia(replace(READY, packages={"Lux": "1.31.2", "CUDA": "5.9.7"}))
+    detail = "not installed: the Julia engine computes on the CPU"
+    assert _find("CUDA.jl") == Check("CUDA.jl", "note", detail, "pyrnode install-julia --cuda")
+    machine.julia(replace(READY, packages={"Lux": "1.31.2"}, own=True))
+    remedy = str(_find("CUDA.jl").remedy)
+    assert shlex.split(remedy)[:3] == ["/opt/julia/bin/julia", "--project=/opt/env", "-e"]
+    assert '("LuxCUDA", "' in remedy
+    machine.gpus()
+    assert _find("CUDA.jl") == Check("CUDA.jl", "ok", "not installed, and without a GPU not needed")
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "detail", "remedy"),
+    [
+        ({"JULIA_NUM_THREADS": "2"}, "ok", "JULIA_NUM_THREADS = 2: 2 threads", None),
+        ({"JULIA_NUM_THREADS": "auto"}, "ok", "JULIA_NUM_THREADS = auto: 4 threads", None),
+        ({"JULIA_NUM_THREADS": "3,1"}, "ok", "JULIA_NUM_THREADS = 3,1: 3 threads", None),
+        (
+            {"JULIA_NUM_THREADS": "8", "PYTHON_JULIACALL_THREADS": "1"},
+            "ok",
+            "PYTHON_JULIACALL_THREADS = 1: 1 thread",
+            None,
+        ),
+        (
+            {"JULIA_NUM_THREADS": "8"},
+            "problem",
+            "JULIA_NUM_THREADS = 8: 8 threads, but this process may use 4 CPUs",
+            "export JULIA_NUM_THREADS=4",
+        ),
+        (
+            {"JULIA_NUM_THREADS": "many"},
+            "problem",
+            "JULIA_NUM_THREADS = many: expected a positive number or auto",
+            "unset JULIA_NUM_THREADS",
+        ),
+        (
+            {"PYTHON_JULIACALL_HANDLE_SIGNALS": "no"},
+            "problem",
+            "as torch: 4 threads, which can crash while PYTHON_JULIACALL_HANDLE_SIGNALS = no",
+            "unset PYTHON_JULIACALL_HANDLE_SIGNALS",
+        ),
+    ],
+)
+def test_julia_threads(
+    machine: Machine, variables: dict[str, str], status: str, detail: str, remedy: str | None
+) -> None:
+    for name, value in variables.items():
+        machine.patch.setenv(name, value)
+    assert _find("Julia threads") == Check("Julia threads", status, detail, remedy)  # type: ignore[arg-type]
+
+
+def test_openssl(machine: Machine) -> None:
+    machine.patch.setattr(ssl, "OPENSSL_VERSION", "OpenSSL 3.0.19")
+    machine.patch.setattr(ssl, "OPENSSL_VERSION_INFO", (3, 0, 0, 19, 0))
+    assert _find("OpenSSL").detail == "Python has OpenSSL 3.0.19: Julia 1 - 1.11 only, newer ones need OpenSSL 3.5"
+    machine.patch.setattr(ssl, "OPENSSL_VERSION", "OpenSSL 3.5.1")
+    machine.patch.setattr(ssl, "OPENSSL_VERSION_INFO", (3, 5, 0, 1, 0))
+    assert _find("OpenSSL").detail == "Python has OpenSSL 3.5.1: any Julia"
+
+
+def test_import_order(machine: Machine) -> None:
+    fake = ModuleType("juliacall")
+    fake.CONFIG = {"opt_threads": "4", "opt_handle_signals": "yes"}  # type: ignore[attr-defined]
+    machine.patch.setattr(sys, "modules", {**sys.modules, "juliacall": fake})
+    assert _find("import order") == Check("import order", "ok", "torch was imported before juliacall, which works")
+    machine.patch.setattr(sys, "modules", {"juliacall": fake, **sys.modules})
+    assert _find("import order").detail == "juliacall was imported before torch, which works"
+    fake.CONFIG["opt_handle_signals"] = None
+    check = _find("import order")
+    assert (check.status, check.remedy) == ("problem", "export PYTHON_JULIACALL_HANDLE_SIGNALS=yes")
+    assert "4 threads without signal handling" in check.detail
+    fake.CONFIG["opt_threads"] = "1"
+    assert _find("import order").status == "ok"
 
 
 def test_data_folder_that_is_not_set(machine: Machine) -> None:
@@ -347,7 +465,6 @@ def test_nothing_is_imported_and_julia_not_started() -> None:
     ).stdout
     heavy = {
         "juliacall",
-        "juliapkg",
         "torchvision",
         "pandas",
         "pyarrow",

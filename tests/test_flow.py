@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,40 @@ def test_same_seed_same_numbers(flow: Flow) -> None:
     x = data_for(flow)
     first, second = (flow.log_prob(x, divergence="hutchinson", seed=4) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_estimates_do_not_depend_on_the_batch(flow: Flow) -> None:
+    """Neither on its other samples nor on the place in it; integers get dequantisation noise of their own too."""
+    x = data_for(flow, 6)
+    x = x if flow.levels is None else x.long()
+    whole = flow.log_prob(x, divergence="hutchinson", probes=2)
+    for rows in ([4], [5, 0, 4], [1, 1]):
+        part = flow.log_prob(x[rows], divergence="hutchinson", probes=2)
+        torch.testing.assert_close(part, whole[rows], rtol=0, atol=1e-8)
+        torch.testing.assert_close(flow.encode(x[rows]), flow.encode(x)[rows], rtol=0, atol=1e-8)
+    assert not torch.allclose(flow.log_prob(x, divergence="hutchinson", probes=2, seed=1), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_the_stated_error_is_that_of_the_number(flow: Flow, divergence: str) -> None:
+    x = data_for(flow, 20 if flow.levels is None else 4)
+    estimate, error = flow.log_prob(x, divergence=divergence, return_error=True)
+    plain = flow.log_prob(x, divergence=divergence, probes=16)
+    torch.testing.assert_close(estimate, plain, rtol=0, atol=1e-6)
+    exact = flow.log_prob(x, solver=replace(flow.solver, name="DP8", rtol=1e-11, atol=1e-11), divergence="exact")
+    covered = (estimate - exact).abs() < error
+    assert float(covered.double().mean()) >= (1 if divergence == "exact" else 0.4)
+
+
+@torch.no_grad()
+def test_no_samples_have_no_numbers(flow: Flow) -> None:
+    nothing = data_for(flow, 1)[:0]
+    assert flow.log_prob(nothing).shape == (0,)
+    assert flow.encode(nothing).shape == (0, flow.dim)
+    with pytest.raises(ConfigError, match="probes = 0: expected at least 1"):
+        flow.log_prob(data_for(flow), divergence="hutchinson", probes=0)
 
 
 @torch.no_grad()

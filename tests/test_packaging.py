@@ -16,12 +16,40 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import pyrnode
+from pyrnode import julia_setup
+from tests.fake_julia import GPU_VERSIONS, VERSIONS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-UNTESTED_EXTRAS = {"julia", "docs"}  # not installed by `make test`, so no version of them has been tested
+UNTESTED_EXTRAS = {"docs"}  # not installed by `make test`, so no version of them has been tested
 
-HEAVY = ["juliacall", "matplotlib", "sklearn", "pandas", "pyarrow", "h5py", "torchvision", "tensorboard", "torchdiffeq"]
+HEAVY = [
+    "juliacall",
+    "juliapkg",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "pyarrow",
+    "h5py",
+    "torchvision",
+    "tensorboard",
+    "torchdiffeq",
+]
+
+NEWEST = VERSIONS | {
+    "CUDA": "6.2.1",
+    "DiffEqFlux": "4.8.2",
+    "Lux": "1.31.4",
+    "LuxCUDA": "0.3.6",
+    "NNlib": "0.9.38",
+    "OrdinaryDiffEq": "7.1.3",
+    "PrecompileTools": "1.3.4",
+    "PythonCall": "0.9.37",
+    "SciMLBase": "3.39.0",
+    "SciMLSensitivity": "7.116.2",
+    "cuDNN": "6.2.1",
+}
+"""What Julia's General registry had in July 2026 (PythonCall: what PyPI has of juliacall)."""
 
 
 def _requirements() -> list[Requirement]:
@@ -103,3 +131,52 @@ def test_public_api_is_documented() -> None:
         if not inspect.getdoc(getattr(item, member) if member else item):
             undocumented.append(name)
     assert undocumented == []
+
+
+# -- Julia ------------------------------------------------------------------------------------------------------------
+
+
+def test_juliapkg_is_told_what_the_julia_project_says() -> None:
+    project = tomllib.loads((ROOT / "Project.toml").read_text(encoding="utf-8"))
+    table = json.loads((ROOT / "pyrnode" / "juliapkg.json").read_text(encoding="utf-8"))
+    compat = dict(project["compat"])
+    assert compat.pop("julia") == table["julia"]
+    del compat["JLArrays"]  # only the tests use it
+    assert project["extras"].pop("JLArrays")
+    for section, key in (("packages", "deps"), ("gpu", "extras")):
+        assert {name: entry["uuid"] for name, entry in table[section].items()} == project[key]
+    entries = table["packages"] | table["gpu"]
+    assert {name: entry["version"] for name, entry in entries.items() if "version" in entry} == compat
+
+
+def test_the_julia_project_has_what_its_sources_load_and_nothing_else() -> None:
+    files = sorted((ROOT / "julia").glob("*.jl"))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    loaded = set(re.findall(r"^\s*(?:using|import) ([A-Z]\w*)", sources, flags=re.MULTILINE))
+    assert loaded - {"Base", "Core", *(path.stem for path in files)} == julia_setup.needs().keys()
+
+
+@pytest.mark.parametrize("versions", [VERSIONS | GPU_VERSIONS, NEWEST], ids=["tested", "newest"])
+def test_bounds_of_julia_packages_admit(versions: dict[str, str]) -> None:
+    compat = pytest.importorskip("juliapkg.compat", reason="juliacall is not installed (the extra `julia`)")
+    needs = julia_setup.needs() | julia_setup.needs(gpu=True)
+    assert {name for name, need in needs.items() if need.bounds is not None} == set(versions)
+    for name, version in versions.items():
+        bounds = needs[name].bounds
+        assert compat.Version.parse(version) in compat.Compat.parse(bounds), f"{name} {version} not in {bounds}"
+
+
+def test_the_wheel_carries_what_julia_needs() -> None:
+    pytest.importorskip("hatchling", reason="hatchling is not installed (`make wheel-smoke` builds the wheel)")
+    from hatchling.builders.wheel import WheelBuilder
+
+    files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    assert files >= {f"pyrnode/julia/{path.name}" for path in (ROOT / "julia").glob("*.jl")}
+    assert files >= {"pyrnode/juliapkg.json", "pyrnode/py.typed", "pyrnode/presets/toy.toml"}
+    assert {file.partition("/")[0] for file in files} == {"pyrnode"}
+    assert "pyrnode/julia/Project.toml" not in files  # Julia would take the folder for a project, not for code
+
+
+def test_juliapkg_finds_our_needs_beside_the_package() -> None:
+    deps = pytest.importorskip("juliapkg.deps", reason="juliacall is not installed (the extra `julia`)")
+    assert str(Path(pyrnode.__file__).parent / "juliapkg.json") in deps.deps_files()

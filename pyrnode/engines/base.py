@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
+from pyrnode.errors import SolverError
 
 
 class Probes(NamedTuple):
@@ -91,6 +93,71 @@ class Solution:
     n: Tensor
     D: Tensor
     stats: Stats = field(default_factory=Stats)
+
+
+class Solve(Protocol):
+    """One solve of one block, which remembers what its backward pass needs."""
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+        """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``, or no columns without probes."""
+
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Cotangents of the start state and of the parameters of the dynamics."""
+
+
+class _Differentiable(torch.autograd.Function):
+    """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: Solve, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.solve = solve
+        return solve.forward(z0.detach(), record=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
+        z0_bar, gradients = ctx.solve.backward(z_bar, q_bar)
+        return None, z0_bar, *gradients
+
+
+def run(solve: Solve, z0: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """`solve.forward`, recorded as a node of autograd's graph where a gradient can be asked for."""
+    if torch.is_grad_enabled() and (z0.requires_grad or any(p.requires_grad for p in parameters)):
+        z, q = _Differentiable.apply(solve, z0, *parameters)
+        return z, q
+    return solve.forward(z0, record=False)
+
+
+def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:
+    """The error of a fixed-step solve whose `step`-th of `steps` steps, from `t` by `h`, left values that are not finite."""
+    return SolverError(
+        f"the state is not finite after step {step} of {steps} ({name}, t = {t:.4g} to {t + h:.4g}) in {bad} of {batch} "
+        "samples; try a smaller step_size, a smaller learning rate, or stronger kinetic and jacobian penalties",
+        status="Unstable",
+    )
+
+
+def not_finite_at_start(t: float, bad: int, batch: int) -> SolverError:
+    """The error of a solve that cannot take its first step."""
+    message = f"the dynamics are not finite at t = {t:g} for {bad} of {batch} samples"
+    return SolverError(f"{message}; look for non-finite parameters or data", status="Unstable")
+
+
+def stuck(status: str, why: str, t: float, bad: int, batch: int) -> SolverError:
+    """The error of an adaptive solve that gave up."""
+    return SolverError(
+        f"{why}: {bad} of {batch} samples stopped before the end time (first at t = {t:.4g}); loosen rtol/atol, raise "
+        "maxiters, regularise more strongly, or use a fixed step",
+        status=status,
+    )
+
+
+STUCK = {
+    "DtLessThanMin": "the step size underflowed, the dynamics are too stiff",
+    "MaxIters": "maxiters = {maxiters} steps did not suffice",
+    "Unstable": "the solution grew beyond all bounds",
+}
+"""Why an adaptive solve gives up, by SciML's return code."""
 
 
 class Engine(ABC):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.base import Stats
+from pyrnode.engines.base import STUCK, Stats, not_finite_at_start, stuck, unstable
 from pyrnode.errors import SolverError
 from pyrnode.solvers import Method
 
@@ -128,12 +128,7 @@ def solve_fixed(
             if bad and not check:
                 raise _Retrace
             if bad:
-                raise SolverError(
-                    f"the state is not finite after step {number + 1} of {len(steps)} ({method.name}, t = {t:.4g} to "
-                    f"{t + h:.4g}) in {bad} of {len(y)} samples; try a smaller step_size, a smaller learning rate, "
-                    "or stronger kinetic and jacobian penalties",
-                    status="Unstable",
-                )
+                raise unstable(method.name, number + 1, len(steps), t, h, bad, len(y))
     evaluations_per_sample = len(steps) * len(tableau.b)
     return y, q, Stats(nfe=evaluations_per_sample, nfe_max=evaluations_per_sample, accepted=len(steps))
 
@@ -233,7 +228,7 @@ def integrate_adaptive(
     accepted = torch.zeros_like(attempts)
     while len(front.index):
         if float(attempts.max()) >= maxiters:
-            raise _stuck(front, "MaxIters", f"maxiters = {maxiters} steps did not suffice", len(y))
+            raise _stuck(front, "MaxIters", maxiters, len(y))
         left = t1 - front.t
         last = front.h.abs() >= left.abs() * (1 - 1e-10)
         h = torch.where(last, left, front.h)
@@ -257,7 +252,7 @@ def integrate_adaptive(
             y_end[front.index[done]], q_end[front.index[done]] = front.y[done], front.q[done]
             front.keep(~done)
         if len(front.index) and float(front.h.abs().min()) < smallest:
-            raise _stuck(front, "DtLessThanMin", "the step size underflowed, the dynamics are too stiff", len(y))
+            raise _stuck(front, "DtLessThanMin", maxiters, len(y))
     nfe = 2 + len(method.tableau.b) * attempts
     rejected = float((attempts - accepted).mean())
     return y_end, q_end, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
@@ -282,8 +277,7 @@ def _start(
     index = torch.arange(len(y), device=y.device)
     rate = system(t0, y, None, 1.0)
     if bad := _not_finite(rate.y, rate.q):
-        message = f"the dynamics are not finite at t = {t0:g} for {bad} of {len(y)} samples"
-        raise SolverError(f"{message}; look for non-finite parameters or data", status="Unstable")
+        raise not_finite_at_start(t0, bad, len(y))
     state = Rate(y, q)
     d0 = norm(state, state, state)
     d1 = norm(rate, state, state)
@@ -332,9 +326,5 @@ def _error_size(errors: list[Rate], front: _Front, new: tuple[Rate, Rate], norm:
     return fifth.square() / (fifth.square() + 0.01 * third.square()).sqrt().clamp(min=1e-300)
 
 
-def _stuck(front: _Front, status: str, why: str, total: int) -> SolverError:
-    return SolverError(
-        f"{why}: {len(front.index)} of {total} samples stopped before the end time (first at t = "
-        f"{float(front.t[0]):.4g}); loosen rtol/atol, raise maxiters, regularise more strongly, or use a fixed step",
-        status=status,
-    )
+def _stuck(front: _Front, status: str, maxiters: int, total: int) -> SolverError:
+    return stuck(status, STUCK[status].format(maxiters=maxiters), float(front.t[0]), len(front.index), total)

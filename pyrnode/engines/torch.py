@@ -12,18 +12,17 @@ their order does not matter: only f, forward, and the transposed Jacobian, backw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.base import Engine, Probes, Solution, Stats
+from pyrnode.engines.base import Engine, Probes, Solution, Stats, run
 from pyrnode.engines.runge_kutta import (
     ErrorNorm,
     OnStep,
@@ -56,7 +55,8 @@ class TorchEngine(Engine):
 
     def check(self, solver: SolverConfig) -> None:
         method = solvers.method(solver.name)
-        solvers.check_sensitivity(solver.sensealg)
+        if solver.sensealg != "auto":
+            solvers.check_sensitivity(solver.sensealg)
         if solver.options:
             raise ConfigError(f"solver options {solver.options!r}: the PyTorch engine's solvers have none")
         if method.adaptive and solver.memory == "store":
@@ -75,16 +75,15 @@ class TorchEngine(Engine):
         total_derivative: bool = False,
     ) -> Solution:
         self.check(solver)
+        if solver.sensealg == "auto":
+            solver = replace(solver, sensealg="Backprop")
         total_derivative = total_derivative and probes is not None
         solve = _Solve(dynamics, probes, t_span, solver, total_derivative)
         z0 = solve.kernel.layout(z0)
         if probes is not None:
             solve.probes = Probes(solve.kernel.layout(probes.eps), probes.weight)
         parameters = tuple(dynamics.parameters())
-        if torch.is_grad_enabled() and (z0.requires_grad or any(p.requires_grad for p in parameters)):
-            z, q = _Differentiable.apply(solve, z0, *parameters)
-        else:
-            z, q = solve.forward(z0, record=False)
+        z, q = run(solve, z0, parameters)
         l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         return Solution(z, l, E, n, D, solve.stats)
 
@@ -362,18 +361,3 @@ def _cast(t: Time, like: Tensor) -> Time:
 
 def _rows(t: Time, piece: slice) -> Time:
     return t[piece] if isinstance(t, Tensor) else t
-
-
-class _Differentiable(torch.autograd.Function):
-    """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, solve: _Solve, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.solve = solve
-        return solve.forward(z0.detach(), record=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
-        z0_bar, gradients = ctx.solve.backward(z_bar, q_bar)
-        return None, z0_bar, *gradients

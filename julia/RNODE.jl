@@ -1,0 +1,57 @@
+"""
+    RNODE
+
+Regularised neural ODEs (Finlay et al. 2020): the augmented system of one block, solved by any algorithm of OrdinaryDiffEq
+and differentiated by the adjoints of SciMLSensitivity or through the discrete steps. With probes `ε` held fixed,
+
+    z' = f(z, t; θ)      l' = εᵀ(∂f/∂z)ε      E' = ‖f‖²      n' = ‖εᵀ∂f/∂z‖²
+
+The same names, symbols and memory as the Python package pyrnode (which comes in through `RNODEBridge`): a C-order torch array `(B, C, H, W)` is `(W, H, C, B)` here.
+"""
+module RNODE
+
+using ADTypes: AutoFiniteDiff, AutoZygote
+using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
+using ComponentArrays: ComponentArray, ComponentArrays, getaxes, getdata
+using DiffEqFlux: DiffEqFlux
+using LinearAlgebra: BLAS, BlasReal, mul!
+using Lux: Lux, StatefulLuxLayer
+using LuxCore: LuxCore, AbstractLuxLayer, AbstractLuxWrapperLayer
+using MLDataDevices: MLDataDevices
+using NNlib: NNlib, DenseConvDims
+using OrdinaryDiffEqAdamsBashforthMoulton: OrdinaryDiffEqAdamsBashforthMoulton
+using OrdinaryDiffEqBDF: OrdinaryDiffEqBDF
+using OrdinaryDiffEqFeagin: OrdinaryDiffEqFeagin
+using OrdinaryDiffEqFIRK: OrdinaryDiffEqFIRK
+using OrdinaryDiffEqHighOrderRK: OrdinaryDiffEqHighOrderRK
+using OrdinaryDiffEqLowOrderRK: OrdinaryDiffEqLowOrderRK
+using OrdinaryDiffEqLowStorageRK: OrdinaryDiffEqLowStorageRK
+using OrdinaryDiffEqRosenbrock: OrdinaryDiffEqRosenbrock
+using OrdinaryDiffEqSDIRK: OrdinaryDiffEqSDIRK
+using OrdinaryDiffEqSSPRK: OrdinaryDiffEqSSPRK
+using OrdinaryDiffEqStabilizedRK: OrdinaryDiffEqStabilizedRK
+using OrdinaryDiffEqTsit5: OrdinaryDiffEqTsit5
+using OrdinaryDiffEqVerner: OrdinaryDiffEqVerner
+using PrecompileTools: @compile_workload
+using Random: Random, AbstractRNG
+using SciMLBase: SciMLBase, ODEFunction, ODEProblem
+using SciMLSensitivity: SciMLSensitivity, BacksolveAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, ZygoteVJP
+using SpecialFunctions: erfc
+using Zygote: Zygote
+
+export MLP, ConvNet, LuxDynamics, Probes, Solver, Solution, SolveError, RNODELayer
+export algorithms, algorithm, integrate, pullback
+
+include("activations.jl")  # φ, φ', φ''
+include("layers.jl")       # a = s(t) ⊙ (W h) + β(t), and its transpose
+include("dynamics.jl")     # what dynamics are to the engine
+include("layered.jl")      # MLP and ConvNet with an explicit εᵀ∂f/∂z
+include("module.jl")       # any Lux model, through nested differentiation
+include("augmented.jl")    # the right-hand side, its pullback, and the norm of its error
+include("solvers.jl")      # algorithms by name, and their tableaus
+include("engine.jl")       # one solve, and its pullback by every sensitivity algorithm
+include("backprop.jl")     # the pullback through the solve's own steps
+include("flux.jl")         # the layer for Julia users: RNODELayer <: DiffEqFlux.CNFLayer
+include("precompile.jl")
+
+end

@@ -1,0 +1,173 @@
+"""
+What Python calls (pyrnode/engines/julia.py); apart from `RNODE`, so that Julia users need no Python. Every array is allocated by
+torch, which stays its owner: Julia sees its memory for the length of a call, or for as long as the Python side keeps the
+solve, and writes its results into it.
+"""
+module RNODEBridge
+
+# It is small, and precompiling it would start a Python of its own.
+__precompile__(false)
+
+using LinearAlgebra: BLAS
+using PythonCall: PythonCall, Py, PyArray, PyException, pybuiltins, pyconvert, pyis
+using DLPack: DLPack
+using RNODE: RNODE, ConvNet, Dynamics, MLP, Probes, SolveError, Solver, counts, matrix, results!, solve_backward!, solve_forward
+
+# --- arrays ---
+
+"""
+The memory of a torch tensor as an array with its axes reversed: a CPU's through numpy's buffer, a GPU's through DLPack. No copy
+either way. The caller keeps the tensor.
+"""
+view_of(::Nothing) = nothing
+view_of(x::PyArray{T,N}) where {T,N} = unsafe_wrap(Array{T,N}, pointer(x), size(x))
+function view_of(x::Py)
+    pyis(x, pybuiltins.None) && return nothing
+    return DLPack.from_dlpack(x)
+end
+
+"The address of an array's memory, so that a test can see that it was not copied."
+address(x) = Int(UInt(pointer(view_of(x))))
+
+"Waits for a GPU's work on this side, before the other side reads the results; nothing to wait for on a CPU."
+synchronize(::Array) = nothing
+synchronize(x) = RNODE.MLDataDevices.functional(RNODE.MLDataDevices.get_device_type(x)) ? wait_for(x) : nothing
+wait_for(x) = (sum(view(x, 1:1)); nothing)  # a value read back to the host comes after all that was queued before it
+
+# --- dynamics and solvers ---
+
+function network(kind, event, hidden, activation, time, kernel_size)
+    size = Tuple(pyconvert(Vector{Int}, event))
+    widths = Tuple(pyconvert(Vector{Int}, hidden))
+    activation, time = pyconvert(String, activation), Symbol(pyconvert(String, time))
+    pyconvert(String, kind) == "mlp" && return MLP(only(size), widths; activation, time)
+    return ConvNet(reverse(size), widths; activation, time, kernel_size=pyconvert(Int, kernel_size))
+end
+
+function solver(name, sensealg, numbers, error_control, checkpointing, options)
+    step_size, rtol, atol, maxiters = pyconvert(Vector{Float64}, numbers)
+    keywords = Dict(Symbol(pyconvert(String, k)) => plain(v) for (k, v) in pyconvert(Dict{Any,Any}, options))
+    return Solver(
+        pyconvert(String, name); step_size, rtol, atol, maxiters=Int(maxiters), sensealg=pyconvert(String, sensealg),
+        error_control=Symbol(pyconvert(String, error_control)), checkpointing=pyconvert(Bool, checkpointing), keywords...,
+    )
+end
+
+"An option's value: TOML's numbers, truth values, texts and lists, nothing that could be code."
+plain(x::Union{Bool,Int,Float64,String}) = x
+plain(x::AbstractVector) = map(plain, x)
+plain(x) = plain(pyconvert(Any, x))
+plain(x::Py) = throw(ArgumentError("an option of type $(pyconvert(String, pybuiltins.type(x).__name__)): expected a number, text or list"))
+
+"""
+Dynamics that only Python can evaluate, such as a user's own `torch.nn.Module`. Everything goes through buffers that both
+sides see, so that a call carries no arrays.
+"""
+struct ForeignDynamics{A,W,V} <: Dynamics
+    evaluate::Py     # (t, probe, tape): z, ε → f, w, r
+    pull::Py         # (has_w): f̄, w̄, r̄ → z̄, the gradient of θ gathered by Python's kernel
+    collect::Py      # (): the gathered gradient → θ̄
+    z::A
+    ε::W
+    f::A
+    w::W
+    r::Union{Nothing,A}
+    f̄::A
+    w̄::W
+    r̄::Union{Nothing,A}
+    z̄::A
+    θ̄::V
+end
+
+function foreign(evaluate, pull, collect, arrays...)
+    z, ε, f, w, r, f̄, w̄, r̄, z̄, θ̄ = map(view_of, arrays)
+    flat(x) = x === nothing ? nothing : matrix(x)
+    probes(x) = x === nothing ? nothing : reshape(x, size(matrix(z))..., :)
+    args = (flat(z), probes(ε), flat(f), probes(w), flat(r), flat(f̄), probes(w̄), flat(r̄), flat(z̄), θ̄)
+    return ForeignDynamics{typeof(args[1]),typeof(args[2]),typeof(θ̄)}(Py(evaluate), Py(pull), Py(collect), args...)
+end
+
+RNODE.threaded(::ForeignDynamics) = false
+RNODE.bind(dynamics::ForeignDynamics, θ, z0, k) = dynamics
+
+function RNODE.evaluate!(d::ForeignDynamics, t, z, ε, tape::Bool)
+    copyto!(d.z, z)
+    ε === nothing || copyto!(d.ε, ε)
+    d.evaluate(Float64(t), ε !== nothing, tape)
+    return d.f, ε === nothing ? nothing : d.w, ε === nothing ? nothing : d.r
+end
+
+function RNODE.pullback!(d::ForeignDynamics, z̄, f̄, w̄, r̄, α)
+    copyto!(d.f̄, f̄)
+    w̄ === nothing || copyto!(d.w̄, w̄)
+    r̄ === nothing || copyto!(d.r̄, r̄)
+    d.pull(w̄ !== nothing)
+    return copyto!(z̄, d.z̄)
+end
+
+function RNODE.gradient!(θ̄, d::ForeignDynamics)
+    d.collect()
+    return θ̄ .+= d.θ̄
+end
+
+# --- one solve ---
+
+"""
+Integrates, writes the state to `z` and the integrals to `q` (batch, 4), and the counts (nfe, nfe_max, accepted, rejected) to
+`numbers`. Gives what `backward` needs, if `record`.
+"""
+function forward(dynamics, solver, θ, z0, ε, weight, t0, t1, total_derivative, record, z, q, numbers)
+    z0, ε = view_of(z0), view_of(ε)
+    probes = ε === nothing ? nothing : Probes(ε, Float64(weight))
+    solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; total_derivative, record)
+    state = matrix(view_of(z))
+    results!(state, view_of(q), solves)
+    copyto!(view_of(numbers), collect(counts(solves)))
+    synchronize(state)
+    return record ? solves : nothing
+end
+
+"Writes the cotangents of the start state and of θ; gives the mean number of evaluations."
+function backward(solves, z_bar, q_bar, z0_bar, θ̄)
+    foreach(solve -> solve.system.nfe_backward = 0, solves.each)
+    gradient = fill!(view_of(θ̄), false)
+    solve_backward!(matrix(view_of(z0_bar)), gradient, solves, matrix(view_of(z_bar)), view_of(q_bar))
+    synchronize(gradient)
+    return sum(solve -> solve.system.nfe_backward, solves.each) / length(solves.each)
+end
+
+"Whether each sample of a batch is solved on its own."
+is_separate(solver::Solver, z0) = RNODE.separate(solver, view_of(z0))
+
+# --- errors, and what there is ---
+
+"An exception as Python can act on it: (kind, status, message, time, bad, batch)."
+describe(e::SolveError) = ("solve", e.status, sprint(showerror, e), e.time, e.bad, e.batch)
+describe(e::InterruptException) = ("interrupt", "", "", 0.0, 0, 0)
+describe(e::Union{ArgumentError,DimensionMismatch}) = ("argument", "", e.msg, 0.0, 0, 0)
+describe(e::TaskFailedException) = describe(e.task.exception)
+describe(e::CompositeException) = describe(first(e.exceptions))
+describe(e) = ("other", string(nameof(typeof(e))), first(split(sprint(showerror, e), "\n\nStacktrace")), 0.0, 0, 0)
+
+"The Python exception inside a Julia one, if that is what it is."
+original(e::PyException) = e.v
+original(e) = nothing
+
+"A batch is split over Julia's threads, each of which multiplies matrices of its own."
+start() = (Threads.nthreads() > 1 && BLAS.set_num_threads(1); nothing)
+
+version() = "$VERSION with $(Threads.nthreads()) thread$(Threads.nthreads() == 1 ? "" : "s")"
+
+names() = sort!(collect(keys(RNODE.algorithms())))
+
+is_adaptive(solver::Solver) = solver.adaptive
+
+"`RNODE.describe_algorithms` as JSON."
+function solvers()
+    rows = map(RNODE.describe_algorithms()) do row
+        "{\"name\": \"$(row.name)\", \"order\": $(row.order), \"kind\": \"$(row.kind)\", \"package\": \"$(row.package)\"}"
+    end
+    return "[$(join(rows, ", "))]"
+end
+
+end

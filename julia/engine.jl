@@ -1,0 +1,329 @@
+# One solve of the augmented system of one block, and its pullback (pyrnode/engines/torch.py).
+
+"""
+    Solver(name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
+           sensealg="InterpolatingAdjoint", checkpointing=false, together=false, options...)
+
+How a block is integrated. `name` is any of [`algorithms`](@ref). Methods without an error estimate, and those that are
+customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the others choose their steps by `rtol` and `atol`: for each sample of the batch on its own, so that no sample's result depends
+on the others, or, `together`, for the whole batch by its hardest sample (faster for small networks; always so on a GPU).
+
+`sensealg` is one of SciMLSensitivity's `InterpolatingAdjoint`, `BacksolveAdjoint`, `QuadratureAdjoint`, `GaussAdjoint`, or
+`Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. `checkpointing` keeps the states
+at the steps rather than a dense solution (or, for `BacksolveAdjoint`, starts anew from them). Options that SciML's `solve`
+knows (`SOLVE_OPTIONS`, such as `adaptive`, `dtmax` or `saveat`) go to it, all others to the algorithm.
+"""
+struct Solver
+    alg::Any
+    dense_alg::Any  # the same with an interpolant that adjoints can use
+    adaptive::Bool
+    step_size::Float64
+    rtol::Float64
+    atol::Float64
+    control_all::Bool
+    maxiters::Int
+    sensealg::String
+    checkpointing::Bool
+    together::Bool
+    options::Dict{Symbol,Any}
+end
+
+const SENSITIVITIES = ("Backprop", "InterpolatingAdjoint", "BacksolveAdjoint", "QuadratureAdjoint", "GaussAdjoint")
+
+"Keywords of SciML's `solve` that may be given among a solver's options."
+const SOLVE_OPTIONS = (
+    :adaptive, :beta1, :beta2, :controller, :dense, :dt, :dtmax, :dtmin, :failfactor, :force_dtmin, :gamma, :internalnorm,
+    :qmax, :qmin, :qoldinit, :qsteady_max, :qsteady_min, :save_everystep, :save_start, :saveat, :tstops,
+)
+
+function Solver(
+    name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
+    sensealg="InterpolatingAdjoint", checkpointing=false, together=false, options...,
+)
+    step_size > 0 && rtol > 0 && atol > 0 ||
+        throw(ArgumentError("step_size = $step_size, rtol = $rtol, atol = $atol: expected positive numbers"))
+    error_control in (:density, :all) || throw(ArgumentError("error_control = $(repr(error_control)): expected :density or :all"))
+    sensealg in SENSITIVITIES ||
+        throw(ArgumentError("unknown sensitivity algorithm $(repr(sensealg)); known: $(join(SENSITIVITIES, ", "))"))
+    general = Dict{Symbol,Any}(k => v for (k, v) in options if k in SOLVE_OPTIONS)
+    particular = (k => v for (k, v) in options if !(k in SOLVE_OPTIONS))
+    alg = algorithm(name; particular...)
+    # The extra stages of a Verner method's interpolant cannot be computed after the solve by an adjoint: 1e-4 is lost.
+    lazy = "lazy" in keywords(typeof(alg).name.wrapper) && !haskey(options, :lazy)
+    dense_alg = lazy ? algorithm(name; particular..., lazy=false) : alg
+    customary = SciMLBase.isadaptive(alg) && !(nameof(typeof(alg)) in CUSTOMARILY_FIXED)
+    adaptive = pop!(general, :adaptive, customary)
+    adaptive && !SciMLBase.isadaptive(alg) && throw(ArgumentError("adaptive = true: $name has no error estimate"))
+    sensealg == "Backprop" && tableau(alg) === nothing && throw(ArgumentError(
+        "Backprop needs an explicit Runge-Kutta method, and $name is none; use one of the adjoints: " *
+        join(SENSITIVITIES[2:end], ", "),
+    ))
+    step = Float64(pop!(general, :dt, step_size))
+    return Solver(alg, dense_alg, adaptive, step, rtol, atol, error_control === :all, maxiters, sensealg, checkpointing, together, general)
+end
+
+"""
+What one solve gives: the state `z` (event..., batch) at the end time, the integrals `l`, `E`, `n`, `D` (batch), counts, and
+SciML's own solution `path` (one for each sample where these were solved separately), whose flat states begin with z.
+"""
+struct Solution{A,V}
+    z::A
+    l::V
+    E::V
+    n::V
+    D::V
+    stats::@NamedTuple{nfe::Float64, nfe_max::Int, accepted::Float64, rejected::Float64}
+    path::Any
+end
+
+"A solve that did not reach its end time, or is not finite there: SciML's return code, the time, and how many samples."
+struct SolveError <: Exception
+    status::String
+    time::Float64
+    bad::Int
+    batch::Int
+end
+
+Base.showerror(io::IO, e::SolveError) =
+    print(io, "the solve ended with $(e.status) at t = $(round(e.time; sigdigits=4)) ($(e.bad) of $(e.batch) samples not finite)")
+
+"A finished solve of a batch, or of one sample of it, with what its pullback needs."
+struct Solve{S,U}
+    system::S
+    solver::Solver
+    tspan::Tuple{Float64,Float64}
+    path::U
+end
+
+"A batch's solves: one for all its columns, or one for each. `threads` are the ranges of them that share a kernel."
+struct Solves
+    each::Vector{Any}
+    threads::Vector{UnitRange{Int}}
+    batch::Int
+end
+
+separate(solver::Solver, z0) = solver.adaptive && !solver.together && z0 isa Array && size(z0, ndims(z0)) > 1
+
+"Integrates from `z0`; with `record`, keeps what the solver's sensitivity algorithm will ask for."
+function solve_forward(dynamics, θ, z0, probes, tspan, solver::Solver; total_derivative=false, record=false)
+    T = eltype(z0)
+    T <: AbstractFloat || throw(ArgumentError("the state has element type $T: expected floating point"))
+    ε, weight = directions(probes, z0)
+    integrals = ε === nothing ? 0 : total_derivative ? 4 : 3
+    separate(solver, z0) && return solve_separately(dynamics, θ, z0, ε, weight, integrals, tspan, solver, record)
+    shared = workers(dynamics, θ, z0, probe_count(ε))
+    system = Augmented(shared, ε, weight, size(matrix(z0)), integrals)
+    return Solves(Any[solve_system(system, θ, matrix(z0), tspan, solver, record)], [1:1], size(z0, ndims(z0)))
+end
+
+directions(::Nothing, z0) = (nothing, 0.0)
+
+function directions(probes::Probes, z0)
+    size(probes.ε)[1:(end - 1)] == size(z0) ||
+        throw(DimensionMismatch("probes of size $(size(probes.ε)): expected $(size(z0)) and their number"))
+    return reshape(probes.ε, size(matrix(z0))..., :), probes.weight
+end
+
+probe_count(ε) = ε === nothing ? 0 : size(ε, 3)
+
+"Each sample on its own: the threads take shares of the batch, and go through them with one kernel."
+function solve_separately(dynamics, θ, z0, ε, weight, integrals, tspan, solver, record)
+    z, batch = matrix(z0), size(z0, ndims(z0))
+    shares = split_range(1:batch, threaded(dynamics) ? min(Threads.nthreads(), batch) : 1)
+    found = Vector{Any}(undef, batch)
+    in_threads(length(shares)) do i
+        kernel = bind(dynamics, θ, similar(z0, Base.front(size(z0))..., 1), probe_count(ε))
+        one = [Worker([1:1], Dict(1 => kernel), nothing)]
+        for j in shares[i]
+            sample = Augmented(one, ε === nothing ? nothing : ε[:, j:j, :], weight, (size(z, 1), 1), integrals)
+            found[j] = attempt(() -> solve_system(sample, θ, z[:, j:j], tspan, solver, record))
+        end
+    end
+    failed = filter(x -> x isa Exception, found)
+    isempty(failed) || throw(together(failed, batch))
+    return Solves(found, shares, batch)
+end
+
+attempt(work) =
+    try
+        work()
+    catch error
+        error
+    end
+
+"One error for the samples that failed: the first, if it is not a solve's, or else that of the earliest time."
+function together(failed, batch)
+    other = findfirst(x -> !(x isa SolveError), failed)
+    other === nothing || return failed[other]
+    first = argmin(x -> abs(x.time), failed)
+    return SolveError(first.status, first.time, length(failed), batch)
+end
+
+function solve_system(system::Augmented, θ, z, tspan, solver::Solver, record::Bool)
+    T = eltype(z)
+    adjoint = record && solver.sensealg != "Backprop"
+    dense = adjoint && !solver.checkpointing && solver.sensealg != "BacksolveAdjoint"
+    steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
+    f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
+    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), θ)
+    saving = record ? (; save_everystep=steps, dense) : (; save_everystep=false, dense=false, save_start=false)
+    controlled = system.integrals == 0 ? 0 : solver.control_all ? system.integrals : 1
+    options = (;
+        stepping(solver, tspan, T)..., internalnorm=ErrorNorm(system.shape..., controlled), maxiters=solver.maxiters,
+        verbose=false, saving..., solver.options...,
+    )
+    return dynamic(solve_path, problem, adjoint ? solver.dense_alg : solver.alg, options, system, solver, tspan)
+end
+
+function solve_path(problem, alg, options, system, solver, tspan)
+    path = SciMLBase.solve(problem, alg; options...)
+    check(path, system)
+    return Solve(system, solver, Float64.(tspan), path)
+end
+
+"How steps are chosen, in SciML's keywords; `dt` has the sign of the way from `tspan[1]` to `tspan[2]`."
+function stepping(solver::Solver, tspan, T)
+    solver.adaptive && return (; reltol=T(solver.rtol), abstol=T(solver.atol))
+    return (; adaptive=false, dt=T(copysign(solver.step_size, tspan[2] - tspan[1])))
+end
+
+function check(path, system::Augmented)
+    u = last(path.u)
+    if SciMLBase.successful_retcode(path)
+        isfinite(sum(u)) && return nothing
+    end
+    status = SciMLBase.successful_retcode(path) ? "Unstable" : string(path.retcode)
+    z, q = parts(system, u)
+    finite = vec(isfinite.(sum(z; dims=1))) .& (size(q, 2) == 0 ? true : vec(isfinite.(sum(q; dims=2))))
+    throw(SolveError(status, last(path.t), system.shape[2] - sum(finite), system.shape[2]))
+end
+
+"Writes the state at the end and the integrals (batch, 3 or 4)."
+function results!(z, q, solves::Solves)
+    for (i, solve) in enumerate(solves.each)
+        dynamic(result!, z, q, solve, length(solves.each) == 1 ? (1:(solves.batch)) : (i:i))
+    end
+    return nothing
+end
+
+function result!(z, q, solve::Solve, columns)
+    state, integrals = parts(solve.system, last(solve.path.u))
+    copyto!(view(z, :, columns), state)
+    copyto!(view(q, columns, axes(integrals, 2)), integrals)
+    return nothing
+end
+
+"Means over the batch (and the largest number of evaluations): nfe, nfe_max, accepted, rejected."
+function counts(solves::Solves)
+    each = [dynamic(count_of, solve)::NTuple{3,Int} for solve in solves.each]
+    total, n = reduce(.+, each), length(each)
+    return (; nfe=total[1] / n, nfe_max=maximum(first, each), accepted=total[2] / n, rejected=total[3] / n)
+end
+
+count_of(solve) = (solve.system.nfe, Int(solve.path.stats.naccept), Int(solve.path.stats.nreject))
+
+function Solution(solves::Solves, shape, like)
+    z, q = similar(like, prod(shape[1:(end - 1)]), shape[end]), fill!(similar(like, shape[end], 4), false)
+    results!(z, q, solves)
+    path = length(solves.each) == 1 ? solves.each[1].path : [solve.path for solve in solves.each]
+    return Solution(reshape(z, shape), q[:, 1], q[:, 2], q[:, 3], q[:, 4], counts(solves), path)
+end
+
+"""
+    integrate(dynamics, θ, z0, probes, tspan, solver; total_derivative=false)
+
+The augmented system of one block from `z0` (event..., batch): a [`Solution`](@ref). `probes` are [`Probes`](@ref), or `nothing`
+to solve for the state alone; the end of `tspan` may come first (decoding). Differentiable in `θ` and `z0` by Zygote
+(through `solver.sensealg`). Throws [`SolveError`](@ref) where SciML's return code is a failure.
+"""
+function integrate(dynamics, θ, z0, probes, tspan, solver::Solver; total_derivative::Bool=false)
+    return Solution(solve_forward(dynamics, θ, z0, probes, tspan, solver; total_derivative), size(z0), z0)
+end
+
+"""
+    pullback(dynamics, θ, z0, probes, tspan, solver; total_derivative=false)
+
+The [`Solution`](@ref), and a function that gives the cotangents of `z0` and `θ` from those of `z` and of the integrals
+(batch, 3 or 4).
+"""
+function pullback(dynamics, θ, z0, probes, tspan, solver::Solver; total_derivative::Bool=false)
+    solves = solve_forward(dynamics, θ, z0, probes, tspan, solver; total_derivative, record=true)
+    return Solution(solves, size(z0), z0), Pullback(solves, z0, θ)
+end
+
+"The function that `pullback` gives; without type parameters, as a closure's would be longer than Julia can store in a package image."
+struct Pullback
+    solves::Any
+    z0::Any
+    θ::Any
+end
+
+(back::Pullback)(z_bar, q_bar) = dynamic(pull, back.solves, back.z0, back.θ, z_bar, q_bar)
+
+function pull(solves, z0, θ, z_bar, q_bar)
+    z0_bar, θ̄ = similar(matrix(z0)), fill!(similar(θ), false)
+    solve_backward!(z0_bar, θ̄, solves, matrix(z_bar), q_bar)
+    return reshape(z0_bar, size(z0)), θ̄
+end
+
+"Writes the cotangents (event, batch) of the start states, and adds that of θ."
+function solve_backward!(z0_bar, θ̄, solves::Solves, z_bar, q_bar)
+    if length(solves.each) == 1
+        dynamic(solve_backward!, z0_bar, θ̄, solves.each[1], z_bar, q_bar)
+        return nothing
+    end
+    shares = [fill!(similar(θ̄), false) for _ in solves.threads]
+    in_threads(length(shares)) do i
+        for j in solves.threads[i]
+            dynamic(solve_backward!, view(z0_bar, :, j:j), shares[i], solves.each[j], z_bar[:, j:j], q_bar[j:j, :])
+        end
+    end
+    foreach(share -> θ̄ .+= share, shares)
+    return nothing
+end
+
+function solve_backward!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
+    dynamic(solve.solver.sensealg == "Backprop" ? backprop! : adjoint!, z0_bar, θ̄, solve, z_bar, q_bar)
+    return nothing
+end
+
+"SciMLSensitivity's adjoint of one solve."
+function adjoint!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
+    system, solver, path = solve.system, solve.solver, solve.path
+    end_bar = similar(last(path.u))
+    z̄, q̄ = parts(system, end_bar)
+    copyto!(z̄, z_bar)
+    copyto!(q̄, view(q_bar, :, axes(q̄, 2)))
+    T = eltype(end_bar)
+    before = system.nfe
+    u_bar, p_bar = SciMLSensitivity.adjoint_sensitivities(
+        path, solver.alg; t=[path.t[end]], dgdu_discrete=(out, u, p, t, i) -> (out .= end_bar),
+        sensealg=sensitivity(solver), maxiters=solver.maxiters, verbose=false,
+        stepping(solver, reverse(solve.tspan), T)..., (solver.adaptive ? (;) : (; abstol=T(solver.atol), reltol=T(solver.rtol)))...,
+    )
+    system.nfe_backward += system.nfe - before
+    copyto!(z0_bar, parts(system, vec(u_bar))[1])
+    θ̄ .+= vec(p_bar)
+    return nothing
+end
+
+"SciMLSensitivity's algorithm, with our own product behind Zygote's name."
+function sensitivity(solver::Solver)
+    vjp, checkpointing = ZygoteVJP(), solver.checkpointing
+    solver.sensealg == "InterpolatingAdjoint" && return InterpolatingAdjoint(; autojacvec=vjp, checkpointing)
+    solver.sensealg == "BacksolveAdjoint" && return BacksolveAdjoint(; autojacvec=vjp, checkpointing)
+    solver.sensealg == "GaussAdjoint" && return GaussAdjoint(; autojacvec=vjp, checkpointing)
+    return QuadratureAdjoint(; autojacvec=vjp, abstol=solver.atol, reltol=solver.rtol)
+end
+
+function ChainRulesCore.rrule(::typeof(integrate), dynamics, θ, z0, probes, tspan, solver::Solver; kwargs...)
+    solution, back = pullback(dynamics, θ, z0, probes, tspan, solver; kwargs...)
+    function integrate_pullback(Δ)
+        Δ = unthunk(Δ)
+        bar(name, like) = (x = unthunk(getproperty(Δ, name)); x isa ChainRulesCore.AbstractZero || x === nothing ? zero(like) : x)
+        q_bar = hcat(bar(:l, solution.l), bar(:E, solution.E), bar(:n, solution.n), bar(:D, solution.D))
+        z0_bar, θ̄ = back(bar(:z, solution.z), q_bar)
+        return NoTangent(), NoTangent(), θ̄, z0_bar, NoTangent(), NoTangent(), NoTangent()
+    end
+    return solution, integrate_pullback
+end

@@ -1,0 +1,284 @@
+# Networks of layers with an explicit vector-Jacobian product (pyrnode/dynamics/layered.py):
+#
+#   a_i = s_i ⊙ W_i h_{i-1} + β_i,  h_i = φ(a_i),  h_0 = z,  f = a_L
+#   product:   g_L = ε,  r_{i-1} = W_iᵀ(s_i ⊙ g_i),  g_i = φ'(a_i) ⊙ r_i,  w = r_0 = εᵀ∂f/∂z
+#   pullback of (f̄, w̄): first the product's transpose, which runs forward (p_0 = w̄, ḡ_i = s_i ⊙ W_i p_{i-1},
+#   p_i = φ'(a_i) ⊙ ḡ_i), then the network's, which runs back (ā_L = f̄, ā_i = φ'(a_i) ⊙ h̄_i + φ''(a_i) ⊙ Σ_k r_i ⊙ ḡ_i,
+#   h̄_{i-1} = W_iᵀ(s_i ⊙ ā_i)). The weights' gradients are Σ ā hᵀ + Σ g pᵀ: six products with W in all.
+
+"A stack of layers with one activation between them; made by [`MLP`](@ref) and [`ConvNet`](@ref)."
+struct Layered{Φ<:Activation,Time,N} <: Dynamics
+    specs::Vector{LayerSpec}
+    φ::Φ
+    time::Val{Time}
+    space::Val{N}   # dimensions of the convolution; 0 for dense layers
+    event::Tuple{Vararg{Int}}
+end
+
+function Layered(widths, kernel, size, activation_name, time, event)
+    time in (:none, :concat, :concatsquash) ||
+        throw(ArgumentError("unknown time entry $(repr(time)); known: :concat, :concatsquash, :none"))
+    specs, offset = LayerSpec[], 0
+    for (inputs, outputs) in zip(widths[1:(end - 1)], widths[2:end])
+        push!(specs, LayerSpec(inputs, outputs, kernel, size, time, offset))
+        offset += length(last(specs))
+    end
+    return Layered(specs, activation(activation_name), Val(time), Val(kernel == 0 ? 0 : 2), event)
+end
+
+"""
+    MLP(dim, hidden=(64, 64, 64); activation="softplus", time=:concat)
+
+A multilayer perceptron on vectors (dim, batch).
+"""
+MLP(dim::Integer, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat) =
+    Layered((dim, hidden..., dim), 0, (1, 1), activation, time, (Int(dim),))
+
+"""
+    ConvNet((W, H, C), hidden=(64, 64, 64); activation="softplus", time=:concat, kernel_size=3)
+
+The paper's convolutional network on images (W, H, C, batch): same-size convolutions with stride 1.
+"""
+function ConvNet(event, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat, kernel_size::Integer=3)
+    isodd(kernel_size) || throw(ArgumentError("kernel_size = $kernel_size: expected an odd number"))
+    width, height, channels = event
+    return Layered((channels, hidden..., channels), Int(kernel_size), (width, height), activation, time, Tuple(event))
+end
+
+LuxCore.parameterlength(dynamics::Layered) = sum(length, dynamics.specs)
+
+"PyTorch's own default, uniform within 1/√fan-in with time counted as an input; the last layer zero, so that f = 0."
+function LuxCore.initialparameters(rng::AbstractRNG, dynamics::Layered)
+    θ = zeros(Float32, LuxCore.parameterlength(dynamics))
+    for spec in dynamics.specs[1:(end - 1)]
+        bound = 1 / sqrt(taps(spec) * (spec.inputs + (spec.time === :concat)))
+        parts = Slices(spec, θ)
+        for (name, _) in parameter_lengths(spec)
+            limit, part = name in (:gate_weight, :gate_bias, :time_shift) ? 1.0 : bound, getfield(parts, name)
+            part .= limit .* (2 .* Random.rand!(rng, similar(part)) .- 1)
+        end
+    end
+    return (; θ)
+end
+
+function sample_bytes(dynamics::Layered, z0, k)
+    channels = sum(spec.inputs for spec in dynamics.specs)
+    return sizeof(eltype(z0)) * pixels(dynamics.specs[1]) * channels * (5 + (2 + keeps(dynamics.φ)) * k)
+end
+
+"The kernel of a `Layered`: its layers, bound, and what one evaluation leaves for its pullback."
+struct LayeredKernel{A<:AbstractArray,Φ<:Activation,L,E,P,V}
+    specs::Vector{LayerSpec}
+    φ::Φ
+    layers::Vector{L}
+    entries::Vector{E}
+    parameter_bars::Vector{P}
+    θ::V
+    θ̄::V
+    t::Base.RefValue{Float64}
+    h::Vector{A}      # input of each layer
+    a::Vector{A}      # W h, and after the activation its input a
+    y::Vector{A}      # W h, kept where there is a scale to differentiate
+    s::Vector{A}      # φ'(a), for all layers but the last
+    g::Vector{A}      # g; the last is ε
+    gs::Vector{A}     # s ⊙ g, what Wᵀ is applied to
+    r::Vector{A}      # Wᵀ(s ⊙ g); the first is w
+    gb::Vector{A}     # ḡ, and then p
+    ab::Vector{A}     # ā
+    as::Vector{A}     # s ⊙ ā
+    hb::Vector{A}     # h̄; the first is z̄
+    p::Vector{A}      # w̄, laid out for the layers
+    f̄::Vector{A}
+    k::Int
+end
+
+function bind(dynamics::Layered, θ, z0, k)
+    specs, T = dynamics.specs, eltype(z0)
+    eltype(θ) === T || throw(ArgumentError("parameters are $(eltype(θ)) and the state is $T: convert one of them"))
+    length(θ) == LuxCore.parameterlength(dynamics) ||
+        throw(DimensionMismatch("$(length(θ)) parameters: expected $(LuxCore.parameterlength(dynamics))"))
+    size(z0)[1:(end - 1)] == dynamics.event ||
+        throw(DimensionMismatch("state of size $(size(z0)): expected $(dynamics.event) and the batch"))
+    θ̄ = fill!(similar(θ), false)
+    named, bars = [Slices(spec, θ) for spec in specs], [Slices(spec, θ̄) for spec in specs]
+    layers = [linear(dynamics.space, specs[i], named[i].weight, bars[i].weight) for i in eachindex(specs)]
+    entries = [time_entry(dynamics.time, specs[i], named[i], bars[i]) for i in eachindex(specs)]
+    batch = size(z0, ndims(z0))
+    space = Base.front(Base.front(size(z0)))
+    array(channels, columns) = similar(z0, space..., channels, columns)
+    inputs(columns) = [array(spec.inputs, columns) for spec in specs]
+    outputs(columns) = [array(spec.outputs, columns) for spec in specs]
+    hidden(columns) = outputs(columns)[1:(end - 1)]
+    squash, probes = dynamics.time === Val(:concatsquash), batch * k
+    r = inputs(probes)
+    g = [keeps(dynamics.φ) ? hidden(probes) : r[2:end]; [array(specs[end].outputs, probes)]]
+    gs = squash ? outputs(probes) : g
+    a = outputs(batch)
+    y, as = squash ? (outputs(batch), outputs(batch)) : (a, empty(a))
+    return LayeredKernel(
+        specs, dynamics.φ, layers, entries, bars, θ, θ̄, Ref(0.0), inputs(batch), a, y, hidden(batch), g, gs, r,
+        squash ? outputs(probes) : hidden(probes), hidden(batch), as, inputs(batch), [array(specs[1].inputs, probes)],
+        [array(specs[end].outputs, batch)], k,
+    )
+end
+
+function evaluate!(kernel::LayeredKernel, t, z, ε, tape::Bool)
+    last, kernel.t[] = length(kernel.layers), t
+    copyto!(kernel.h[1], z)
+    for i in 1:last
+        entry = kernel.entries[i]
+        shift = at!(entry, kernel.specs[i], eltype(z)(t))
+        apply!(kernel.y[i], kernel.layers[i], kernel.h[i])
+        a, y = matrix(kernel.a[i]), matrix(kernel.y[i])
+        if i < last
+            activate!(kernel.φ, matrix(kernel.h[i + 1]), matrix(kernel.s[i]), a, y, scale(entry), shift)
+        else
+            affine!(a, y, scale(entry), shift)
+        end
+    end
+    f = matrix(kernel.a[last])
+    ε === nothing && return f, nothing, nothing
+    copyto!(kernel.g[last], ε)
+    return f, product!(kernel), nothing
+end
+
+"w = εᵀ∂f/∂z, (event, batch, k)."
+function product!(kernel::LayeredKernel)
+    for i in length(kernel.layers):-1:1
+        if kernel.gs !== kernel.g
+            matrix(kernel.gs[i]) .= matrix(kernel.g[i]) .* scale(kernel.entries[i])
+        end
+        transpose!(kernel.r[i], kernel.layers[i], kernel.gs[i])
+        i > 1 && by_probe!(*, probes(kernel, kernel.g[i - 1]), probes(kernel, kernel.r[i]), matrix(kernel.s[i - 1]))
+    end
+    return probes(kernel, kernel.r[1])
+end
+
+"(event..., batch k) as (event, batch, k)."
+function probes(kernel::LayeredKernel, x)
+    m = matrix(x)
+    return reshape(m, size(m, 1), :, kernel.k)
+end
+
+function pullback!(kernel::LayeredKernel, z̄, f̄, w̄, r̄, α)
+    w̄ === nothing ? foreach(x -> fill!(x, false), kernel.ab) : pull_product!(kernel, w̄, α)
+    last, T = length(kernel.layers), eltype(kernel.θ̄)
+    t = T(kernel.t[])
+    a_bar = copyto!(kernel.f̄[1], f̄)
+    for i in last:-1:1
+        layer, entry, spec = kernel.layers[i], kernel.entries[i], kernel.specs[i]
+        s = scale(entry)
+        scaled = a_bar
+        if s !== nothing
+            scaled = kernel.as[i]
+            matrix(scaled) .= matrix(a_bar) .* s
+        end
+        s_bar = s === nothing ? nothing : scale_bar(kernel, i, a_bar, w̄ !== nothing)
+        accumulate!(entry, spec, t, batch_sum(matrix(a_bar)), s_bar, T(α))
+        accumulate!(layer, kernel.h[i], scaled, T(α))
+        transpose!(kernel.hb[i], layer, scaled)
+        if i > 1
+            a_bar = kernel.ab[i - 1]
+            add_product!(matrix(a_bar), matrix(kernel.hb[i]), matrix(kernel.s[i - 1]))
+        end
+    end
+    return copyto!(z̄, matrix(kernel.hb[1]))
+end
+
+"The transpose of the product: ā of the hidden layers begins with φ'' ⊙ Σ_k r ⊙ ḡ."
+function pull_product!(kernel::LayeredKernel, w̄, α)
+    last, T = length(kernel.layers), eltype(kernel.θ̄)
+    p = copyto!(kernel.p[1], w̄)
+    for i in 1:last
+        layer = kernel.layers[i]
+        accumulate!(layer, p, kernel.gs[i], T(α))
+        i > length(kernel.gb) && break  # ε is held constant: nothing is asked of the last product but its weight
+        ḡ = apply!(kernel.gb[i], layer, p)
+        kernel.gs === kernel.g || scale_product!(kernel, i)
+        if i < last
+            bend!(
+                matrix(kernel.ab[i]), probes(kernel, ḡ), kernel.φ, matrix(kernel.a[i]), matrix(kernel.h[i + 1]),
+                matrix(kernel.s[i]), probes(kernel, kernel.g[i]), probes(kernel, kernel.r[i + 1]),
+            )
+            p = ḡ
+        end
+    end
+    return nothing
+end
+
+"With a scale: what ḡ gives the scale's cotangent is kept in place of s ⊙ g, and ḡ is scaled."
+function scale_product!(kernel::LayeredKernel, i)
+    ḡ = matrix(kernel.gb[i])
+    matrix(kernel.gs[i]) .= ḡ .* matrix(kernel.g[i])
+    ḡ .*= scale(kernel.entries[i])
+    return nothing
+end
+
+"The cotangent of a layer's scale, summed over the batch: from the layer itself, and from the product."
+function scale_bar(kernel::LayeredKernel, i, a_bar, product)
+    s_bar = batch_sum(matrix(a_bar) .* matrix(kernel.y[i]))
+    product && (s_bar .+= batch_sum(matrix(kernel.gs[i])))
+    return s_bar
+end
+
+function gradient!(θ̄, kernel::LayeredKernel)
+    foreach((entry, spec, p̄) -> finish!(entry, spec, p̄), kernel.entries, kernel.specs, kernel.parameter_bars)
+    θ̄ .+= kernel.θ̄
+    fill!(kernel.θ̄, false)
+    return θ̄
+end
+
+# --- elementwise work: broadcasts for any array, loops of vector instructions for a CPU's ---
+
+batch_sum(x) = vec(sum(x; dims=2))
+
+affine!(a, y, ::Nothing, shift) = (a .= y .+ shift; nothing)
+affine!(a, y, scale, shift) = (a .= y .* scale .+ shift; nothing)
+
+"a ← s ⊙ y + β, (h, φ') ← (φ(a), φ'(a))."
+function activate!(φ, h, slope, a, y, scale, shift)
+    affine!(a, y, scale, shift)
+    h .= (x -> first(forward(φ, x))).(a)
+    slope .= (x -> last(forward(φ, x))).(a)
+    return nothing
+end
+
+function activate!(φ, h::Matrix, slope::Matrix, a::Matrix, y::Matrix, scale, shift::Vector)
+    @inbounds for j in axes(a, 2)
+        @simd ivdep for i in axes(a, 1)
+            x = scale === nothing ? y[i, j] + shift[i] : muladd(y[i, j], scale[i], shift[i])
+            value, derivative = forward(φ, x)
+            keeps(φ) && (a[i, j] = x)
+            h[i, j] = value
+            slope[i, j] = derivative
+        end
+    end
+    return nothing
+end
+
+"out ← op(x, y), x (event, batch, k) and y (event, batch)."
+by_probe!(op, out, x, y) = (out .= op.(x, y); nothing)
+
+"ā ← Σ_k φ''(a) r ⊙ ḡ, and then ḡ ← φ'(a) ⊙ ḡ."
+function bend!(a_bar, ḡ, φ, a, h, slope, g, r)
+    sum!(reshape(a_bar, size(a_bar)..., 1), bend.(Ref(φ), a, h, slope, g, r) .* ḡ)
+    ḡ .*= slope
+    return nothing
+end
+
+function bend!(a_bar::Matrix, ḡ::Array, φ, a::Matrix, h::Matrix, slope::Matrix, g::Array, r::Array)
+    for k in axes(ḡ, 3)
+        @inbounds for j in axes(a, 2)
+            @simd ivdep for i in axes(a, 1)
+                s = slope[i, j]
+                bent = bend(φ, a[i, j], h[i, j], s, g[i, j, k], r[i, j, k]) * ḡ[i, j, k]
+                a_bar[i, j] = k == 1 ? bent : a_bar[i, j] + bent
+                ḡ[i, j, k] *= s
+            end
+        end
+    end
+    return nothing
+end
+
+"x ← x + y ⊙ z."
+add_product!(x, y, z) = (x .+= y .* z; nothing)

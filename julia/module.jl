@@ -1,0 +1,85 @@
+# Dynamics of the user's own: any Lux model, by Lux's nested differentiation (pyrnode/dynamics/module.py).
+
+"""
+    LuxDynamics(model, ps, st; event, time=:concat)
+
+Dynamics given by any Lux model; the general path, slower than an explicit product. `ps` and `st` come from `Lux.setup`, and
+tell the shape of the flat parameter vector. `event` is the size of one state. With `time = :concat` the model gets one
+more row (channel) that holds t, with `:none` the state alone. It must treat the samples of a batch separately.
+"""
+struct LuxDynamics{M<:AbstractLuxLayer,S,X} <: Dynamics
+    model::M
+    st::S
+    axes::X       # of the parameters in θ
+    event::Tuple{Vararg{Int}}
+    time::Symbol
+end
+
+function LuxDynamics(model::AbstractLuxLayer, ps, st; event, time::Symbol=:concat)
+    time in (:none, :concat) || throw(ArgumentError("unknown time entry $(repr(time)); known: :concat, :none"))
+    return LuxDynamics(model, LuxCore.testmode(st), getaxes(ComponentArray(ps)), Tuple(event), time)
+end
+
+threaded(::LuxDynamics) = false  # Zygote's compilation is not for several threads at once
+
+LuxCore.initialparameters(rng::AbstractRNG, d::LuxDynamics) =
+    (; θ=getdata(ComponentArray(LuxCore.initialparameters(rng, d.model))))
+
+"The model with time as one more row of its input; t is part of the state, as it is not differentiated."
+struct Timed{M} <: AbstractLuxWrapperLayer{:model}
+    model::M
+end
+
+function (timed::Timed)(z, ps, st)
+    row = fill!(similar(z, size(z)[1:(end - 2)]..., 1, size(z, ndims(z))), st.t)
+    y, inner = timed.model(cat(z, row; dims=Val(ndims(z) - 1)), ps, st.model)
+    return y, (; model=inner, st.t)
+end
+
+ChainRulesCore.@non_differentiable fill!(::AbstractArray, ::Any)
+
+mutable struct LuxKernel{D<:LuxDynamics,V}
+    const dynamics::D
+    const θ::V
+    const θ̄::V
+    const size::Dims
+    back::Any
+end
+
+function bind(dynamics::LuxDynamics, θ, z0, k)
+    size(z0)[1:(end - 1)] == dynamics.event ||
+        throw(DimensionMismatch("state of size $(size(z0)): expected $(dynamics.event) and the batch"))
+    return LuxKernel(dynamics, θ, fill!(similar(θ), false), size(z0), nothing)
+end
+
+function smodel(kernel::LuxKernel, θ, t)
+    d = kernel.dynamics
+    ps = ComponentArray(θ, d.axes)
+    d.time === :none && return StatefulLuxLayer{true}(d.model, ps, d.st)
+    return StatefulLuxLayer{true}(Timed(d.model), ps, (; model=d.st, t=eltype(θ)(t)))
+end
+
+function evaluate!(kernel::LuxKernel, t, z, ε, tape::Bool)
+    directions = ε === nothing ? () : [reshape(copy(view(ε, :, :, i)), kernel.size) for i in axes(ε, 3)]
+    function products(x, θ)
+        model = smodel(kernel, θ, t)
+        return model(x), map(e -> Lux.vector_jacobian_product(model, AutoZygote(), x, e), directions)
+    end
+    x = reshape(copy(z), kernel.size)
+    (f, w), kernel.back = tape ? Zygote.pullback(products, x, kernel.θ) : (products(x, kernel.θ), nothing)
+    return matrix(f), ε === nothing ? nothing : cat(map(matrix, w)...; dims=3), nothing
+end
+
+function pullback!(kernel::LuxKernel, z̄, f̄, w̄, r̄, α)
+    each = w̄ === nothing ? () : [reshape(view(w̄, :, :, i), kernel.size) for i in axes(w̄, 3)]
+    x̄, θ̄ = kernel.back((reshape(f̄, kernel.size), each))
+    θ̄ === nothing || (kernel.θ̄ .+= eltype(kernel.θ̄)(α) .* getdata(θ̄))
+    x̄ === nothing ? fill!(z̄, false) : copyto!(z̄, x̄)
+    return z̄
+end
+
+function gradient!(θ̄, kernel::LuxKernel)
+    θ̄ .+= kernel.θ̄
+    fill!(kernel.θ̄, false)
+    return θ̄
+end

@@ -1,0 +1,318 @@
+"""A learned flow among `torch.distributions`: as a `Distribution`, and as a `Transform`.
+
+>>> import pyrnode, torch
+>>> flow = pyrnode.Flow.build(pyrnode.Config(), (2,))
+>>> density = FlowDistribution(flow)
+>>> density.log_prob(density.rsample((3,))).shape
+torch.Size([3])
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform, constraints, register_kl
+
+from pyrnode.config import SolverConfig
+from pyrnode.errors import ConfigError, DataError
+from pyrnode.export.module import TorchFlow
+from pyrnode.flow import Flow, base_log_prob
+from pyrnode.transforms import Dequantize
+from pyrnode.transforms import Transform as DataTransform
+
+KL_SAMPLES = 4096
+"""Samples from which `torch.distributions.kl_divergence` estimates where a flow takes part."""
+
+_KL_SEED = 0
+
+_CHUNK = 500  # samples per solve
+
+
+class _Bijection:
+    """Both directions of a flow, differentiable, on continuous values: for discrete data ``p + u``."""
+
+    def __init__(
+        self, flow: Flow | TorchFlow, solver: SolverConfig | None, divergence: str, probes: int, seed: int
+    ) -> None:
+        if isinstance(flow, TorchFlow):
+            if (solver, divergence, probes, seed) != (None, "auto", 1, 0):
+                raise ConfigError("a module of to_torch has its own solver and divergence: give them to to_torch")
+        elif isinstance(flow, Flow):
+            flow.draw(divergence, probes=probes, generator=torch.Generator())  # an unknown divergence fails here
+        else:
+            raise ConfigError(f"flow = {type(flow).__name__}: expected a pyrnode flow, or what its to_torch gives")
+        self.flow, self.solver, self.divergence, self.probes, self.seed = flow, solver, divergence, probes, seed
+        self.event_shape = torch.Size(flow.event_shape)
+        self.dim = flow.dim
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the flow's type and device."""
+        return next(self.flow.parameters(), torch.zeros(()))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` ``(n, d)`` and ``log |det ∂z/∂x|`` ``(n,)`` of ``x`` ``(n, *event)``."""
+        if not x.is_floating_point():
+            raise DataError(f"values of {x.dtype}: expected floating-point values, for discrete data p + u")
+        if not len(x):
+            return self.like.new_zeros(0, self.dim), self.like.new_zeros(0)
+        generator = torch.Generator().manual_seed(self.seed)  # one for all chunks, as in Flow.log_prob
+        parts = [self._encode(chunk, generator) for chunk in x.split(_CHUNK)]
+        zs, log_dets = zip(*parts, strict=True)
+        return torch.cat(zs), torch.cat(log_dets)
+
+    def _encode(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if isinstance(self.flow, TorchFlow):
+            return self.flow.forward(x)
+        draw = self.flow.draw(self.divergence, probes=self.probes, generator=generator)
+        y, log_det = self.flow.transform(self.flow.prepare(x), generator)
+        solution = self.flow.solve(y, draw, self.solver)
+        return solution.z, solution.log_det + log_det
+
+    def decode(self, z: Tensor) -> Tensor:
+        """``x`` ``(n, *event)`` of ``z`` ``(n, d)``."""
+        if not len(z):
+            return self.like.new_zeros(0, *self.event_shape)
+        return torch.cat([self._decode(chunk) for chunk in z.split(_CHUNK)])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if isinstance(self.flow, TorchFlow):
+            return self.flow.inverse(z)
+        if not bool(torch.isfinite(z).all()):
+            raise DataError("latents have NaN or infinite values")
+        state = self.flow.unsolve(z, self.solver)
+        for part in reversed(self.flow.transform.transforms):
+            assert isinstance(part, DataTransform)
+            state = state * part.levels if isinstance(part, Dequantize) else part.inverse(state)  # not to integers
+        return state
+
+    def support(self) -> constraints.Constraint:
+        """The values that have a density."""
+        levels = self.flow.levels
+        values = constraints.real if levels is None else constraints.interval(0.0, float(levels))
+        return constraints.independent(values, len(self.event_shape))
+
+    def flat(self, x: Tensor, shape: torch.Size, what: str) -> Tensor:
+        """``(..., *shape)`` as ``(n, *shape)``.
+
+        Raises:
+            DataError: Not a tensor, or of another shape.
+        """
+        if not isinstance(x, Tensor) or x.shape[max(0, x.ndim - len(shape)) :] != shape:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise DataError(f"{what} of shape {given}: expected (..., {', '.join(map(str, shape))})")
+        return x.reshape(-1, *shape)
+
+
+class FlowDistribution(Distribution):
+    """A flow as a distribution: `sample`, `rsample` with gradients for the flow's parameters, `log_prob`, `expand`.
+
+    It computes with the flow that it is given, and its engine: what trains the flow later changes the distribution.
+    For discrete data it is the density of ``p + u`` in ``[0, levels]``, and samples are such values. Noise comes
+    from torch's global generator, as for every distribution of torch.
+
+    Args:
+        flow: A flow, or what its `to_torch` gives.
+        solver: Solver; default the flow's accurate one.
+        divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"``, as in `Flow.log_prob`.
+        probes: Probes of an estimated divergence.
+        seed: Seed of the probes: the same values always get the same numbers.
+        validate_args: As in `torch.distributions.Distribution`; what torch is set to is left alone.
+
+    Raises:
+        ConfigError: Unknown divergence, or settings for a module that has its own.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch's own declaration)
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: Flow | TorchFlow,
+        *,
+        solver: SolverConfig | None = None,
+        divergence: str = "auto",
+        probes: int = 1,
+        seed: int = 0,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._bijection = _Bijection(flow, solver, divergence, probes, seed)
+        super().__init__(torch.Size(), self._bijection.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real values of the event's shape; for discrete data those in ``[0, levels]``."""
+        return self._bijection.support()
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        """The same density, independently, for every entry of a batch."""
+        new: Self = self._get_checked_instance(FlowDistribution, _instance)  # type: ignore[no-untyped-call]
+        new._bijection = self._bijection
+        super(FlowDistribution, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Samples ``(*sample_shape, *batch_shape, *event_shape)``, differentiable in the flow's parameters.
+
+        Raises:
+            SolverError: A solve failed.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        lead, like = shape[: len(shape) - len(self.event_shape)], self._bijection.like
+        z = torch.randn(math.prod(lead), self._bijection.dim, dtype=like.dtype, device=like.device)
+        return self._bijection.decode(z).reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, of shape ``(*sample_shape, *batch_shape)``, differentiable.
+
+        Raises:
+            DataError: `value` has the wrong shape or is not finite.
+            SolverError: A solve failed.
+        """
+        flat = self._bijection.flat(value, self.event_shape, "values")
+        if self._validate_args and value.numel():  # torch's own check fails on no values
+            self._validate_sample(value)
+        z, log_det = self._bijection.encode(flat)
+        lead = value.shape[: value.ndim - len(self.event_shape)]
+        return (base_log_prob(z) + log_det).reshape(lead).expand(torch.broadcast_shapes(lead, self.batch_shape))
+
+    def __repr__(self) -> str:
+        return f"FlowDistribution(event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)})"
+
+
+class FlowTransform(Transform):
+    """A flow as a bijection from latents ``(..., d)`` to data ``(..., *event)``.
+
+    ``TransformedDistribution(Independent(Normal(zeros(d), ones(d)), 1), FlowTransform(flow))`` is the flow's density,
+    and any other base makes another one. `inv` goes from data to latents. ``cache_size=1`` keeps the last pair of
+    values and its log-determinant, which saves a solve; as with torch's own transforms, it does not notice that
+    parameters have changed, so leave it out in training.
+
+    Args:
+        flow: A flow, or what its `to_torch` gives.
+        solver: Solver; default the flow's accurate one.
+        divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"``, as in `Flow.log_prob`.
+        probes: Probes of an estimated divergence.
+        seed: Seed of the probes.
+        cache_size: 0 or 1.
+
+    Raises:
+        ConfigError: Unknown divergence, or settings for a module that has its own.
+    """
+
+    bijective = True
+    domain = constraints.independent(constraints.real, 1)
+
+    def __init__(
+        self,
+        flow: Flow | TorchFlow,
+        *,
+        solver: SolverConfig | None = None,
+        divergence: str = "auto",
+        probes: int = 1,
+        seed: int = 0,
+        cache_size: int = 0,
+    ) -> None:
+        super().__init__(cache_size=cache_size)
+        self._bijection = _Bijection(flow, solver, divergence, probes, seed)
+        self.codomain = self._bijection.support()
+        self._cached_log_det: tuple[Tensor, Tensor] | None = None
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """The same transform with or without a cache."""
+        if cache_size == self._cache_size:
+            return self
+        new = copy.copy(self)
+        new._cache_size, new._cached_log_det, new._inv = cache_size, None, None
+        new._cached_x_y = None, None
+        return new
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        """Shape of the data for latents of a shape."""
+        return self._shape(shape, torch.Size([self._bijection.dim]), self._bijection.event_shape)
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        """Shape of the latents for data of a shape."""
+        return self._shape(shape, self._bijection.event_shape, torch.Size([self._bijection.dim]))
+
+    def _shape(self, shape: Any, old: torch.Size, new: torch.Size) -> torch.Size:
+        shape = torch.Size(shape)
+        if shape[max(0, len(shape) - len(old)) :] != old:
+            raise DataError(f"shape {tuple(shape)}: expected (..., {', '.join(map(str, old))})")
+        return torch.Size((*shape[: len(shape) - len(old)], *new))
+
+    def _call(self, x: Tensor) -> Tensor:
+        z = self._bijection.flat(x, torch.Size([self._bijection.dim]), "latents")
+        return self._bijection.decode(z).reshape(self.forward_shape(x.shape))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        z, log_det = self._encode(y)
+        if self._cache_size:
+            self._cached_log_det = (y, log_det)
+        return z
+
+    def _encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        flat = self._bijection.flat(y, self._bijection.event_shape, "values")
+        z, log_det = self._bijection.encode(flat)
+        lead = y.shape[: y.ndim - len(self._bijection.event_shape)]
+        return z.reshape(*lead, self._bijection.dim), log_det.reshape(lead)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log |det ∂y/∂x|`` in nats for latents `x` and their data `y`, shape ``(...)``: found by encoding `y`."""
+        if self._cached_log_det is not None and self._cached_log_det[0] is y:
+            return -self._cached_log_det[1]
+        return -self._encode(y)[1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FlowTransform) and other._bijection is self._bijection
+
+    __hash__ = Transform.__hash__
+
+
+def kl_divergence(
+    p: Distribution, q: Distribution, *, samples: int = KL_SAMPLES, seed: int = _KL_SEED
+) -> tuple[Tensor, Tensor]:
+    """Monte-Carlo estimate of ``KL(p ‖ q) = E_p[log p − log q]``.
+
+    `torch.distributions.kl_divergence` gives the first of the two, with the default `samples` and `seed`, wherever a
+    `FlowDistribution` takes part. The estimate is differentiable, through the samples too where `p` has `rsample`.
+
+    Args:
+        p: Distribution to draw from.
+        q: Distribution to compare with, of the same event shape.
+        samples: How many samples to draw.
+        seed: Seed of torch's generators while they are drawn; their state is put back afterwards.
+
+    Returns:
+        The estimate and its standard error in nats, each ``(*batch_shape)``.
+
+    Raises:
+        ConfigError: The event shapes differ, or `samples` is less than two.
+    """
+    if p.event_shape != q.event_shape:
+        raise ConfigError(f"events of shape {tuple(p.event_shape)} and {tuple(q.event_shape)} cannot be compared")
+    if samples < 2:
+        raise ConfigError(f"samples = {samples!r}: expected at least 2")
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        torch.manual_seed(seed)
+        x = p.rsample((samples,)) if p.has_rsample else p.sample((samples,))
+    terms = p.log_prob(x) - q.log_prob(x)
+    return terms.mean(0), terms.detach().std(0) / math.sqrt(samples)
+
+
+def _kl(p: Distribution, q: Distribution) -> Tensor:
+    return kl_divergence(p, q)[0]
+
+
+for _pair in ((FlowDistribution, FlowDistribution), (FlowDistribution, Distribution), (Distribution, FlowDistribution)):
+    register_kl(*_pair)(_kl)
+
+
+def distribution(flow: Flow, **settings: Any) -> FlowDistribution:
+    """A flow as a distribution; see `Flow.distribution`."""
+    return FlowDistribution(flow, **settings)

@@ -1,0 +1,406 @@
+"""The Julia engine: OrdinaryDiffEq's solvers and SciMLSensitivity's adjoints, behind the same contract.
+
+The only file that imports juliacall. One call is one solve of one block, forward or back. All arrays are torch's: Julia
+computes on their memory (through numpy's buffer on a CPU, DLPack on a GPU) and writes its results into them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrnode import julia_setup
+from pyrnode.config import SolverConfig
+from pyrnode.dynamics import MLP, ConvNet, Dynamics
+from pyrnode.dynamics.base import Evaluation, Kernel
+from pyrnode.dynamics.layered import LayeredDynamics
+from pyrnode.engines.base import (
+    STUCK,
+    Engine,
+    Probes,
+    Solution,
+    Stats,
+    not_finite_at_start,
+    run,
+    stuck,
+    unstable,
+)
+from pyrnode.engines.runge_kutta import grid
+from pyrnode.errors import ConfigError, EngineUnavailableError, SolverError, unknown_name
+
+SENSITIVITIES: dict[str, str] = {
+    "InterpolatingAdjoint": "the adjoint solved backwards along an interpolation of the forward solve (Julia's default)",
+    "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
+    "QuadratureAdjoint": "as InterpolatingAdjoint, the parameters' gradient by adaptive quadrature",
+    "GaussAdjoint": "as InterpolatingAdjoint, the parameters' gradient by Gauss quadrature: the smallest adjoint state",
+    "Backprop": "discretise, then optimise: the exact gradient of the discrete solve (explicit Runge-Kutta methods)",
+}
+
+_DEVICES = ("cpu", "cuda")
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+@cache
+def _start() -> Any:
+    """Starts Julia in this process and loads the module; gives `RNODEBridge`.
+
+    Raises:
+        EngineUnavailableError: Julia is not installed, or does not start.
+    """
+    # As a number of its own: torch's threads rest while Julia computes.
+    julia_setup.prepare_environment(torch.get_num_threads())
+    try:
+        with warnings.catch_warnings():
+            # Either order of import works (tests/test_julia_engine.py tries both in processes of their own).
+            warnings.filterwarnings("ignore", message="torch was imported before juliacall")
+            import juliacall
+        main = juliacall.Main
+        main.seval("folder -> pushfirst!(LOAD_PATH, folder)")(str(julia_setup.sources()))
+        main.seval("import RNODEBridge")
+        bridge = main.RNODEBridge
+        bridge.start()
+    except Exception as error:
+        reason = str(error).split("\nStacktrace", 1)[0].strip()
+        raise EngineUnavailableError(f"Julia does not start: {reason}; run: pyrnode doctor") from error
+    os.register_at_fork(after_in_child=_mark_forked)
+    return bridge
+
+
+def _bridge() -> Any:
+    if _forked:
+        raise EngineUnavailableError(
+            "this process was forked after Julia had started, and Julia does not survive that; start processes with "
+            "multiprocessing's 'spawn' method"
+        )
+    return _start()
+
+
+def _call(function: Any, *args: Any) -> Any:
+    """Calls into Julia; its exceptions become ours, with Julia's message and without its stack."""
+    try:
+        return function(*args)
+    except Exception as error:
+        exception = getattr(error, "exception", None)
+        if type(error).__name__ != "JuliaError":
+            raise
+        bridge = _start()
+        if (original := bridge.original(exception)) is not None:
+            raise original from None
+        raise _JuliaFailure(*bridge.describe(exception)) from None
+
+
+class _JuliaFailure(Exception):
+    """An exception of Julia's, told apart by kind; never leaves this file."""
+
+    def __init__(self, kind: str, status: str, message: str, time: float, bad: int, batch: int) -> None:
+        super().__init__(message)
+        self.kind, self.status, self.time, self.bad, self.batch = kind, status, time, bad, batch
+
+
+class JuliaEngine(Engine):
+    """Any solver of OrdinaryDiffEq and adjoint of SciMLSensitivity, on a CPU or an NVIDIA GPU.
+
+    Julia starts with the first solve (some 15 seconds), not before.
+    """
+
+    name = "julia"
+
+    def __init__(self) -> None:
+        julia_setup.require()
+        self._solvers: dict[str, Any] = {}
+        self._networks: dict[tuple[Any, ...], Any] = {}
+
+    def solvers(self) -> list[dict[str, Any]]:
+        """What Julia has: ``name``, ``order`` (0: it varies), ``kind`` and ``package`` of every solver."""
+        rows = json.loads(str(_bridge().solvers()))
+        return [row | {"description": f"from {row['package']}"} for row in rows]
+
+    def check(self, solver: SolverConfig) -> None:
+        self._solver(solver)
+
+    def _solver(self, solver: SolverConfig) -> Any:
+        if solver.step_size == "auto":
+            raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+        sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
+        if sensealg not in SENSITIVITIES:
+            raise EngineUnavailableError(
+                unknown_name("sensitivity algorithm of the Julia engine", sensealg, SENSITIVITIES)
+            )
+        if sensealg == "Backprop" and solver.memory == "store":
+            raise ConfigError(
+                "memory = 'store': the Julia engine's Backprop evaluates the stages again; use 'checkpoint' or 'auto'"
+            )
+        key = json.dumps(solver.to_dict(), sort_keys=True)
+        if key not in self._solvers:
+            bridge = _bridge()
+            names = [str(name) for name in bridge.names()]
+            if solver.name not in names:
+                listing = "`pyrnode solvers` lists them; known in both engines: RK4, Tsit5, DP5"
+                raise EngineUnavailableError(
+                    unknown_name("solver of the Julia engine", solver.name, names, listing=listing)
+                )
+            numbers = [float(solver.step_size), solver.rtol, solver.atol, float(solver.maxiters)]
+            try:
+                self._solvers[key] = _call(
+                    bridge.solver,
+                    solver.name,
+                    sensealg,
+                    numbers,
+                    solver.error_control,
+                    solver.memory == "checkpoint",
+                    solver.options,
+                )
+            except _JuliaFailure as failure:
+                raise ConfigError(f"solver {solver.name!r}: {failure}") from None
+        return self._solvers[key]
+
+    def _network(self, dynamics: LayeredDynamics) -> Any:
+        """Julia's description of a network that both engines have; θ is not part of it."""
+        layers: list[Any] = list(dynamics.layers)
+        hidden = [layer.weight.shape[0] for layer in layers[:-1]]
+        side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
+        kind = "mlp" if isinstance(dynamics, MLP) else "conv"
+        key = (kind, dynamics.event_shape, tuple(hidden), dynamics.activation, layers[0].time, side)
+        if key not in self._networks:
+            event = list(dynamics.event_shape)
+            self._networks[key] = _bridge().network(kind, event, hidden, dynamics.activation, layers[0].time, side)
+        return self._networks[key]
+
+    def integrate(
+        self,
+        dynamics: Dynamics,
+        z0: Tensor,
+        probes: Probes | None,
+        t_span: tuple[float, float],
+        solver: SolverConfig,
+        *,
+        total_derivative: bool = False,
+    ) -> Solution:
+        handle = self._solver(solver)
+        if z0.dtype not in (torch.float32, torch.float64) or z0.device.type not in _DEVICES:
+            raise ConfigError(
+                f"a state of {z0.dtype} on {z0.device}: the Julia engine takes float32 and float64, CPU or CUDA"
+            )
+        if z0.device.type == "cuda" and not julia_setup.status().has_cuda:
+            raise EngineUnavailableError(
+                "CUDA.jl is not installed for the Julia engine; run: pyrnode install-julia --cuda"
+            )
+        total_derivative = total_derivative and probes is not None
+        solve = _Solve(self, dynamics, probes, t_span, solver, handle, total_derivative)
+        z, q = run(solve, z0.contiguous(), tuple(dynamics.parameters()))
+        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
+        return Solution(z, l, E, n, D, solve.stats)
+
+
+def flat_parameters(dynamics: Dynamics) -> Tensor:
+    """The parameters as one vector ``(P,)`` that shares their memory.
+
+    They are moved into one piece of memory where they are not in one already: the first time, and after ``.to()`` or a
+    copy. Optimisers and ``load_state_dict`` write into that memory, so this happens once.
+    """
+    parameters = list(dynamics.parameters())
+    first, offset = parameters[0], 0
+    together = True
+    for p in parameters:
+        together = together and p.is_contiguous() and p.data_ptr() == first.data_ptr() + offset * first.element_size()
+        together = together and p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        offset += p.numel()
+    if not together:
+        flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+        start = 0
+        for p in parameters:
+            p.data = flat[start : start + p.numel()].view_as(p)
+            start += p.numel()
+    return first.detach().as_strided((offset,), (1,))
+
+
+def _shared(x: Tensor | None) -> Any:
+    """`x` as Julia takes it without a copy: numpy's view with its axes reversed, or the CUDA tensor itself."""
+    if x is None:
+        return None
+    return x.detach().numpy().T if x.device.type == "cpu" else x.detach().permute(*reversed(range(x.ndim)))
+
+
+@dataclass
+class _Solve:
+    """One solve of one block in Julia; remembers what its backward pass needs."""
+
+    engine: JuliaEngine
+    dynamics: Dynamics
+    probes: Probes | None
+    t_span: tuple[float, float]
+    solver: SolverConfig
+    handle: Any
+    total_derivative: bool
+    stats: Stats = field(default_factory=Stats)
+    recorded: Any = None
+    kept: tuple[Any, ...] = ()  # memory that Julia looks at until the backward pass
+    versions: list[int] = field(default_factory=list)
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+        bridge = _bridge()
+        z0 = z0.detach()
+        eps = None if self.probes is None else self.probes.eps.to(z0.dtype).contiguous()
+        native = type(self.dynamics) in (MLP, ConvNet) and not self.total_derivative
+        if native:
+            dynamics, theta = self.engine._network(self.dynamics), flat_parameters(self.dynamics)  # type: ignore[arg-type]
+        else:
+            alone = bool(bridge.is_separate(self.handle, _shared(z0)))
+            foreign = _Foreign(self.dynamics, z0[:1] if alone else z0, self.probes, self.total_derivative)
+            dynamics, theta = foreign.handle(bridge), foreign.theta
+        z, q = torch.empty_like(z0), z0.new_zeros(4, len(z0))
+        counts = torch.zeros(4, dtype=torch.float64)
+        weight = 0.0 if self.probes is None else self.probes.weight
+        arrays = (_shared(theta), _shared(z0), _shared(eps), weight, *self.t_span, self.total_derivative, record)
+        _synchronize(z0)
+        try:
+            solve = _call(bridge.forward, dynamics, self.handle, *arrays, *map(_shared, (z, q, counts)))
+        except _JuliaFailure as failure:
+            raise self._error(failure) from None
+        nfe, nfe_max, accepted, rejected = counts.tolist()
+        vars(self.stats).update(vars(Stats(nfe, int(nfe_max), 0.0, accepted, rejected)))
+        if record:
+            self.recorded, self.kept = solve, (theta, z0, eps, dynamics)
+            self.versions = [p._version for p in self.dynamics.parameters()]
+        return z, q.t()
+
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
+        parameters = list(self.dynamics.parameters())
+        if [p._version for p in parameters] != self.versions:
+            raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
+        theta, z0, _, _ = self.kept
+        z0_bar, gradient = torch.empty_like(z0), torch.empty_like(theta)
+        z_bar, q_bar = z_bar.contiguous(), q_bar.t().contiguous()
+        _synchronize(z0)
+        try:
+            evaluations = _call(_bridge().backward, self.recorded, *map(_shared, (z_bar, q_bar, z0_bar, gradient)))
+        except _JuliaFailure as failure:
+            raise self._error(failure) from None
+        self.stats.nfe_backward = float(evaluations)
+        parts = gradient.split([p.numel() for p in parameters])
+        return z0_bar, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
+    def _error(self, failure: _JuliaFailure) -> BaseException:
+        """What happened in Julia, in the words of both engines."""
+        if failure.kind == "interrupt":
+            return KeyboardInterrupt()
+        if failure.kind == "argument":
+            return ConfigError(str(failure))
+        if failure.kind != "solve":
+            return SolverError(f"{self.solver.name} failed in Julia ({failure.status}): {failure}", status="Failure")
+        t0, _ = self.t_span
+        if failure.status == "InitialFailure" or (failure.time == t0 and failure.bad):
+            return not_finite_at_start(t0, failure.bad, failure.batch)
+        if bool(_bridge().is_adaptive(self.handle)):
+            why = STUCK.get(failure.status, f"the solver gave up with {failure.status}")
+            why = why.format(maxiters=self.solver.maxiters)
+            return stuck(failure.status, why, failure.time, max(1, failure.bad), failure.batch)
+        steps = grid(self.t_span, float(self.solver.step_size))
+        number = min(range(len(steps)), key=lambda i: abs(sum(steps[i]) - failure.time))
+        return unstable(self.solver.name, number + 1, len(steps), *steps[number], failure.bad, failure.batch)
+
+
+def _synchronize(x: Tensor) -> None:
+    """Waits for what torch has queued on the GPU before the other side reads it."""
+    if x.device.type == "cuda":
+        torch.cuda.current_stream(x.device).synchronize()
+
+
+class _Foreign:
+    """Dynamics that only Python can evaluate (a module of the user's own), called by Julia's solver at every evaluation.
+
+    Both sides see the same buffers, so that a call carries no arrays.
+    """
+
+    def __init__(self, dynamics: Dynamics, like: Tensor, probes: Probes | None, total_derivative: bool) -> None:
+        self.dynamics, self.total_derivative = dynamics, total_derivative
+        self.theta = torch.cat([like.new_zeros(0), *(p.detach().reshape(-1) for p in dynamics.parameters())])
+        self.z, self.f, self.f_bar, self.z_bar = (torch.empty_like(like) for _ in range(4))
+        k = 0 if probes is None else len(probes.eps)
+        self.eps, self.w, self.w_bar = (like.new_empty(k, *like.shape) if k else None for _ in range(3))
+        self.r, self.r_bar = (torch.empty_like(like) if total_derivative else None for _ in range(2))
+        self.theta_bar = torch.zeros_like(self.theta)
+        self.evaluation: Evaluation | None = None
+        self.kernel = self._bind()
+
+    def _bind(self) -> Kernel:
+        return self.dynamics.kernel(total_derivative=self.total_derivative)
+
+    def handle(self, bridge: Any) -> Any:
+        """Julia's side of it."""
+        arrays = (
+            self.z,
+            self.eps,
+            self.f,
+            self.w,
+            self.r,
+            self.f_bar,
+            self.w_bar,
+            self.r_bar,
+            self.z_bar,
+            self.theta_bar,
+        )
+        return bridge.foreign(self.evaluate, self.pull, self.collect, *map(_shared, arrays))
+
+    def evaluate(self, t: float, probe: bool, tape: bool) -> None:
+        """``z, ε → f, w, r`` at time `t`."""
+        eps = self.eps.clone() if probe and self.eps is not None else None
+        z = self.kernel.layout(self.z.clone())
+        self.evaluation = self.kernel.evaluate(t, z, eps, tape=tape)
+        for buffer, value in (
+            (self.f, self.evaluation.f),
+            (self.w, self.evaluation.w),
+            (self.r, self.evaluation.r),
+        ):
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+
+    def pull(self, has_w: bool) -> None:
+        """``f̄, w̄, r̄ → z̄`` at the last evaluation; the gradient of θ gathers in the kernel."""
+        assert self.evaluation is not None
+        w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
+        self.z_bar.copy_(self.kernel.pullback(self.evaluation, self.f_bar, w_bar, r_bar, 1.0))
+
+    def collect(self) -> None:
+        """The gathered gradient ``→ θ̄``; the next one begins at zero."""
+        gradients = [g.reshape(-1) for g in self.kernel.gradients()]
+        if gradients:
+            torch.cat(gradients, out=self.theta_bar)
+        self.kernel = self._bind()
+
+
+def self_test() -> str:
+    """Solves and differentiates one small problem in both engines; gives what was found, in a line.
+
+    Raises:
+        EngineUnavailableError: Julia does not start, or gives other numbers than PyTorch.
+    """
+    from pyrnode.engines.torch import TorchEngine
+
+    generator = torch.Generator().manual_seed(0)
+    dynamics, z0 = MLP(2, (8,)).double(), torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for p in dynamics.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    probes = Probes.draw(z0, 1, generator=generator)
+    found = []
+    for engine in (TorchEngine(), JuliaEngine()):
+        solution = engine.integrate(dynamics, z0, probes, (0.0, 1.0), SolverConfig(sensealg="Backprop"))
+        loss = solution.z.square().sum() + solution.l.sum() + solution.E.sum() + solution.n.sum()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(dynamics.parameters()))]))
+    error = float((found[0] - found[1]).abs().max() / found[0].abs().max())
+    if not error < 1e-10:
+        raise EngineUnavailableError(f"the Julia engine's gradient differs from PyTorch's by {error:.1e}, relatively")
+    return f"Julia {_start().version()}: a solve and its gradient agree with PyTorch's to {error:.0e}"

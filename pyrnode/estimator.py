@@ -1,0 +1,342 @@
+"""`RNODEDensity`: a flow as a scikit-learn density estimator.
+
+It keeps scikit-learn's rules (``check_estimator``), so it goes into pipelines and searches, and stands beside
+``KernelDensity`` and ``GaussianMixture``. Importing this module imports scikit-learn; `import pyrnode` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from pyrnode.config import Config
+from pyrnode.data import Splits, TensorSamples
+from pyrnode.data.arrays import check_varies
+from pyrnode.errors import ConfigError, DataError, PyrnodeError
+from pyrnode.flow import Flow
+from pyrnode.runs import Record
+from pyrnode.scores import Calibration, log_densities
+from pyrnode.trainer import Trainer, Weights
+
+EXACT_TRAINING = 8
+"""Up to how many features ``divergence="auto"`` trains with the exact trace."""
+
+_VALIDATIONS = 40  # at most about this many in a fit: on small tables an epoch is a single step
+
+
+class UnfittedError(PyrnodeError, NotFittedError):  # type: ignore[misc]
+    """The estimator has not been fitted, or not calibrated."""
+
+
+class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
+    """Density of a table by a regularised neural ODE.
+
+    Features are standardised inside, and all densities are in the units of the input. A share of the samples is held
+    out, and the weights that are best on it are kept. The training settings that are not parameters here are those of
+    `pyrnode.Config`, with a cosine schedule; `overrides` sets any of them.
+
+    Args:
+        hidden: Widths of the network's hidden layers.
+        activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
+        blocks: ODE blocks, one after the other.
+        kinetic: ``λ_K``, weight of the kinetic energy.
+        jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm.
+        solver: Training solver.
+        step_size: Its step, or ``"auto"``.
+        divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 8
+            features. In use it is exact up to 64 features, unless `overrides` has ``evaluation.divergence``.
+        max_steps: Optimiser steps.
+        batch_size: Samples per step.
+        learning_rate: Peak learning rate.
+        validation_fraction: Share of the samples held out to choose the best weights on, in [0, 1). With 0, all
+            samples are trained on, and the weights that are best on them are kept.
+        patience: Stop after this many validations without improvement; `None` never stops early.
+        calibration_fraction: Share of the samples held out for `p_values`, in [0, 1); with 0, call `calibrate`.
+        dtype: ``"float64"`` or ``"float32"``.
+        device: torch device, or ``"auto"``.
+        engine: ``"torch"``, ``"julia"`` or ``"auto"``. A process that runs Julia must not be forked, so keep to
+            ``"torch"`` where joblib's workers are forked.
+        overrides: Other settings of `pyrnode.Config` by name, e.g. ``{"weight_decay": 1e-4, "ema": 0.99}``.
+        verbose: Show a progress bar.
+        random_state: Seed of initialisation, hold-out, order and noise: a number for the same result at each fit.
+
+    Attributes:
+        flow_: The `Flow`; ``flow_.save(path)`` writes it for ``pyrnode.load`` and the command line.
+        history_: Record of each step and validation.
+        n_iter_: Optimiser steps taken.
+        calibration_: Held-out scores behind `p_values`, once there are some.
+        n_features_in_: Number of features.
+        feature_names_in_: Their names, where `fit` was given a data frame with names.
+
+    Example:
+        >>> import numpy as np
+        >>> X = np.random.default_rng(0).normal(3.0, 2.0, size=(200, 2))
+        >>> model = RNODEDensity(hidden=(8,), max_steps=20, random_state=0).fit(X)
+        >>> model.score_samples(X[:3]).shape, model.sample(5, random_state=0).shape
+        ((3,), (5, 2))
+    """
+
+    flow_: Flow
+    history_: list[Record]
+    n_iter_: int
+    calibration_: Calibration
+    n_features_in_: int
+
+    def __init__(
+        self,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        blocks: int = 1,
+        kinetic: float = 0.01,
+        jacobian: float = 0.01,
+        solver: str = "RK4",
+        step_size: float | Literal["auto"] = 0.25,
+        divergence: Literal["auto", "exact", "hutchinson"] = "auto",
+        max_steps: int = 1000,
+        batch_size: int = 200,
+        learning_rate: float = 3e-3,
+        validation_fraction: float = 0.1,
+        patience: int | None = 10,
+        calibration_fraction: float = 0.0,
+        dtype: Literal["float64", "float32"] = "float64",
+        device: str = "cpu",
+        engine: str = "torch",
+        overrides: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.hidden = hidden
+        self.activation = activation
+        self.blocks = blocks
+        self.kinetic = kinetic
+        self.jacobian = jacobian
+        self.solver = solver
+        self.step_size = step_size
+        self.divergence = divergence
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.calibration_fraction = calibration_fraction
+        self.dtype = dtype
+        self.device = device
+        self.engine = engine
+        self.overrides = overrides
+        self.verbose = verbose
+        self.random_state = random_state
+
+    # -- fitting -----------------------------------------------------------------------------------------------------
+
+    def fit(self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+        """Learns the density.
+
+        Args:
+            X: ``(n, d)``, n at least 2 beside what is held out; an array or a data frame.
+            y: Not used.
+            sample_weight: Weights of the samples, ``(n,)``, not negative: a weight of 2 counts as two samples in the
+                loss, in the choice of the best weights and in the standardisation; 0 leaves the sample out.
+
+        Raises:
+            ConfigError: A parameter does not fit.
+            DataError: `X` or the weights are not usable.
+            TrainingDivergedError: Training stayed non-finite.
+        """
+        X = self._checked(X, reset=True)
+        weights = None if sample_weight is None else _checked_weights(sample_weight, len(X))
+        if weights is not None:
+            X, weights = X[weights > 0], weights[weights > 0]
+        rng = check_random_state(self.random_state)
+        config = self._config(X.shape, int(rng.randint(2**31 - 1)))
+        rows = self._divided(rng.permutation(len(X)), weights)
+        values = torch.tensor(X, dtype=getattr(torch, config.dtype))
+        check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
+        parts = {name: TensorSamples(values[rows[name]]) for name in ("train", "validation")}
+        splits = Splits("X", parts["train"], parts["validation"], parts["validation"], (X.shape[1],))
+        loss_weights = None
+        if weights is not None:
+            loss_weights = Weights(*(torch.tensor(weights[rows[name]]) for name in ("train", "validation")))
+        trainer = Trainer(config, splits, None, progress=bool(self.verbose), weights=loss_weights)
+        if not trainer.run():
+            raise KeyboardInterrupt
+        self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.step
+        if hasattr(self, "calibration_"):  # of an earlier fit
+            del self.calibration_
+        if len(rows["calibration"]):
+            self.calibration_ = Calibration(self._log_prob(X[rows["calibration"]]))
+        return self
+
+    def _config(self, shape: tuple[int, ...], seed: int) -> Config:
+        """The settings of the run."""
+        divergence = self.divergence
+        if divergence == "auto":
+            divergence = "exact" if shape[1] <= EXACT_TRAINING else "hutchinson"
+        config = Config().override(
+            {
+                "flow.network.kind": "mlp",
+                "flow.network.hidden": [_plain(width) for width in self.hidden],
+                "flow.network.activation": self.activation,
+                "flow.blocks": _plain(self.blocks),
+                "penalties.kinetic": _plain(self.kinetic),
+                "penalties.jacobian": _plain(self.jacobian),
+                "penalties.divergence": divergence,
+                "solver.name": self.solver,
+                "solver.step_size": _plain(self.step_size),
+                "training.max_steps": _plain(self.max_steps),
+                "training.batch_size": _plain(self.batch_size),
+                "training.learning_rate": _plain(self.learning_rate),
+                "training.schedule": "cosine",
+                "training.patience": _plain(self.patience),
+                "dtype": self.dtype,
+                "device": self.device,
+                "engine": self.engine,
+                "seed": seed,
+            }
+        )
+        steps = config.training.max_steps or 1
+        every = max(1, shape[0] // config.training.batch_size, steps // _VALIDATIONS)
+        config = config.override({"training.epochs": steps, "training.validate_every": every})
+        config = config.override(dict(self.overrides or {}))
+        if config.data != Config().data:
+            raise ConfigError(
+                f"overrides = {self.overrides!r}: no setting of data has an effect, fit is given the data"
+            )
+        return config
+
+    def _divided(self, order: NDArray[np.int64], weights: NDArray[np.float64] | None) -> dict[str, NDArray[np.int64]]:
+        """The rows to train, validate and calibrate on."""
+        n, sizes = len(order), {}
+        for name in ("validation", "calibration"):
+            fraction = getattr(self, f"{name}_fraction")
+            if isinstance(fraction, bool) or not (isinstance(fraction, (int, float, np.number)) and 0 <= fraction < 1):
+                raise ConfigError(f"{name}_fraction = {fraction!r}: expected a share in [0, 1)")
+            sizes[name] = max(1, round(float(fraction) * n)) if fraction else 0
+        left = n - sum(sizes.values())
+        if left < 2:
+            raise DataError(
+                f"n_samples = {n}: {left} are left to train on beside {sizes['validation']} for validation and "
+                f"{sizes['calibration']} for calibration; expected at least 2"
+            )
+        if sizes["calibration"] and weights is not None and not np.allclose(weights, weights[0]):
+            raise ConfigError(
+                "calibration_fraction with unequal sample weights: p-values count samples, which have one weight each; "
+                "use calibration_fraction=0 and calibrate(X) with held-out samples as you expect them in use"
+            )
+        calibration, validation, train = np.split(order, np.cumsum([sizes["calibration"], sizes["validation"]]))
+        return {"train": train, "validation": validation if len(validation) else train, "calibration": calibration}
+
+    def _checked(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
+        """`X` as scikit-learn checks it; its `ValueError`s as ours."""
+        try:
+            checked: NDArray[Any] = validate_data(
+                self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return checked
+
+    def _fitted(self, attribute: str, remedy: str) -> None:
+        if not hasattr(self, attribute):
+            raise UnfittedError(f"this RNODEDensity {remedy}")
+        check_is_fitted(self, attribute)
+
+    # -- use ---------------------------------------------------------------------------------------------------------
+
+    def _log_prob(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        return log_densities(self.flow_, torch.tensor(X, dtype=next(self.flow_.parameters()).dtype))
+
+    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Log-density of each sample.
+
+        Args:
+            X: ``(n, d)``.
+
+        Returns:
+            Nats, ``(n,)``, in the units of `X`.
+
+        Raises:
+            UnfittedError: `fit` has not been called.
+            DataError: `X` has another width than in `fit`, or is not finite.
+            SolverError: A solve failed.
+        """
+        self._fitted("flow_", "is not fitted: call fit first")
+        return self._log_prob(self._checked(X, reset=False))
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Total log-density of the samples ``(n, d)`` in nats, as ``KernelDensity.score``; `y` is not used."""
+        return float(self.score_samples(X).sum())
+
+    def sample(
+        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+    ) -> NDArray[np.float64]:
+        """Draws samples, ``(n_samples, d)``, in the units of the input.
+
+        Raises:
+            UnfittedError: `fit` has not been called.
+            ConfigError: `n_samples` is not a positive number.
+        """
+        self._fitted("flow_", "is not fitted: call fit first")
+        seed = int(check_random_state(random_state).randint(2**31 - 1))
+        return self.flow_.sample(_plain(n_samples), seed=seed).double().cpu().numpy()
+
+    def calibrate(self, X: ArrayLike) -> Self:
+        """Takes the scores behind `p_values` from samples ``(n, d)`` that were not trained on.
+
+        Raises:
+            UnfittedError: `fit` has not been called.
+            DataError: `X` does not fit.
+        """
+        self.calibration_ = Calibration(self.score_samples(X))
+        return self
+
+    def p_values(self, X: ArrayLike) -> NDArray[np.float64]:
+        """How unusual each sample is: the chance that a sample like those of the calibration has as low a density.
+
+        With n calibration scores ``c_i``, ``p = (1 + #{c_i ≤ log p(x)})/(n + 1)`` (conformal: for x from the same
+        distribution, ``P(p ≤ α) ≤ α`` for every α, whatever the quality of the flow).
+
+        Args:
+            X: ``(m, d)``.
+
+        Returns:
+            ``(m,)``, from ``1/(n + 1)`` to 1.
+
+        Raises:
+            UnfittedError: Neither was ``calibration_fraction`` set nor `calibrate` called.
+            DataError: `X` does not fit.
+        """
+        scores = self.score_samples(X)
+        self._fitted(
+            "calibration_", "is not calibrated: set calibration_fraction, or call calibrate(X) with held-out samples"
+        )
+        return self.calibration_.p_values(scores)
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers, which searches hand over, as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _checked_weights(sample_weight: ArrayLike, n: int) -> NDArray[np.float64]:
+    try:
+        weights: NDArray[np.float64] = check_array(
+            sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+        )
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if weights.shape != (n,):
+        raise DataError(f"sample_weight has shape {weights.shape}: expected ({n},), one for each sample")
+    if bool((weights < 0).any()):
+        raise DataError(f"sample_weight has negative values, down to {weights.min():g}")
+    if not bool((weights > 0).any()):
+        raise DataError("sample_weight: all weights are zero, so there is nothing to fit")
+    return weights

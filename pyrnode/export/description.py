@@ -1,0 +1,173 @@
+"""A flow's structure as JSON: all that it takes to compute it from its tensors, here or in another program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyrnode.dynamics.layered import LayeredDynamics
+from pyrnode.dynamics.layers import Layer
+from pyrnode.errors import ConfigError, unknown_name
+from pyrnode.export.module import TorchFlow
+from pyrnode.export.solve import Solve
+from pyrnode.flow import Block, FactorOut, Squeeze
+from pyrnode.solvers import method
+from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform
+
+READING = {
+    "encode": "x -> transforms in order -> stages in order -> z, flattened; log_det sums the log-determinants; "
+    "log_prob = -(|z|^2 + d log(2 pi))/2 + log_det, in nats. decode runs everything backwards.",
+    "standardize": "y = (x - mean)/std; log_det = -sum(log std)",
+    "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
+    "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
+    "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
+    "squeeze": "(C, H, W) -> (4C, H/2, W/2): channel 4c + 2i + j of pixel (h, w) is channel c of (2h + i, 2w + j)",
+    "factor_out": "the second half of the channels goes to z, in order, before what remains at the end",
+    "block": "dz/dt = f(z, t), dl/dt = trace(df/dz), from t = 0 to end_time; log_det = l(end_time)",
+    "dynamics": "h = z; for every layer h = activation(a(h, t)), without activation after the last: f",
+    "layer": "dense: W h = weight h; convolution: cross-correlation, stride 1, zero padding that keeps the size. "
+    "time none: a = W h + bias; concat: a = W h + bias + t W' 1, where W' is time_weight on one more channel of ones; "
+    " concatsquash: a = (W h + bias) sigmoid(t gate_weight + gate_bias) + t time_shift, by output channel",
+    "solver": "explicit Runge-Kutta with nodes c, matrix a and weights b, on a grid of step_size whose last step is "
+    "shortened; or adaptive with rtol and atol",
+    "divergence": "exact: the trace; hutchinson: the mean over the block's stored probes e of e . (df/dz) e",
+}
+"""What the words of a description mean."""
+
+
+def describe(flow: TorchFlow) -> dict[str, Any]:
+    """The structure of a flow, with the names of the tensors that it uses.
+
+    Raises:
+        ConfigError: A block has dynamics of the user's own, or there is a transform that no description knows.
+    """
+    table = {
+        "reading": READING,
+        "event_shape": list(flow.event_shape),
+        "levels": flow.levels,
+        "dtype": dtype_name(flow.reference.dtype),
+        "transforms": [_transform(f"transform.transforms.{i}", t) for i, t in enumerate(flow.transform.transforms)],
+        "stages": [_stage(f"stages.{i}", stage) for i, stage in enumerate(flow.stages)],
+        **settings(flow),
+    }
+    if flow.probes:
+        table["divergence"]["tensors"] = [f"noise_{i}" for i, _ in enumerate(flow.blocks())]
+    return table
+
+
+def settings(flow: TorchFlow) -> dict[str, Any]:
+    """Solver and divergence."""
+    tableau = method(flow.solve.name).tableau
+    solver: dict[str, Any] = {"name": flow.solve.name}
+    solver |= {key: v for key in ("step_size", "rtol", "atol") if (v := getattr(flow.solve, key)) is not None}
+    divergence: dict[str, Any] = {"kind": flow.divergence}
+    if flow.probes:
+        divergence |= {"probes": flow.probes, "seed": flow.seed}
+    coefficients = {"c": list(tableau.c), "a": [list(row) for row in tableau.a], "b": list(tableau.b)}
+    return {"solver": solver | coefficients, "divergence": divergence}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
+    if isinstance(transform, Standardize):
+        return {"kind": "standardize", "tensors": {"mean": f"{prefix}.mean", "std": f"{prefix}.std"}}
+    if isinstance(transform, Dequantize):
+        return {"kind": "dequantize", "levels": transform.levels}
+    if isinstance(transform, Logit):
+        return {"kind": "logit", "alpha": transform.alpha}
+    raise ConfigError(f"a transform of type {type(transform).__name__} has no description; export to torch.export")
+
+
+def _stage(prefix: str, stage: nn.Module) -> dict[str, Any]:
+    if isinstance(stage, Squeeze):
+        return {"kind": "squeeze"}
+    if isinstance(stage, FactorOut):
+        return {"kind": "factor_out"}
+    assert isinstance(stage, Block)
+    dynamics = stage.dynamics
+    if not isinstance(dynamics, LayeredDynamics):
+        raise ConfigError(
+            "dynamics of your own are code, which a safetensors file cannot hold; export to torch.export or onnx, "
+            "whose programs hold the operations themselves"
+        )
+    layers = [_layer(f"{prefix}.dynamics.layers.{i}", cast(Layer, layer)) for i, layer in enumerate(dynamics.layers)]
+    return {
+        "kind": "block",
+        "end_time": stage.end_time,
+        "event_shape": list(dynamics.event_shape),
+        "activation": dynamics.activation,
+        "layers": layers,
+    }
+
+
+def _layer(prefix: str, layer: Layer) -> dict[str, Any]:
+    outputs, inputs, *kernel = layer.weight.shape
+    return {
+        "kind": "dense" if layer.size is None else "convolution",
+        "time": layer.time,
+        "inputs": inputs,
+        "outputs": outputs,
+        **({} if layer.size is None else {"kernel": kernel, "image": list(layer.size)}),
+        "tensors": {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()},
+    }
+
+
+def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TorchFlow:
+    """The flow of a description; what does not fit raises `KeyError`, `TypeError`, `RuntimeError` or `ConfigError`."""
+    shape = tuple(description["event_shape"])
+    solver, divergence = description["solver"], description["divergence"]
+    flow = TorchFlow(
+        Chain(_build_transform(entry, shape) for entry in description["transforms"]),
+        [_build_stage(entry) for entry in description["stages"]],
+        shape,
+        description["levels"],
+        solve=Solve(*(solver.get(key) for key in ("name", "step_size", "rtol", "atol"))),
+        divergence=divergence["kind"],
+        probes=divergence.get("probes", 1),
+        seed=divergence.get("seed", 0),
+    )
+    flow = flow.to(getattr(torch, description["dtype"]))
+    flow.load_state_dict(dict(tensors))
+    return flow.eval()
+
+
+def _build_transform(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Transform:
+    kind = entry["kind"]
+    if kind == "standardize":
+        return Standardize(torch.zeros(shape), torch.ones(shape))
+    if kind == "dequantize":
+        return Dequantize(entry["levels"])
+    if kind == "logit":
+        return Logit(entry["alpha"])
+    raise ConfigError(unknown_name("transform", kind, ("standardize", "dequantize", "logit")))
+
+
+def _build_stage(entry: Mapping[str, Any]) -> nn.Module:
+    kind = entry["kind"]
+    if kind == "squeeze":
+        return Squeeze()
+    if kind == "factor_out":
+        return FactorOut()
+    if kind != "block":
+        raise ConfigError(unknown_name("stage", kind, ("block", "squeeze", "factor_out")))
+    layers = [
+        Layer(
+            layer["inputs"],
+            layer["outputs"],
+            time=layer["time"],
+            kernel=tuple(layer.get("kernel", ())),
+            size=tuple(layer["image"]) if "image" in layer else None,
+        )
+        for layer in entry["layers"]
+    ]
+    if not math.isfinite(entry["end_time"]):
+        raise ConfigError(f"end_time = {entry['end_time']!r}: expected a finite number")
+    return Block(LayeredDynamics(layers, entry["activation"], tuple(entry["event_shape"])), entry["end_time"])

@@ -1,0 +1,197 @@
+"""``f(z, t; θ)`` and its divergence in plain differentiable operations, which torch can trace, transform and export.
+
+The engines' kernels are faster in training: they write into their own intermediates and keep tapes. Here nothing is
+written in place and nothing depends on values, so the same code runs under autograd, `torch.func` and `torch.export`.
+
+The probes are shared by the samples of a batch: ``Σ_k ε_k · (∂f/∂z) ε_k`` over the unit vectors is the trace, over
+seeded noise an estimate. Jacobian-vector products run forward with the network, so that the first layer's is one
+product for the whole batch, and so is the transpose of the last one's, at which they end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrnode.dynamics import Dynamics
+from pyrnode.dynamics.layered import LayeredDynamics
+from pyrnode.dynamics.layers import TIME_ENTRIES, Conv, Dense, Layer, Linear, TimeEntry
+
+
+class Smooth(NamedTuple):
+    """An activation and its slope, both differentiable."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+def _silu_slope(a: Tensor) -> Tensor:
+    sigma = torch.sigmoid(a)
+    return sigma * (1 + a * (1 - sigma))
+
+
+def _gelu_slope(a: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * density
+
+
+SMOOTH: dict[str, Smooth] = {
+    # torch switches to the identity above the threshold: at its default, 2e-9 too early for double precision
+    "softplus": Smooth(lambda a: F.softplus(a, threshold=40), torch.sigmoid),
+    "tanh": Smooth(torch.tanh, lambda a: 1 - torch.tanh(a).square()),
+    "silu": Smooth(F.silu, _silu_slope),
+    "gelu": Smooth(F.gelu, _gelu_slope),
+    "elu": Smooth(F.elu, lambda a: torch.exp(a.clamp(max=0))),  # clamped: no infinity for autograd to multiply by 0
+}
+"""The activations of `pyrnode.dynamics.activations`, by name."""
+
+
+class PlainConv(Conv):
+    """`Conv` in whatever memory layout the input has; takes ``(k, batch, C, H, W)`` too."""
+
+    def __init__(self, weight: Tensor, size: tuple[int, int]) -> None:
+        Linear.__init__(self, weight)
+        self.size = size
+        self.padding = weight.shape[-1] // 2
+
+    def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
+        a = F.conv2d(h.flatten(0, -4), self.weight, padding=self.padding)
+        a = a.unflatten(0, h.shape[:2]) if h.ndim == 5 else a
+        return a if shift is None else a + shift
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return F.conv_transpose2d(g, self.weight, padding=self.padding)
+
+    def constant(self, weight: Tensor) -> Tensor:
+        return F.conv2d(weight.new_ones(1, 1, *self.size), weight, padding=self.padding)[0]
+
+
+def _bind(layer: Layer) -> TimeEntry:
+    """The layer's operators over its present parameters, as `Layer.bind` gives them, but for the convolutions."""
+    values: dict[str, Tensor] = dict(layer.named_parameters())
+    weight = values.pop("weight")
+    return TIME_ENTRIES[layer.time](Dense(weight) if layer.size is None else PlainConv(weight, layer.size), values)
+
+
+class Rates(Protocol):
+    """The right-hand side of ``z' = f`` and ``l' = tr ∂f/∂z``, bound to the present parameters."""
+
+    def __call__(self, t: float, z: Tensor, probes: Tensor | None, /) -> tuple[Tensor, Tensor | None]:
+        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)`` for `probes` ``(k, *event)``."""
+        ...
+
+
+class LayeredRates:
+    """The rates of an `MLP` or a `ConvNet`."""
+
+    def __init__(self, dynamics: LayeredDynamics) -> None:
+        self.layers = [_bind(layer) for layer in dynamics.layers]  # type: ignore[arg-type]
+        self.phi = SMOOTH[dynamics.activation]
+        self.times: dict[float, list[tuple[Tensor | None, Tensor]]] = {}
+
+    def _at(self, t: float) -> list[tuple[Tensor | None, Tensor]]:
+        if t not in self.times:  # the middle of an RK4 step is asked for twice
+            self.times[t] = [layer.at(t) for layer in self.layers]
+        return self.times[t]
+
+    def __call__(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        entries = [(layer.linear, *entry) for layer, entry in zip(self.layers, self._at(t), strict=True)]
+        hidden, (last, last_scale, last_shift) = entries[:-1], entries[-1]
+        h, p = z, None if probes is None else probes.unsqueeze(1)
+        for linear, scale, shift in hidden:
+            a = _affine(linear, h, scale, shift)
+            h = self.phi.value(a)
+            if p is not None:
+                p = _scaled(linear(p), scale) * self.phi.slope(a)
+        f = _affine(last, h, last_scale, last_shift)
+        if p is None or probes is None:
+            return f, None
+        q = last.transpose(_scaled(probes, last_scale)).unsqueeze(1)
+        return f, (p * q).flatten(2).sum((0, 2)).expand(z.shape[0])
+
+
+def _affine(linear: Linear, h: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
+    return linear(h, shift) if scale is None else linear(h) * scale + shift
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+class ModuleRates:
+    """The rates of any other dynamics, differentiated by torch."""
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        self.dynamics = dynamics
+
+    def __call__(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        times = z.new_full(z.shape[:1], t)
+        return _differentiate(lambda state: self.dynamics(times, state), z, probes)
+
+
+def _differentiate(field: Callable[[Tensor], Tensor], z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``f`` and ``Σ_k ε_k · (∂f/∂z) ε_k``: a vector-Jacobian product for each probe.
+
+    torch's forward mode is no faster for as many products, and warns of parts of its own that are deprecated.
+    """
+    if probes is None:
+        return field(z), None
+    f, pull, *_ = torch.func.vjp(field, z)
+    terms = [(eps * pull(eps.expand_as(z))[0]).flatten(1).sum(1) for eps in probes.unbind(0)]
+    return f, torch.stack(terms).sum(0)
+
+
+class Recorded(nn.Module):
+    """Dynamics whose differentiation is recorded, for any batch, as the tensor operations that it comes down to.
+
+    `torch.export` cannot look into torch's own differentiation, but takes what is recorded here.
+
+    Args:
+        dynamics: Any dynamics.
+        probes: Number of probes that the rates will be asked for.
+    """
+
+    def __init__(self, dynamics: Dynamics, probes: int) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        super().__init__()
+        self.dynamics, self.event_shape = dynamics, dynamics.event_shape
+        values = self._values()
+        # sizes that are equal when recording are taken to be equal for ever, so the batch's must be like no other
+        sizes = {size for value in values.values() for size in value.shape} | {*self.event_shape, probes}
+        batch = next(n for n in itertools.count(5) if n not in sizes)
+        like = next(iter(values.values()), torch.zeros(()))
+        z, eps = (like.new_ones(count, *self.event_shape) for count in (batch, probes))
+
+        def rates(values: dict[str, Tensor], t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor | None]:
+            return _differentiate(lambda y: torch.func.functional_call(dynamics, values, (t, y)), z, eps)
+
+        with torch.no_grad():
+            self.graph = make_fx(rates, tracing_mode="symbolic")(values, like.new_ones(batch), z, eps)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {**dict(self.dynamics.named_parameters()), **dict(self.dynamics.named_buffers())}
+
+    def rates(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As `Rates` has them."""
+        times = z.new_full(z.shape[:1], t)
+        if probes is None:
+            return self.dynamics(times, z), None
+        f, div = self.graph(self._values(), times, z, probes)
+        return f, div
+
+
+def bind(dynamics: nn.Module) -> Rates:
+    """The rates of dynamics with their present parameters."""
+    if isinstance(dynamics, LayeredDynamics):
+        return LayeredRates(dynamics)
+    if isinstance(dynamics, Recorded):
+        return dynamics.rates
+    assert isinstance(dynamics, Dynamics)
+    return ModuleRates(dynamics)

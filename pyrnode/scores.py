@@ -1,0 +1,368 @@
+"""Anomaly scores: log-densities and calibrated p-values, of arrays and of files larger than memory.
+
+A log-density alone says little about how unusual a sample is: it depends on units and dimensions. Its rank among
+held-out scores does. With scores ``c_i`` of n samples that were not trained on, the conformal p-value of x is
+
+    p = (1 + #{i : c_i ≤ log p(x)}) / (n + 1)
+
+If x is from the same distribution as they are, ``P(p ≤ α) ≤ α`` for every α, however good or bad the flow is
+(Vovk, Gammerman, Shafer 2005, *Algorithmic Learning in a Random World*); a better flow gives outliers smaller values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrnode import checkpoint
+from pyrnode.data.chunks import open_chunks
+from pyrnode.data.samples import Samples
+from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
+from pyrnode.flow import Flow
+
+CHUNK = 10_000
+"""Samples that are in memory at a time."""
+
+LEVELS = (0.05, 0.01, 0.001)
+"""Levels at which a summary counts small p-values."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of held-out samples, from which p-values are taken.
+
+    Args:
+        scores: Log-densities in nats, ``(n,)``; kept in ascending order.
+
+    Raises:
+        DataError: There are none, or one is not finite.
+    """
+
+    scores: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        scores = np.sort(np.asarray(self.scores, dtype=np.float64))
+        if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all():
+            raise DataError(f"calibration scores of shape {scores.shape}: expected (n,) finite numbers, n at least 1")
+        object.__setattr__(self, "scores", scores)
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self.scores)} scores, {self.scores[0]:g} to {self.scores[-1]:g})"
+
+    def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """Conformal p-values ``(m,)`` of log-densities ``(m,)``, from ``1/(n + 1)`` to 1."""
+        below = np.searchsorted(self.scores, np.asarray(scores, dtype=np.float64), side="right")
+        p: NDArray[np.float64] = (1 + below) / (len(self.scores) + 1)
+        return p
+
+    def save(self, path: str | Path, flow: Flow) -> None:
+        """Writes the scores, atomically, with the fingerprint of the flow that gave them."""
+        scores = {"scores": torch.from_numpy(self.scores.copy())}
+        checkpoint.write(path, "calibration", scores, {"model": fingerprint(flow)})
+
+    @classmethod
+    def load(cls, path: str | Path, flow: Flow) -> Calibration:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, foreign, or of another flow.
+        """
+        tensors, description = checkpoint.read(path, "calibration")
+        if description.get("model") != fingerprint(flow) or "scores" not in tensors:
+            raise CheckpointError(f"{path} was made with another model: calibrate again, with held-out samples")
+        return cls(tensors["scores"].numpy())
+
+
+def fingerprint(flow: Flow) -> str:
+    """A hash of what determines the flow's log-densities: weights, solver, and estimator of the trace."""
+    solver, evaluation = flow.solver, flow.config.evaluation
+    settings = (solver.name, solver.rtol, solver.atol, solver.step_size, evaluation.divergence, evaluation.probes)
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, value in sorted(flow.state_dict().items()):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_densities(flow: Flow, x: Tensor) -> NDArray[np.float64]:
+    """Log-densities ``(n,)`` in nats of samples ``(n, *event)``, by the flow's evaluation settings."""
+    evaluation = flow.config.evaluation
+    scores: NDArray[np.float64] = (
+        flow.log_prob(x, divergence=evaluation.divergence, probes=evaluation.probes).double().cpu().numpy()
+    )
+    return scores
+
+
+def _scored(flow: Flow, chunks: Any, bar: Any) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """First row and log-densities of each chunk."""
+    for first, values in chunks:
+        try:
+            scores = log_densities(flow, values)
+        except SolverError as error:
+            message = f"in rows {first} to {first + len(values) - 1}: {error}"
+            raise SolverError(message, status=error.status, block=error.block) from error
+        bar.update(len(values))
+        yield first, scores
+
+
+def _bar(total: int | None, progress: bool, what: str) -> Any:
+    return tqdm(total=total, unit="sample", desc=what, disable=not progress)
+
+
+def calibrate(
+    flow: Flow, data: str | Path | Samples | Tensor, *, chunk: int = CHUNK, progress: bool = False
+) -> Calibration:
+    """Scores held-out samples.
+
+    Args:
+        flow: The flow.
+        data: Samples that it was not trained on, like those that it will score: a file (as in `score_file`), a tensor
+            ``(n, *event)``, or the test set of a `Splits`.
+        chunk: Samples in memory at a time.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: The samples do not fit.
+        SolverError: A solve failed.
+    """
+    chunks: Any
+    if isinstance(data, (str, Path)):
+        opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
+        chunks, total = opened, opened.rows
+    elif isinstance(data, Samples):
+        chunks, total = enumerate(data.batches(torch.arange(len(data)), chunk)), len(data)
+    else:
+        chunks, total = enumerate(data.split(chunk) if len(data) else ()), len(data)
+    with _bar(total, progress, "calibrate") as bar:
+        scores = [part for _, part in _scored(flow, chunks, bar)]
+    return Calibration(np.concatenate(scores) if scores else np.empty(0))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `score_file` did.
+
+    Attributes:
+        samples: Samples scored.
+        mean: Mean log-density, nats.
+        below: For each of `LEVELS`, how many p-values are at most that; empty without a calibration.
+        calibration: Number of calibration scores; 0 without.
+    """
+
+    samples: int
+    mean: float
+    below: dict[float, int]
+    calibration: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.samples} samples, mean log-density {self.mean:.4f} nats"]
+        for level, count in self.below.items():
+            if level * (self.calibration + 1) < 1:
+                lines.append(
+                    f"p ≤ {level:g}: needs {round(1 / level) - 1} calibration samples, there are {self.calibration}"
+                )
+            else:
+                lines.append(
+                    f"p ≤ {level:g}: {count}, where {level * self.samples:.1f} are expected of ordinary samples"
+                )
+        return "\n".join(lines)
+
+
+def score_file(
+    flow: Flow,
+    data: str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration | None = None,
+    chunk: int = CHUNK,
+    progress: bool = False,
+) -> Summary:
+    """Scores the samples of a file, chunk by chunk, so that neither the file nor the scores need to fit in memory.
+
+    Args:
+        flow: The flow.
+        data: ``.npy`` (mapped), ``.csv`` or ``.parquet`` (read by row group) file of samples.
+        out: ``.csv``, ``.json`` (a list of objects) or ``.parquet`` file to write: ``row`` (from 0), ``log_prob``
+            (nats) and, with a calibration, ``p_value``. It appears when it is complete.
+        calibration: Held-out scores.
+        chunk: Samples in memory at a time.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: The file cannot be read, or a row does not fit; it is named.
+        ConfigError: `out` is of an unknown kind.
+        CheckpointError: `out` cannot be written; what was there before is untouched.
+        SolverError: A solve failed; the rows are named.
+    """
+    if Path(out).resolve() == Path(data).resolve():
+        raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
+    chunks = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
+    count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
+    with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
+        for first, scores in _scored(flow, chunks, bar):
+            columns: dict[str, NDArray[Any]] = {"row": np.arange(first, first + len(scores)), "log_prob": scores}
+            if calibration is not None:
+                columns["p_value"] = p = calibration.p_values(scores)
+                below = {level: number + int((p <= level).sum()) for level, number in below.items()}
+            write(columns)
+            count, total = count + len(scores), total + float(scores.sum())
+    return Summary(count, total / count, below, 0 if calibration is None else len(calibration.scores))
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+Columns = dict[str, NDArray[Any]]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A binary file that takes the place of `path` when the block ends well, and is removed when it does not."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def _writer(path: Path) -> Iterator[Callable[[Columns], None]]:
+    """Takes columns chunk by chunk, and writes each of them at once."""
+    writers = {".csv": _csv_writer, ".json": _json_writer, ".parquet": _parquet_writer}
+    if path.suffix.lower() not in writers:
+        raise ConfigError(unknown_name(f"kind of file of {path}:", path.suffix, writers))
+    with replacing(path) as file, writers[path.suffix.lower()](file) as write:
+        yield write
+
+
+@contextmanager
+def _csv_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
+    def write(columns: Columns) -> None:
+        if file.tell() == 0:
+            file.write((",".join(columns) + "\n").encode())
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        file.write("".join(",".join(map(repr, row)) + "\n" for row in rows).encode())
+
+    yield write
+
+
+@contextmanager
+def _json_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
+    def write(columns: Columns) -> None:
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        lines = ",\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows)
+        file.write(((",\n" if file.tell() else "[\n") + lines).encode())
+
+    yield write
+    file.write(b"\n]\n")
+
+
+@contextmanager
+def _parquet_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ConfigError("writing parquet needs pyarrow: pip install pyarrow") from error
+    writer: Any = None
+
+    def write(columns: Columns) -> None:
+        nonlocal writer
+        table = pa.table(columns)
+        if writer is None:
+            writer = pq.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def calibration_path(run: str | Path) -> Path:
+    """Where a run, or a model file, has its calibration."""
+    run = Path(run)
+    return run / "calibration.safetensors" if run.is_dir() else run.with_suffix(".calibration.safetensors")
+
+
+def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
+    """The stored calibration, or a new one, which is stored."""
+    import pyrnode
+
+    path = calibration_path(args.run)
+    if args.scores_only:
+        return None
+    if args.calibrate is None:
+        if not path.is_file():
+            raise DataError(
+                f"{args.run} has no calibration: name a file of held-out samples with --calibrate (or --calibrate "
+                "test, for the run's own test set), or pass --scores-only"
+            )
+        return Calibration.load(path, flow)
+    held_out = args.calibrate
+    if held_out == "test":
+        held_out = pyrnode.data.load(None, config=flow.config.data).test
+    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet)
+    calibration.save(path, flow)
+    return calibration
+
+
+def score_command(args: argparse.Namespace) -> int:
+    """``pyrnode score``."""
+    import pyrnode
+
+    flow = pyrnode.load(args.run, engine=args.engine)
+    calibration = _calibration(flow, args)
+    summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
+    if args.json:
+        below = {str(level): count for level, count in summary.below.items()}
+        print(json.dumps({"out": args.out, **vars(summary), "below": below}, indent=2))
+    else:
+        print(f"{summary}\nwritten to {args.out}")
+    return 0
+
+
+def score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``pyrnode score``."""
+    parser.add_argument("run", help="folder of a run, or a model file")
+    parser.add_argument("data", help=".npy, .csv or .parquet file of samples; need not fit in memory")
+    parser.add_argument("--out", required=True, help=".csv, .json or .parquet file to write")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--calibrate",
+        metavar="HELD_OUT",
+        help="file of held-out samples to take p-values from, or test: the run's own test set; stored with the run",
+    )
+    source.add_argument("--scores-only", action="store_true", help="log-densities without p-values")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help=f"samples in memory at a time (default {CHUNK})")
+    parser.add_argument("--engine", choices=["auto", "torch", "julia"])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")

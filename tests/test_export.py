@@ -1,0 +1,673 @@
+"""Export: the module against the flow, autograd and closed forms; files that run, and are checked, without pyrnode."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+from pyrnode import checkpoint, export
+from pyrnode.cli import main
+from pyrnode.config import Config
+from pyrnode.dynamics import MLP, ModuleDynamics
+from pyrnode.dynamics.activations import ACTIVATIONS
+from pyrnode.engines import Probes
+from pyrnode.errors import CheckpointError, ConfigError, DataError, EngineUnavailableError, SolverError
+from pyrnode.export import TorchFlow, files, to_torch
+from pyrnode.export.programs import PROGRAMS, to_program
+from pyrnode.export.rates import SMOOTH, LayeredRates, ModuleRates
+from pyrnode.flow import Flow, base_log_prob
+from tests.test_dynamics import CASES, EVENTS, jacobian, make
+from tests.test_flow import FLOWS, build, data_for
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["vector", "vector, two blocks", "vector, own module", "images, one scale"]
+
+
+def small(**overrides: object) -> Flow:
+    """A flow in single precision, away from the identity."""
+    return build((2,), **overrides).float()
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.detach() - b.detach()).abs().max())
+
+
+# -- f and its divergence --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_activations_and_their_slopes(name: str) -> None:
+    a = torch.linspace(-30, 30, 121, dtype=torch.double).requires_grad_()
+    value, slope = SMOOTH[name].value(a), SMOOTH[name].slope(a)
+    assert error(value, ACTIVATIONS[name].value(a)) < 3e-9  # the engine's softplus is linear above 20
+    assert error(slope, torch.autograd.grad(value.sum(), a, create_graph=True)[0]) < 1e-14
+    huge = torch.tensor([-1e4, 1e4]).requires_grad_()
+    (second,) = torch.autograd.grad(SMOOTH[name].slope(huge).sum(), huge)
+    assert second.tolist() == [0, 0]
+
+
+def test_all_activations_are_there() -> None:
+    assert SMOOTH.keys() == ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize(("kind", "time", "activation"), CASES)
+def test_rates_are_autograds(kind: str, time: str, activation: str) -> None:
+    dynamics = make(kind, time, activation)
+    z, probes = torch.randn(3, *EVENTS[kind]).double(), torch.randn(4, *EVENTS[kind]).double()
+    f, div = LayeredRates(dynamics)(0.3, z, probes)
+    full, eps = jacobian(dynamics, 0.3, z), probes.flatten(1)
+    assert div is not None
+    assert error(f, dynamics(0.3, z)) < 1e-12
+    assert error(div, torch.einsum("ki,bij,kj->b", eps, full, eps)) < 1e-11
+    general = ModuleRates(dynamics)(0.3, z, probes)[1]
+    assert general is not None
+    assert error(div, general) < 1e-11
+
+
+def test_rates_of_a_single_layer() -> None:
+    dynamics = MLP(3, (), time="concat").double()
+    with torch.no_grad():
+        dynamics.layers[0].weight.copy_(torch.arange(9.0).reshape(3, 3))
+    div = LayeredRates(dynamics)(0.5, torch.randn(4, 3).double(), torch.eye(3).double())[1]
+    assert div is not None
+    assert div.tolist() == [12.0] * 4
+
+
+# -- the module ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_module_is_the_flow(name: str) -> None:
+    flow = FLOWS[name]()
+    x = data_for(flow)
+    module = to_torch(flow, step_size=0.05, divergence="exact")
+    z, log_det = module(x)
+    assert error(z, flow.encode(x)) < 3e-6
+    assert error(module.log_prob(x), flow.log_prob(x, divergence="exact")) < 1e-4
+    assert error(log_det, module.log_prob(x) - base_log_prob(z)) < 1e-12
+    assert error(module.inverse(z), x) < 1e-5
+    assert list(module.state_dict()) == list(flow.state_dict())
+    adaptive = to_torch(flow, rtol=1e-9, divergence="exact")
+    evaluation = flow.config.evaluation.solver
+    assert error(adaptive.log_prob(x), flow.log_prob(x, divergence="exact")) < (1e-7 if evaluation == "DP5" else 1e-6)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_log_det_is_the_jacobians(name: str) -> None:
+    flow = FLOWS[name]()
+    module, x = to_torch(flow, step_size=0.05, divergence="exact"), data_for(flow, 1)
+    full = torch.autograd.functional.jacobian(lambda v: module(v)[0], x).reshape(flow.dim, flow.dim)
+    assert float(module(x)[1].detach()) == pytest.approx(float(torch.linalg.slogdet(full)[1]), abs=1e-6)
+
+
+def test_linear_dynamics_have_a_closed_form() -> None:
+    """``z' = A z``: ``z(T) = exp(T A) x`` and ``log det = T tr A``, plus those of the standardisation."""
+    matrix = torch.tensor([[0.3, -0.8], [0.5, -0.4]], dtype=torch.double)
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(matrix.clone())
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return z @ self.matrix.T
+
+    config = Config().override({"dtype": "float64", "flow.end_time": 1.5, "flow.standardize": False})
+    flow = Flow.build(config, (2,), dynamics=lambda shape: ModuleDynamics(Field(), shape))
+    x = torch.randn(5, 2).double()
+    for settings in ({"step_size": 0.02}, {"solver": "DP8", "step_size": 0.3}, {"rtol": 1e-8}):
+        z, log_det = to_torch(flow, **settings)(x)  # type: ignore[arg-type]
+        assert error(z, x @ torch.linalg.matrix_exp(1.5 * matrix).T) < 1e-7
+        assert error(log_det, torch.full((5,), 1.5 * -0.1).double()) < 1e-8
+
+
+@torch.no_grad()
+def test_density_integrates_to_one() -> None:
+    module = to_torch(build((2,)), step_size=0.1)
+    centre, scale = module.sample(500, seed=0).mean(0), 1.0
+    axis = torch.linspace(-12, 12, 121, dtype=torch.double)
+    grid = torch.cartesian_prod(axis, axis) * scale + centre
+    assert float(module.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    flow = FLOWS[name]()
+    module, x = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=2), data_for(flow, 2).requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    tensors = [x, *module.parameters()]
+    directions = [torch.randn(p.shape, generator=generator).double() for p in tensors]
+    gradients = torch.autograd.grad(module.log_prob(x).sum(), tensors)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    values = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for p, d in zip(tensors, directions, strict=True):
+                p.add_(step * d)
+            values.append(float(module.log_prob(x).sum()))
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"step_size": 0.02}, {"rtol": 1e-9}])
+def test_gradients_are_the_flows(settings: dict[str, Any]) -> None:
+    flow = FLOWS["vector, two blocks"]()
+    module, x = to_torch(flow, **settings), data_for(flow).requires_grad_()
+    mine = torch.autograd.grad(module.log_prob(x).sum(), [x, *module.parameters()])
+    theirs = torch.autograd.grad(flow.log_prob(x).sum(), [x, *flow.parameters()])
+    assert max(error(a, b) for a, b in zip(mine, theirs, strict=True)) < 1e-7
+
+
+@torch.no_grad()
+def test_estimate_uses_the_stored_probes_for_every_sample() -> None:
+    flow = FLOWS["images, two scales"]()
+    x = data_for(flow, 2)
+    module = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=3, seed=4)
+    noise = iter(range(len(flow.blocks)))
+
+    def draw(z: Tensor) -> Probes:
+        return Probes(module.get_buffer(f"noise_{next(noise)}").unsqueeze(1).expand(3, *z.shape), 1 / 3)
+
+    solver = copy.copy(flow.config.solver)
+    y, log_det = flow.transform(x)
+    expected = flow.solve(y, draw, solver)
+    assert solver.name == "RK4"
+    assert solver.step_size == 0.25
+    assert error(module(x)[1], expected.log_det + log_det) < 1e-9
+    again = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=3, seed=4)
+    other = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=3, seed=5)
+    assert torch.equal(module.log_prob(x), again.log_prob(x))
+    assert error(module.log_prob(x), other.log_prob(x)) > 0.01
+    assert error(module.log_prob(x)[:1], module.log_prob(x[:1])) < 1e-9
+
+
+@torch.no_grad()
+def test_estimate_is_unbiased() -> None:
+    flow = FLOWS["vector"]()
+    x = data_for(flow, 2)
+    exact = to_torch(flow, step_size=0.25).log_prob(x)
+    draws = torch.stack(
+        [to_torch(flow, step_size=0.25, divergence="hutchinson", seed=s).log_prob(x) for s in range(60)]
+    )
+    spread = draws.std(0) / math.sqrt(len(draws))
+    assert bool(((draws.mean(0) - exact).abs() < 4 * spread).all())
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_functional_transforms(name: str) -> None:
+    flow = FLOWS[name]()
+    module, x = to_torch(flow, step_size=0.5), data_for(flow, 3)
+    together = module.log_prob(x)
+    assert error(vmap(lambda v: module.log_prob(v[None])[0])(x), together) < 1e-11
+    each = vmap(grad(lambda v: module.log_prob(v[None])[0]))(x)
+    y = x.clone().requires_grad_()
+    assert error(each, torch.autograd.grad(module.log_prob(y).sum(), y)[0]) < 1e-11
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    parameters, buffers = stack_module_state([module, other])
+    ensemble = vmap(lambda p, b: functional_call(module, (p, b), (x,))[0])(parameters, buffers)
+    assert error(ensemble, torch.stack([module(x)[0], other(x)[0]])) < 1e-11
+
+
+def test_adaptive_steps_are_refused_where_values_are_not_known() -> None:
+    flow = small()
+    module, x = to_torch(flow, rtol=1e-4), torch.randn(3, 2)
+    for attempt in (
+        lambda: vmap(lambda v: module.log_prob(v[None])[0])(x),
+        lambda: grad(lambda v: module.log_prob(v).sum())(x),
+        lambda: torch.export.export(module, (x,)),
+        lambda: to_program(module, "encode", x),
+    ):
+        with pytest.raises(ConfigError, match=r"DP5, rtol 0\.0001: .*use fixed steps"):
+            attempt()
+
+
+def test_module_is_a_module() -> None:
+    flow = FLOWS["vector"]()
+    module, x = to_torch(flow, step_size=0.25, divergence="hutchinson"), data_for(flow)
+    before = module.log_prob(x)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1)
+    assert error(twin.log_prob(x), before) > 0.01
+    assert torch.equal(module.log_prob(x), before)
+    assert error(flow.log_prob(x), before) < 1
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin.log_prob(x), before)
+    single = twin.to(torch.float32).log_prob(x.float())
+    assert single.dtype == torch.float32
+    assert error(single.double(), before) < 1e-4
+    with torch.no_grad():
+        assert not module.log_prob(x).requires_grad
+    assert before.requires_grad
+    assert not module.training
+    assert "RK4, step 0.25" in repr(module)
+
+
+def test_methods_of_the_flow() -> None:
+    flow, x = small(), torch.randn(3, 2)
+    settings = {"solver": "Heun", "step_size": 0.5, "divergence": "hutchinson", "probes": 3, "seed": 2}
+    module, same = flow.to_torch(**settings), to_torch(flow, **settings)  # type: ignore[arg-type]
+    assert torch.equal(module.log_prob(x), same.log_prob(x))
+    assert module.extra_repr() == same.extra_repr()
+    density = flow.distribution(divergence="hutchinson", probes=2, seed=3, validate_args=False)
+    assert error(density.log_prob(x), flow.log_prob(x, divergence="hutchinson", probes=2, seed=3)) < 1e-6
+    assert density._validate_args is False
+
+
+def test_parameters_are_copies() -> None:
+    flow = small()
+    x = torch.randn(4, 2)
+    before = flow.log_prob(x)
+    module = to_torch(flow)
+    optimizer = torch.optim.Adam(module.parameters(), 0.1)
+    (-module.log_prob(x).mean()).backward()
+    optimizer.step()
+    assert error(module.log_prob(x), before) > 0.01
+    assert torch.equal(flow.log_prob(x), before)
+
+
+@torch.no_grad()
+def test_samples_are_decoded_normals() -> None:
+    module = to_torch(small(), step_size=0.25)
+    x = module.sample(5, seed=3)
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(x, module.inverse(z))
+    torch.manual_seed(3)
+    assert torch.equal(module.sample(5), x)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step_size": 0.1, "rtol": 1e-3}, "give step_size"),
+        ({"atol": 1e-3}, "give step_size"),
+        ({"solver": "RK4", "rtol": 1e-3}, "RK4 has no error estimate"),
+        ({"step_size": 0.0}, "step_size = 0.0: expected a positive number"),
+        ({"step_size": float("nan")}, "step_size = nan"),
+        ({"step_size": "0.1"}, "step_size = '0.1'"),
+        ({"step_size": 1e-5}, "more than 10000 steps"),
+        ({"rtol": -1.0}, "rtol = -1.0"),
+        ({"divergence": "exakt"}, "did you mean 'exact'"),
+        ({"probes": 0}, "probes = 0"),
+        ({"seed": -1}, "seed = -1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        to_torch(small(), **settings)
+
+
+def test_unknown_solver_lists_what_there_is() -> None:
+    with pytest.raises(EngineUnavailableError, match="DP5"):
+        to_torch(small(), solver="Vern7")
+
+
+def test_bad_values() -> None:
+    module = to_torch(small(), step_size=0.5)
+    with pytest.raises(DataError, match=r"input of shape \(4, 3\): expected \(batch, 2\)"):
+        module(torch.randn(4, 3))
+    with pytest.raises(DataError, match=r"expected \(batch, 2\)"):
+        module.log_prob(torch.randn(2))
+    with pytest.raises(DataError, match="type list"):
+        module.log_prob([[0.0, 0.0]])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"torch.float64 on cpu, and the module is torch.float32"):
+        module.log_prob(torch.randn(4, 2).double())
+    with pytest.raises(DataError, match="first in sample 1"):
+        module.log_prob(torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))
+    with pytest.raises(DataError, match=r"latents of shape \(4, 1\)"):
+        module.inverse(torch.randn(4, 1))
+    for n in (0, -1, 2.0, True):
+        with pytest.raises(ConfigError, match="positive number of samples"):
+            module.sample(n)  # type: ignore[arg-type]
+
+
+def test_bad_values_of_discrete_data() -> None:
+    module = to_torch(FLOWS["images, one scale"](), step_size=0.5)
+    with pytest.raises(DataError, match="give integers noise"):
+        module.log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    with pytest.raises(DataError, match="expected 0 to 17"):
+        module.log_prob(torch.full((2, 1, 4, 4), 18.0).double())
+
+
+def test_broken_parameters_and_failing_solves() -> None:
+    flow = small()
+    with torch.no_grad():
+        next(flow.parameters())[0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"layers\.0\.weight is not finite"):
+        to_torch(flow)
+    stiff = build((2,), flow__network__activation="elu").float()
+    with torch.no_grad():
+        for parameter in stiff.parameters():
+            parameter.mul_(1e5)
+    with pytest.raises(SolverError, match=r"block 0: the state is not finite at t = 1 .*smaller step_size"):
+        to_torch(stiff, step_size=0.1).log_prob(torch.randn(3, 2))
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import json, sys, zipfile
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("pyrnode", "juliacall"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+x = torch.tensor(json.loads(sys.argv[1]))
+encode, decode, sample = (torch.export.load(name).module() for name in sys.argv[2:5])
+z, log_det, log_prob = encode(x)
+torch.manual_seed(7)
+out = [z, log_det, log_prob, decode(z), sample(6)]
+parameter = next(encode.parameters())
+log_prob.sum().backward()
+assert not any(name.startswith("pyrnode") for name in sys.modules)
+print(json.dumps([v.tolist() for v in out] + [float(parameter.grad.abs().sum())]))
+"""
+
+
+@pytest.mark.parametrize("name", ["vector, two blocks", "vector, own module"])
+def test_programs_run_where_pyrnode_is_not(name: str, tmp_path: Path) -> None:
+    flow = FLOWS[name]().float()
+    module = to_torch(flow, step_size=0.5)
+    paths = [tmp_path / f"{program}.pt2" for program in PROGRAMS]
+    for path in paths:
+        assert export.save(module, path, program=path.stem).largest == 0
+    x = module.sample(7, seed=9)  # another batch size than that of the export
+    command = [sys.executable, "-c", ELSEWHERE, json.dumps(x.tolist()), *map(str, paths)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    *values, slope = json.loads(result.stdout)
+    z, log_det = module(x)
+    torch.manual_seed(7)
+    expected = [z, log_det, module.log_prob(x), module.inverse(z), module.sample(6)]
+    assert max(error(torch.tensor(v), want) for v, want in zip(values, expected, strict=True)) < 1e-6
+    (gradient,) = torch.autograd.grad(module.log_prob(x).sum(), next(module.parameters()))
+    assert slope == pytest.approx(float(gradient.abs().sum()), rel=1e-4)
+
+
+def test_program_of_an_image_flow(tmp_path: Path) -> None:
+    flow = FLOWS["images, two scales"]().float()
+    module = to_torch(flow, step_size=0.5, divergence="hutchinson", probes=2)
+    result = export.save(module, tmp_path / "encode.pt2")
+    assert (result.target, result.program, list(result.differences)) == (
+        "torch.export",
+        "encode",
+        ["z", "log_det", "log_prob"],
+    )
+    assert result.largest < 1e-6
+    x = data_for(flow, 3).float()
+    with torch.no_grad():
+        z, _, log_prob = torch.export.load(tmp_path / "encode.pt2").module()(x)
+        assert error(z, module(x)[0]) < 1e-4
+        assert error(log_prob, module.log_prob(x)) < 1e-2  # of thousands
+
+
+@pytest.mark.parametrize("name", ["vector", "vector, own module", "images, one scale"])
+def test_onnx_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    flow = FLOWS[name]().float()
+    module = to_torch(flow, step_size=0.5, divergence="hutchinson")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+
+    def run(program: str, **feeds: Any) -> list[Tensor]:
+        assert export.save(module, tmp_path / program, to="onnx", program=program).largest < files.TOLERANCES["float32"]
+        session = onnxruntime.InferenceSession((tmp_path / program).read_bytes(), options)
+        assert [i.shape[0] for i in session.get_inputs()] == ["batch"]
+        return [torch.from_numpy(v) for v in session.run(None, feeds)]
+
+    x = data_for(flow, 6).float()
+    with torch.no_grad():
+        z, log_det = module(x)
+        for value, want in zip(run("encode", x=x.numpy()), (z, log_det, module.log_prob(x)), strict=True):
+            assert error(value / want.abs().clamp(min=1), want / want.abs().clamp(min=1)) < 1e-5
+        (decoded,) = run("decode", z=z.numpy())
+        assert error(decoded, module.inverse(z)) < 1e-4
+
+
+def test_onnx_sampler(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module = to_torch(small(), step_size=0.5)
+    result = export.save(module, tmp_path / "sample.onnx", to="onnx", program="sample")
+    assert result.largest < 0.25
+    with pytest.raises(ConfigError, match=r"float32 only.*module\.to\(torch\.float32\)"):
+        export.save(to_torch(build((2,)), step_size=0.5), tmp_path / "double.onnx", to="onnx")
+
+
+@pytest.mark.parametrize("name", ["vector, two blocks", "vector, as it is", "images, two scales"])
+@pytest.mark.parametrize("settings", [{"step_size": 0.5, "divergence": "hutchinson", "seed": 3}, {"rtol": 1e-3}])
+def test_safetensors_come_back(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    module = to_torch(FLOWS[name](), **settings)
+    assert export.save(module, tmp_path / "flow", to="safetensors").largest == 0
+    loaded = export.load(tmp_path / "flow")
+    x = module.sample(3, seed=2)
+    assert torch.equal(loaded.log_prob(x), module.log_prob(x))
+    assert loaded.extra_repr() == module.extra_repr()
+    assert list(loaded.state_dict()) == list(module.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{}, {"flow__network__time": "concatsquash", "flow__blocks": 2}])
+@pytest.mark.parametrize("activation", ["softplus", "tanh"])
+def test_description_is_read_by_the_documentations_reader(
+    activation: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """NumPy alone gives the flow's log-density from the JSON, by the code that the documentation prints."""
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    reader: dict[str, Any] = {}
+    exec(compile(code, "export.md", "exec"), reader)
+    flow = build((3,), flow__network__activation=activation, **settings)
+    export.save(to_torch(flow, step_size=0.05), tmp_path / "flow", to="safetensors")
+    x = data_for(flow, 2)
+    expected = flow.log_prob(x).detach()
+    for row, want in zip(x, expected, strict=True):
+        assert float(reader["log_prob"](str(tmp_path / "flow"), row.numpy())) == pytest.approx(float(want), abs=1e-7)
+
+
+def test_a_file_that_does_not_agree_is_refused(tmp_path: Path) -> None:
+    module = to_torch(small(), step_size=0.5)
+    path = tmp_path / "flow.pt2"
+    export.save(module, path)
+    _rewrite(path, lambda table: table["outputs"]["log_prob"].__setitem__(2, table["outputs"]["log_prob"][2] + 0.01))
+    with pytest.raises(CheckpointError, match=r"does not agree .*largest difference .*e-0[23]"):
+        export.verify(path)
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes what a program says about itself."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in entries if name.endswith("pyrnode.json"))
+    table = json.loads(entries[name])
+    change(table)
+    entries[name] = json.dumps(table).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("export")
+    module = to_torch(small(), step_size=1.0)
+    for target in ("torch.export", "safetensors"):
+        export.save(module, folder / target, to=target)
+    return {target: (folder / target).read_bytes() for target in ("torch.export", "safetensors")}
+
+
+@pytest.mark.parametrize("target", ["torch.export", "safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(target: str, share: float, exported: dict[str, bytes], tmp_path: Path) -> None:
+    if share == 0:
+        pytest.importorskip("onnxruntime")
+    content = exported[target]
+    (tmp_path / "file").write_bytes(content[: int(share * len(content))])
+    with pytest.raises((CheckpointError, EngineUnavailableError), match=r"truncated|pyrnode|extra"):
+        export.verify(tmp_path / "file")
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "file"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export.verify(path)
+    path.write_text("not a model\n" * 5)
+    with pytest.raises(CheckpointError, match="none of what pyrnode exports"):
+        export.verify(path)
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="not one that pyrnode exported"):
+        export.verify(path)
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, f"{path}.pt2")
+    with pytest.raises(CheckpointError, match="not one that pyrnode exported"):
+        export.verify(f"{path}.pt2")
+    small().save(path)
+    with pytest.raises(CheckpointError, match="holds a flow, not a torch module"):
+        export.verify(path)
+
+
+def test_damaged_program(exported: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = bytearray(exported["torch.export"])
+    where = content.find(b"graph_module")
+    content[where] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        export.verify(path)
+
+
+def test_other_versions(exported: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(exported["torch.export"])
+    _rewrite(path, lambda table: table.update(format=2))
+    with pytest.raises(CheckpointError, match="has format 2; this version of pyrnode reads format 1"):
+        export.verify(path)
+    path.write_bytes(exported["torch.export"])
+    with zipfile.ZipFile(path) as archive:
+        names = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:  # a program whose own schema this torch does not know
+        for name, content in names.items():
+            archive.writestr(name, b"{}" if name.endswith("models/model.json") else content)
+    with pytest.raises(CheckpointError, match=rf"written by torch {re.escape(torch.__version__)}.*export it again"):
+        export.verify(path)
+    path.write_bytes(exported["safetensors"])
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(CheckpointError, match="has format 1"):
+        export.verify(path)
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    flow, out = small(), tmp_path / "file"
+    adaptive = to_torch(flow, rtol=1e-3)
+    for target in ("torch.export", "onnx"):
+        if target == "onnx":
+            pytest.importorskip("onnxscript")
+        for program in PROGRAMS:
+            with pytest.raises(ConfigError, match="use fixed steps"):
+                export.save(adaptive, out, to=target, program=program)
+    module = to_torch(flow, step_size=0.5)
+    with pytest.raises(ConfigError, match=r"did you mean 'torch\.export'"):
+        export.save(module, out, to="torch_export")
+    with pytest.raises(ConfigError, match="did you mean 'encode'"):
+        export.save(module, out, program="encoder")
+    with pytest.raises(ConfigError, match="holds the whole flow"):
+        export.save(module, out, to="safetensors", program="encode")
+    with pytest.raises(ConfigError, match="bfloat16 cannot be exported"):
+        export.save(to_torch(flow).to(torch.bfloat16), out)
+    own = to_torch(FLOWS["vector, own module"](), step_size=0.5)
+    with pytest.raises(ConfigError, match=r"export to torch\.export or onnx"):
+        export.save(own, out, to="safetensors")
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        export.save(module, tmp_path / "none" / "file", to="safetensors")
+
+
+def test_untraceable_dynamics_get_our_error(tmp_path: Path) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(()))
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return self.a * z if float(z.detach().sum()) > 0 else -self.a * z
+
+    flow = Flow.build(Config(), (2,), dynamics=lambda shape: ModuleDynamics(Branch(), shape))
+    with pytest.raises(ConfigError, match=r"torch\.export cannot trace this flow"):
+        export.save(to_torch(flow, step_size=0.5), tmp_path / "file")
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> int:
+    return main([*arguments])
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flow, model, out = small(), str(tmp_path / "model.safetensors"), str(tmp_path / "flow")
+    flow.save(model)
+    assert command("export", model, "--to", "safetensors", "--out", out, "--step-size", "0.1") == 0
+    text = capsys.readouterr().out
+    assert f"written to {out}" in text
+    assert "largest difference 0.0e+00" in text
+    gap = re.search(r"at most (\S+) nats from DP5, rtol 1e-09", text)
+    assert gap is not None
+    assert 0 < float(gap[1]) < 1e-4
+    assert isinstance(export.load(out), TorchFlow)
+    assert command("verify", out) == 0
+    assert "safetensors, all: largest difference 0.0e+00" in capsys.readouterr().out
+    assert command("verify", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["largest"] == 0
+    arguments = ["--to", "torch.export", "--out", out, "--program", "decode", "--step-size", "1", "--json"]
+    assert command("export", model, *arguments, "--dtype", "float64") == 0
+    table = json.loads(capsys.readouterr().out)
+    assert (table["program"], table["tolerance"], table["largest"]) == ("decode", 1e-9, 0)
+
+
+def test_a_coarse_step_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flow, model = small(), str(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(3)
+    flow.save(model)
+    arguments = ["--to", "safetensors", "--out", str(tmp_path / "flow"), "--step-size", "1", "--solver", "Euler"]
+    assert command("export", model, *arguments) == 0
+    assert "take a smaller --step-size" in capsys.readouterr().err
+
+
+def test_errors_of_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = str(tmp_path / "model.safetensors"), str(tmp_path / "flow")
+    small().save(model)
+    assert command("export", model, "--to", "torch.export", "--out", out, "--rtol", "1e-3") == 1
+    assert "use fixed steps" in capsys.readouterr().err
+    assert command("export", model, "--to", "safetensors", "--out", f"{out}/no/flow") == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert command("verify", out) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_import_is_light() -> None:
+    code = "import json, sys, pyrnode.export, pyrnode.distribution; print(json.dumps(list(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"onnx", "onnxruntime", "onnxscript", "juliacall"}.isdisjoint(json.loads(result.stdout))
