@@ -64,8 +64,9 @@ def compare_adjoints(flow: Flow, x: Tensor) -> dict[str, float]:
         gradient(flow.engine, flow, y, solver)  # compiles
         found, seconds, evaluations = gradient(flow.engine, flow, y, solver)
         errors[name] = float((found - reference).norm() / reference.norm())
+        milliseconds = 1e3 * seconds
         print(
-            f"{name:<20} relative error {errors[name]:.1e}, {1e3 * seconds:.0f} ms, {evaluations:.0f} evaluations back"
+            f"{name:<20} relative error {errors[name]:.1e}, {milliseconds:.0f} ms, {evaluations:.0f} evaluations back"
         )
     return errors
 

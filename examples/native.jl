@@ -10,8 +10,11 @@
 pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "julia"))  # where RNODE.jl is; in a wheel pyrnode/julia
 
 using Lux, Random, RNODE, Zygote
+using LinearAlgebra: BLAS
 using Lux: Optimisers
 using Printf: @printf
+
+BLAS.set_num_threads(1)  # RNODE splits a batch over Julia's threads; BLAS's own would get in their way
 
 # --- the data: (2, n), one column a sample, and their true log-density in nats ---
 
@@ -81,4 +84,4 @@ function main(steps)
     return nothing
 end
 
-main("--quick" in ARGS ? 60 : 1500)
+main("--quick" in ARGS ? 60 : 800)

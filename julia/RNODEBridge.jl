@@ -147,7 +147,7 @@ describe(e::InterruptException) = ("interrupt", "", "", 0.0, 0, 0)
 describe(e::Union{ArgumentError,DimensionMismatch}) = ("argument", "", e.msg, 0.0, 0, 0)
 describe(e::TaskFailedException) = describe(e.task.exception)
 describe(e::CompositeException) = describe(first(e.exceptions))
-describe(e) = ("other", string(nameof(typeof(e))), first(split(sprint(showerror, e), "\n\nStacktrace")), 0.0, 0, 0)
+describe(e) = ("other", string(nameof(typeof(e))), first(split(sprint(showerror, e), "\n")), 0.0, 0, 0)
 
 "The Python exception inside a Julia one, if that is what it is."
 original(e::PyException) = e.v

@@ -229,6 +229,7 @@ struct ErrorNorm
 end
 
 (norm::ErrorNorm)(x::Number, t) = abs(x)
+Base.broadcastable(norm::ErrorNorm) = Ref(norm)  # multistep methods broadcast over it
 
 function (norm::ErrorNorm)(u::AbstractVector, t)
     d, batch, m = norm.d, norm.batch, norm.controlled

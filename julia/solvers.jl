@@ -78,8 +78,8 @@ function kind(alg)
     return "$form$(family in MULTISTEP ? ", multistep" : ""), $(fixed ? "fixed step" : "adaptive")"
 end
 
-"Methods with an error estimate that are customarily used with a fixed step."
-const CUSTOMARILY_FIXED = (:Midpoint, :Heun, :RK4, :SSPRK33)
+"Methods that have an error estimate and are customarily used with a fixed step."
+const CUSTOMARILY_FIXED = (:Midpoint, :Heun, :RK4)
 
 "Coefficients of an explicit Runge-Kutta method: row i of `a` weighs the rates before stage i."
 struct Tableau

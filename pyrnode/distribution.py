@@ -21,6 +21,7 @@ from pyrnode.config import SolverConfig
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export.module import TorchFlow
 from pyrnode.flow import Flow, base_log_prob
+from pyrnode.noise import SampleNoise
 from pyrnode.transforms import Dequantize
 from pyrnode.transforms import Transform as DataTransform
 
@@ -60,16 +61,17 @@ class _Bijection:
             raise DataError(f"values of {x.dtype}: expected floating-point values, for discrete data p + u")
         if not len(x):
             return self.like.new_zeros(0, self.dim), self.like.new_zeros(0)
-        generator = torch.Generator().manual_seed(self.seed)  # one for all chunks, as in Flow.log_prob
-        parts = [self._encode(chunk, generator) for chunk in x.split(_CHUNK)]
+        parts = [self._encode(chunk) for chunk in x.split(_CHUNK)]
         zs, log_dets = zip(*parts, strict=True)
         return torch.cat(zs), torch.cat(log_dets)
 
-    def _encode(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.flow, TorchFlow):
             return self.flow.forward(x)
-        draw = self.flow.draw(self.divergence, probes=self.probes, generator=generator)
-        y, log_det = self.flow.transform(self.flow.prepare(x), generator)
+        x = self.flow.prepare(x)
+        noise = SampleNoise(x, self.seed, x.dtype)  # that of Flow.log_prob
+        draw = self.flow.draw(self.divergence, probes=self.probes, generator=noise)
+        y, log_det = self.flow.transform(x)
         solution = self.flow.solve(y, draw, self.solver)
         return solution.z, solution.log_det + log_det
 

@@ -22,6 +22,10 @@ class EngineUnavailableError(PyrnodeError, RuntimeError):
     """The engine, solver or sensitivity algorithm that was asked for is not there."""
 
 
+class EngineError(PyrnodeError, RuntimeError):
+    """An engine failed for a reason that has nothing to do with the dynamics; the message is the other language's."""
+
+
 class SolverError(PyrnodeError, RuntimeError):
     """An ODE solve ended without reaching its end time.
 

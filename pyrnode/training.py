@@ -74,8 +74,8 @@ def train(
         data: Name of a data set, path of a file or folder, array ``(n, *event)``, torch data set, or `Splits`.
         preset: Name of a preset (``pyrnode presets``) or path of a ``.toml`` file.
         flow: Composition and network, as a `FlowConfig` or a mapping of its fields.
-        solver: Training solver, e.g. ``"RK4"``, or a mapping with its options, e.g. ``{"name": "Vern7", "lazy": False}``:
-            keys of `SolverConfig` are settings, all others are options of the solver itself (Julia engine).
+        solver: Training solver, e.g. ``"RK4"``, or a mapping with its options, such as ``{"name": "Vern7", "lazy":
+            False}``: keys of `SolverConfig` are settings, all others options of the solver itself (Julia engine).
         step_size: Its step, or ``"auto"``.
         sensealg: Sensitivity algorithm, e.g. ``"Backprop"``.
         kinetic: ``λ_K``.

@@ -267,7 +267,7 @@ def test_loading_with_an_unusable_engine_or_device_is_an_error_of_its_own(
     with pytest.raises(ConfigError, match="unknown engine 'jax'"):
         pyrnode.load(path, engine="jax")
 
-    def missing(name: str) -> None:
+    def missing(name: str, device: str) -> None:
         raise EngineUnavailableError(f"no {name}")
 
     with monkeypatch.context() as patch:

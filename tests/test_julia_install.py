@@ -60,7 +60,7 @@ def test_julia_is_installed_tested_and_then_left_alone(julia: FakeJulia, capfd: 
     ours = {name: need.uuid for name, need in julia_setup.needs().items()}
     assert project["deps"].items() >= ours.items()
     assert project["compat"]["PythonCall"] == "=0.9.34"  # juliacall's own need, joined with ours
-    assert project["compat"]["OrdinaryDiffEq"] == "^6.111, ^7"
+    assert project["compat"]["OrdinaryDiffEqLowStorageRK"] == "^1.15, ^2, ^3"
     assert "CUDA" not in project["deps"]
     out = capfd.readouterr().out
     assert "Resolving package versions..." in out

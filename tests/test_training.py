@@ -374,7 +374,7 @@ def test_arguments_and_overrides_are_the_same_settings() -> None:
         "flow": {"blocks": 2, "network": {"hidden": [4]}},
         "solver": "Midpoint",
         "step_size": 0.5,
-        "sensealg": "Backprop",
+        "sensealg": "BacksolveAdjoint",
         "kinetic": 0.1,
         "jacobian": 0.2,
         "epochs": 1,
@@ -1059,6 +1059,6 @@ def test_tensorboard_that_is_not_installed_is_an_error_with_the_remedy(
 
 
 def test_a_second_process_is_not_needed_for_versions() -> None:
-    about = runs.versions()
+    about = runs.versions(Config())
     assert about["packages"]["numpy"] == np.__version__
     assert about["command"] == sys.argv

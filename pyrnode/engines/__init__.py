@@ -15,8 +15,8 @@ __all__ = ["Engine", "Probes", "Solution", "Stats", "TorchEngine", "choose", "cr
 def choose(name: str, device: str = "cpu") -> tuple[str, str]:
     """The engine that `name` stands for, and why. Nothing is started, and nothing is installed.
 
-    ``"auto"`` is the engine that the environment variable ``PYRNODE_ENGINE`` names, else Julia where it is installed and
-    ready, else PyTorch.
+    ``"auto"`` is the engine that the environment variable ``PYRNODE_ENGINE`` names, else Julia where it is installed
+    and ready, else PyTorch.
     """
     if name != "auto":
         return name, "asked for"

@@ -129,10 +129,10 @@ def run(solve: Solve, z0: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:
-    """The error of a fixed-step solve whose `step`-th of `steps` steps, from `t` by `h`, left values that are not finite."""
+    """The error of a fixed-step solve whose `step`-th of `steps` steps, from `t` by `h`, left non-finite values."""
     return SolverError(
-        f"the state is not finite after step {step} of {steps} ({name}, t = {t:.4g} to {t + h:.4g}) in {bad} of {batch} "
-        "samples; try a smaller step_size, a smaller learning rate, or stronger kinetic and jacobian penalties",
+        f"the state is not finite after step {step} of {steps} ({name}, t = {t:.4g} to {t + h:.4g}) in {bad} of "
+        f"{batch} samples; try a smaller step_size or learning rate, or stronger kinetic and jacobian penalties",
         status="Unstable",
     )
 

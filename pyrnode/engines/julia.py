@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,10 +35,10 @@ from pyrnode.engines.base import (
     unstable,
 )
 from pyrnode.engines.runge_kutta import grid
-from pyrnode.errors import ConfigError, EngineUnavailableError, SolverError, unknown_name
+from pyrnode.errors import ConfigError, EngineError, EngineUnavailableError, unknown_name
 
 SENSITIVITIES: dict[str, str] = {
-    "InterpolatingAdjoint": "the adjoint solved backwards along an interpolation of the forward solve (Julia's default)",
+    "InterpolatingAdjoint": "the adjoint, solved backwards along an interpolation of the solve (Julia's default)",
     "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
     "QuadratureAdjoint": "as InterpolatingAdjoint, the parameters' gradient by adaptive quadrature",
     "GaussAdjoint": "as InterpolatingAdjoint, the parameters' gradient by Gauss quadrature: the smallest adjoint state",
@@ -75,7 +77,18 @@ def _start() -> Any:
         reason = str(error).split("\nStacktrace", 1)[0].strip()
         raise EngineUnavailableError(f"Julia does not start: {reason}; run: pyrnode doctor") from error
     os.register_at_fork(after_in_child=_mark_forked)
+    _give_signals_back()
     return bridge
+
+
+def _give_signals_back() -> None:
+    """Ctrl-C and SIGTERM are Python's again: Julia blocks them in the thread that starts it, and ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if (handler := signal.getsignal(number)) is not None:
+            signal.signal(number, handler)
 
 
 def _bridge() -> Any:
@@ -299,7 +312,7 @@ class _Solve:
         if failure.kind == "argument":
             return ConfigError(str(failure))
         if failure.kind != "solve":
-            return SolverError(f"{self.solver.name} failed in Julia ({failure.status}): {failure}", status="Failure")
+            return EngineError(f"{self.solver.name} failed in Julia ({failure.status}): {failure}")
         t0, _ = self.t_span
         if failure.status == "InitialFailure" or (failure.time == t0 and failure.bad):
             return not_finite_at_start(t0, failure.bad, failure.batch)
@@ -319,7 +332,7 @@ def _synchronize(x: Tensor) -> None:
 
 
 class _Foreign:
-    """Dynamics that only Python can evaluate (a module of the user's own), called by Julia's solver at every evaluation.
+    """Dynamics that only Python can evaluate, such as a module of the user's own, called by Julia at every evaluation.
 
     Both sides see the same buffers, so that a call carries no arrays.
     """

@@ -1,0 +1,86 @@
+# What a Julia user has without Python: a layer trained in Lux, any Lux model as dynamics, and a right-hand side that costs
+# little. Prints "<what> <number>"; tests/test_julia_native.py knows what to expect.
+pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
+
+using Lux: Lux
+using Optimisers: Optimisers
+using Random: MersenneTwister, randn!
+using RNODE
+using Zygote: Zygote
+
+relative(a, b) = maximum(abs, a - b) / maximum(abs, b)
+
+"The loss of eq. 17, per dimension."
+function loss(layer, ps, st, x)
+    out, _ = layer(x, ps, st)
+    return (-sum(out.logp) + 0.01 * sum(out.E) + 0.02 * sum(out.n)) / length(x)
+end
+
+let rng = MersenneTwister(0)
+    layer = RNODELayer(MLP(2, (8, 8); activation="tanh"); solver=Solver("RK4"; step_size=0.25, sensealg="Backprop"), exact=true)
+    ps, st = Lux.setup(rng, layer)
+    ps = (; θ=0.5 .* randn(rng, length(ps.θ)))
+    x = randn(rng, 2, 32) .+ [2.0, -1.0]
+
+    # The layer is `integrate` with the base density, and its gradient is that of central differences.
+    solution = integrate(layer.model, ps.θ, x, RNODE.exact_probes(x), (0.0, 1.0), layer.solver)
+    expected = vec(-sum(abs2, solution.z; dims=1) ./ 2) .- log(2π) .+ solution.l
+    println("layer ", relative(first(layer(x, ps, st)).logp, expected))
+    gradient = only(Zygote.gradient(p -> loss(layer, p, st, x), ps)).θ
+    direction = randn(rng, length(ps.θ))
+    shifted(s) = loss(layer, (; θ=ps.θ .+ s .* direction), st, x)
+    println("gradient ", abs(sum(gradient .* direction) / ((shifted(1e-5) - shifted(-1e-5)) / 2e-5) - 1))
+
+    before, optimiser = loss(layer, ps, st, x), Optimisers.setup(Optimisers.Adam(0.02), ps)
+    for _ in 1:30
+        optimiser, ps = Optimisers.update(optimiser, ps, only(Zygote.gradient(p -> loss(layer, p, st, x), ps)))
+    end
+    println("trained ", loss(layer, ps, st, x) - before)
+    back = RNODE.generate(layer, ps, integrate(layer.model, ps.θ, x, nothing, (0.0, 1.0), layer.solver).z)
+    println("generated ", maximum(abs, back - x))
+end
+
+# A Lux model against the explicit product with the same weights: torch's weight (out, in) is ours transposed, and time is
+# the last input of each layer.
+let rng = MersenneTwister(1)
+    explicit = MLP(3, (5,); activation="tanh", time=:none)
+    chain = Lux.Chain(Lux.Dense(3 => 5, tanh), Lux.Dense(5 => 3))
+    ps, st = Lux.setup(rng, chain)
+    ps = Lux.fmap(x -> 0.5 .* randn(rng, size(x)...), ps)
+    flat(ps) = reduce(vcat, [[vec(permutedims(l.weight)); l.bias] for l in ps])
+    θ, θ_lux = flat(ps), reduce(vcat, [[vec(l.weight); l.bias] for l in ps])
+    unflat(v) = (i = Ref(0); take(n) = (v[(i[] + 1):(i[] += n)]);
+        reduce(vcat, [(w = take(o * n); b = take(o); [vec(permutedims(reshape(w, o, n))); b]) for (n, o) in ((3, 5), (5, 3))]))
+    dynamics = LuxDynamics(chain, ps, st; event=(3,), time=:none)
+    z, ε, z_bar, q_bar = randn(rng, 3, 4), randn(rng, 3, 4, 2), randn(rng, 3, 4), randn(rng, 4, 3)
+    for sensealg in ("Backprop", "InterpolatingAdjoint")
+        solver = Solver("RK4"; sensealg)
+        (a, back_a), (b, back_b) = (pullback(d, p, z, Probes(ε, 0.5), (0.0, 1.0), solver) for (d, p) in ((dynamics, θ_lux), (explicit, θ)))
+        println("lux-$sensealg ", maximum(relative(getproperty(a, n), getproperty(b, n)) for n in (:z, :l, :E, :n)))
+        (za, θa), (zb, θb) = back_a(z_bar, q_bar), back_b(z_bar, q_bar)
+        println("lux-gradient-$sensealg ", max(relative(za, zb), relative(unflat(θa), θb)))
+    end
+end
+
+"Bytes of one right-hand side, compiled, and whether its types are known."
+function cost(::Type{T}) where {T}
+    dynamics = MLP(2, (64, 64, 64))
+    θ = fill(T(0.1), sum(length, dynamics.specs))
+    z = ones(T, 2, 512)
+    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, 1), ones(T, 2, 512, 1), 1.0, size(z), 3)
+    u = RNODE.initial_state(system, z)
+    du = similar(u)
+    RNODE.rate!(du, system, u, 0.5)
+    bytes = @allocated RNODE.rate!(du, system, u, 0.5)
+    kernel = only(values(system.workers[1].kernels))
+    returned = only(Base.return_types(RNODE.rate!, typeof.((du, system, u, 0.5))))
+    columns = first(system.workers[1].pieces)
+    product = only(Base.return_types(RNODE.evaluate!, typeof.((kernel, 0.5, view(z, :, columns), view(system.probes, :, columns, :), false))))
+    return bytes, isconcretetype(returned), isconcretetype(product)
+end
+
+let (bytes, returned, product) = cost(Float32)
+    println("threads ", Threads.nthreads())
+    println("bytes ", bytes)
+    println("stable ", Int(returned && product))
+end

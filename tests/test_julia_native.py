@@ -1,0 +1,47 @@
+"""Julia without Python's engine, as programs of their own: a GPU's restrictions, and a layer trained natively."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pyrnode import julia_setup
+
+pytestmark = [pytest.mark.needs_julia, pytest.mark.slow]
+
+
+def run(script: str) -> dict[str, float]:
+    """What a script of ``tests/julia`` prints, as a number by name."""
+    status = julia_setup.status()
+    command = [str(status.executable), f"--project={status.project}", "--startup-file=no", "--threads=1"]
+    path = Path(__file__).parent / "julia" / script
+    done = subprocess.run([*command, str(path)], env=os.environ, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[:4000]
+    pairs = (line.split() for line in done.stdout.splitlines() if line)
+    return {name: float(value) for name, value in pairs}
+
+
+def test_gpu_arrays() -> None:
+    """Arrays that forbid scalar indexing give what plain ones do, forward and backward."""
+    if "JLArrays" not in (Path(str(julia_setup.status().project)) / "Project.toml").read_text(encoding="utf-8"):
+        pytest.skip("JLArrays, which stands for a GPU, is not in the Julia project")
+    errors = run("gpu_arrays.jl")
+    assert len(errors) == 16
+    assert max(errors.values()) < 1e-10
+
+
+def test_native_layer() -> None:
+    found = run("native.jl")
+    assert found["layer"] < 1e-14  # its density is that of `integrate`
+    assert found["gradient"] < 1e-7  # against central differences
+    assert found["trained"] < -0.5
+    assert found["generated"] < 1e-3
+    for sensealg in ("Backprop", "InterpolatingAdjoint"):
+        assert found[f"lux-{sensealg}"] < 1e-13
+        assert found[f"lux-gradient-{sensealg}"] < 1e-12
+    assert found["stable"] == 1
+    # One hidden layer's array alone has 131,072 bytes.
+    assert found["bytes"] < 8_000
