@@ -149,7 +149,11 @@ function product!(kernel::LayeredKernel)
             matrix(kernel.gs[i]) .= matrix(kernel.g[i]) .* scale(kernel.entries[i])
         end
         transpose!(kernel.r[i], kernel.layers[i], kernel.gs[i])
-        i > 1 && by_probe!(*, probes(kernel, kernel.g[i - 1]), probes(kernel, kernel.r[i]), matrix(kernel.s[i - 1]))
+        i == 1 && break
+        r = probes(kernel, kernel.r[i])
+        # One array in place of two that share memory: a broadcast would copy it first.
+        g = kernel.g[i - 1] === kernel.r[i] ? r : probes(kernel, kernel.g[i - 1])
+        by_probe!(*, g, r, matrix(kernel.s[i - 1]))
     end
     return probes(kernel, kernel.r[1])
 end

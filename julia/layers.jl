@@ -87,7 +87,7 @@ end
 function linear(::Val{2}, spec::LayerSpec, w, w̄)
     shape = (spec.kernel, spec.kernel, spec.inputs, spec.outputs)
     weight = reshape(w, shape)
-    turned = permutedims(reverse(weight; dims=(1, 2)), (1, 2, 4, 3))
+    turned = permutedims(weight[end:-1:1, end:-1:1, :, :], (1, 2, 4, 3))  # `reverse` is not for every GPU's arrays
     return Conv(weight, reshape(w̄, shape), turned)
 end
 

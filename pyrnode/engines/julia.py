@@ -155,7 +155,12 @@ class JuliaEngine(Engine):
             raise ConfigError(
                 "memory = 'store': the Julia engine's Backprop evaluates the stages again; use 'checkpoint' or 'auto'"
             )
-        key = json.dumps(solver.to_dict(), sort_keys=True)
+        try:
+            key = json.dumps(solver.to_dict(), sort_keys=True)
+        except TypeError:
+            raise ConfigError(
+                f"solver.options = {solver.options!r}: expected numbers, texts, truth values or lists of them"
+            ) from None
         if key not in self._solvers:
             bridge = _bridge()
             names = [str(name) for name in bridge.names()]
