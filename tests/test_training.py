@@ -395,6 +395,7 @@ def test_arguments_and_overrides_are_the_same_settings() -> None:
             "hidden": [4],
             "solver.name": "Midpoint",
             "step_size": 0.5,
+            "sensealg": "BacksolveAdjoint",
             "kinetic": 0.1,
             "jacobian": 0.2,
             "epochs": 1,
@@ -1062,3 +1063,15 @@ def test_a_second_process_is_not_needed_for_versions() -> None:
     about = runs.versions(Config())
     assert about["packages"]["numpy"] == np.__version__
     assert about["command"] == sys.argv
+
+
+def test_a_solver_with_its_settings_and_options() -> None:
+    solver = {"name": "DP5", "rtol": 1e-3, "lazy": False}
+    with pytest.raises(ConfigError, match=r"solver options \{'lazy': False\}"):  # PyTorch's solvers have none
+        pyrnode.train("moons", preset="toy", solver=solver, engine="torch", overrides=SMALL, progress=False)
+    with pytest.raises(ConfigError, match="expected a mapping with the solver's 'name'"):
+        pyrnode.train("moons", solver={"rtol": 1e-3}, progress=False)
+    del solver["lazy"]
+    settings = SMALL | {"max_steps": 1}
+    result = pyrnode.train("moons", solver=solver, overrides=settings, evaluate=False, progress=False)
+    assert (result.config.solver.name, result.config.solver.rtol) == ("DP5", 1e-3)
