@@ -6,7 +6,8 @@ and differentiated by the adjoints of SciMLSensitivity or through the discrete s
 
     z' = f(z, t; θ)      l' = εᵀ(∂f/∂z)ε      E' = ‖f‖²      n' = ‖εᵀ∂f/∂z‖²
 
-The same names, symbols and memory as the Python package pyrnode (which comes in through `RNODEBridge`): a C-order torch array `(B, C, H, W)` is `(W, H, C, B)` here.
+The same names, symbols and memory as the Python package pyrnode (which comes in through `RNODEBridge`): a C-order torch array
+`(B, C, H, W)` is `(W, H, C, B)` here.
 """
 module RNODE
 

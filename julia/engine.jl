@@ -5,8 +5,9 @@
            sensealg="InterpolatingAdjoint", checkpointing=false, together=false, options...)
 
 How a block is integrated. `name` is any of [`algorithms`](@ref). Methods without an error estimate, and those that are
-customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the others choose their steps by `rtol` and `atol`: for each sample of the batch on its own, so that no sample's result depends
-on the others, or, `together`, for the whole batch by its hardest sample (faster for small networks; always so on a GPU).
+customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the others choose their steps by `rtol` and
+`atol`: for each sample of the batch on its own, so that no sample's result depends on the others, or, `together`, for the
+whole batch by its hardest sample (faster for small networks; always so on a GPU).
 
 `sensealg` is one of SciMLSensitivity's `InterpolatingAdjoint`, `BacksolveAdjoint`, `QuadratureAdjoint`, `GaussAdjoint`, or
 `Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. `checkpointing` keeps the states
@@ -32,9 +33,12 @@ const SENSITIVITIES = ("Backprop", "InterpolatingAdjoint", "BacksolveAdjoint", "
 
 "Keywords of SciML's `solve` that may be given among a solver's options."
 const SOLVE_OPTIONS = (
-    :adaptive, :beta1, :beta2, :controller, :dense, :dt, :dtmax, :dtmin, :failfactor, :force_dtmin, :gamma, :internalnorm,
+    :adaptive, :beta1, :beta2, :controller, :dense, :dtmax, :dtmin, :failfactor, :force_dtmin, :gamma, :internalnorm,
     :qmax, :qmin, :qoldinit, :qsteady_max, :qsteady_min, :save_everystep, :save_start, :saveat, :tstops,
 )
+
+"Those of them that say which states `path` keeps; in a solve with a pullback its sensitivity algorithm decides."
+const SAVING = (:dense, :save_everystep, :save_start, :saveat)
 
 function Solver(
     name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
@@ -58,8 +62,10 @@ function Solver(
         "Backprop needs an explicit Runge-Kutta method, and $name is none; use one of the adjoints: " *
         join(SENSITIVITIES[2:end], ", "),
     ))
-    step = Float64(pop!(general, :dt, step_size))
-    return Solver(alg, dense_alg, adaptive, step, rtol, atol, error_control === :all, maxiters, sensealg, checkpointing, together, general)
+    return Solver(
+        alg, dense_alg, adaptive, step_size, rtol, atol, error_control === :all, maxiters, sensealg, checkpointing, together,
+        general,
+    )
 end
 
 """
@@ -166,11 +172,17 @@ function solve_system(system::Augmented, θ, z, tspan, solver::Solver, record::B
     steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
     f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
     problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), θ)
-    saving = record ? (; save_everystep=steps, dense) : (; save_everystep=false, dense=false, save_start=false)
+    given = solver.options
+    if record  # what is saved, the pullback reads: it is not for the options to say
+        given = filter(option -> !(first(option) in SAVING), given)
+        saving = (; save_everystep=steps, dense)
+    else
+        saving = (; save_everystep=false, dense=false, save_start=false)
+    end
     controlled = system.integrals == 0 ? 0 : solver.control_all ? system.integrals : 1
     options = (;
         stepping(solver, tspan, T)..., internalnorm=ErrorNorm(system.shape..., controlled), maxiters=solver.maxiters,
-        verbose=false, saving..., solver.options...,
+        verbose=false, saving..., given..., save_end=true,
     )
     return dynamic(solve_path, problem, adjoint ? solver.dense_alg : solver.alg, options, system, solver, tspan)
 end

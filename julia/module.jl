@@ -31,12 +31,13 @@ struct Timed{M} <: AbstractLuxWrapperLayer{:model}
 end
 
 function (timed::Timed)(z, ps, st)
-    row = fill!(similar(z, size(z)[1:(end - 2)]..., 1, size(z, ndims(z))), st.t)
-    y, inner = timed.model(cat(z, row; dims=Val(ndims(z) - 1)), ps, st.model)
+    y, inner = timed.model(cat(z, time_row(z, st.t); dims=Val(ndims(z) - 1)), ps, st.model)
     return y, (; model=inner, st.t)
 end
 
-ChainRulesCore.@non_differentiable fill!(::AbstractArray, ::Any)
+"One row (channel) that holds `t` everywhere."
+time_row(z, t) = fill!(similar(z, size(z)[1:(end - 2)]..., 1, size(z, ndims(z))), t)
+ChainRulesCore.@non_differentiable time_row(::Any, ::Any)
 
 mutable struct LuxKernel{D<:LuxDynamics,V}
     const dynamics::D

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,17 +26,17 @@ FORMAT = 1
 """Version of the files' layout."""
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file so that at every moment either the old or the whole new content is there.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends well, and is removed when it does not.
 
     Raises:
         CheckpointError: It could not be written (no space, no permission, no folder); the old file is untouched.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # one name: what a kill leaves behind, the next write replaces
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,6 +46,12 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file so that at every moment either the old or the whole new content is there; errors as `replacing`."""
+    with replacing(Path(path)) as file:
+        file.write(content)
 
 
 def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:

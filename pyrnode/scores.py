@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,30 +231,12 @@ Columns = dict[str, NDArray[Any]]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` when the block ends well, and is removed when it does not."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write {path}: {reason}; what was there before is untouched") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-@contextmanager
 def _writer(path: Path) -> Iterator[Callable[[Columns], None]]:
     """Takes columns chunk by chunk, and writes each of them at once."""
     writers = {".csv": _csv_writer, ".json": _json_writer, ".parquet": _parquet_writer}
     if path.suffix.lower() not in writers:
         raise ConfigError(unknown_name(f"kind of file of {path}:", path.suffix, writers))
-    with replacing(path) as file, writers[path.suffix.lower()](file) as write:
+    with checkpoint.replacing(path) as file, writers[path.suffix.lower()](file) as write:
         yield write
 
 

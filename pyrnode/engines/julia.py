@@ -61,7 +61,6 @@ def _start() -> Any:
     Raises:
         EngineUnavailableError: Julia is not installed, or does not start.
     """
-    # As a number of its own: torch's threads rest while Julia computes.
     julia_setup.prepare_environment(torch.get_num_threads())
     try:
         with warnings.catch_warnings():
