@@ -36,12 +36,13 @@ wait_for(x) = (sum(view(x, 1:1)); nothing)  # a value read back to the host come
 
 # --- dynamics and solvers ---
 
-function network(kind, event, hidden, activation, time, kernel_size)
+function network(kind, event, hidden, activation, time, kernel_size, context)
     size = Tuple(pyconvert(Vector{Int}, event))
     widths = Tuple(pyconvert(Vector{Int}, hidden))
     activation, time = pyconvert(String, activation), Symbol(pyconvert(String, time))
-    pyconvert(String, kind) == "mlp" && return MLP(only(size), widths; activation, time)
-    return ConvNet(reverse(size), widths; activation, time, kernel_size=pyconvert(Int, kernel_size))
+    context = pyconvert(Bool, context)
+    pyconvert(String, kind) == "mlp" && return MLP(only(size), widths; activation, time, context)
+    return ConvNet(reverse(size), widths; activation, time, kernel_size=pyconvert(Int, kernel_size), context)
 end
 
 function solver(name, sensealg, numbers, error_control, checkpointing, options)
@@ -63,11 +64,12 @@ plain(x::Py) = throw(ArgumentError("an option of type $(pyconvert(String, pybuil
 Dynamics that only Python can evaluate, such as a user's own `torch.nn.Module`. Everything goes through buffers that both
 sides see, so that a call carries no arrays.
 """
-struct ForeignDynamics{A,W,V} <: Dynamics
-    evaluate::Py     # (t, probe, tape): z, ε → f, w, r
-    pull::Py         # (has_w): f̄, w̄, r̄ → z̄, the gradient of θ gathered by Python's kernel
+struct ForeignDynamics{A,C,W,V} <: Dynamics
+    evaluate::Py     # (t, probe, tape): z, c, ε → f, w, r
+    pull::Py         # (has_w): f̄, w̄, r̄ → z̄, c̄, the gradient of θ gathered by Python's kernel
     collect::Py      # (): the gathered gradient → θ̄
     z::A
+    c::C
     ε::W
     f::A
     w::W
@@ -76,32 +78,38 @@ struct ForeignDynamics{A,W,V} <: Dynamics
     w̄::W
     r̄::Union{Nothing,A}
     z̄::A
+    c̄::C
     θ̄::V
 end
 
 function foreign(evaluate, pull, collect, arrays...)
-    z, ε, f, w, r, f̄, w̄, r̄, z̄, θ̄ = map(view_of, arrays)
+    z, c, ε, f, w, r, f̄, w̄, r̄, z̄, c̄, θ̄ = map(view_of, arrays)
     flat(x) = x === nothing ? nothing : matrix(x)
     probes(x) = x === nothing ? nothing : reshape(x, size(matrix(z))..., :)
-    args = (flat(z), probes(ε), flat(f), probes(w), flat(r), flat(f̄), probes(w̄), flat(r̄), flat(z̄), θ̄)
-    return ForeignDynamics{typeof(args[1]),typeof(args[2]),typeof(θ̄)}(Py(evaluate), Py(pull), Py(collect), args...)
+    args = (flat(z), c, probes(ε), flat(f), probes(w), flat(r), flat(f̄), probes(w̄), flat(r̄), flat(z̄), c̄, θ̄)
+    types = typeof.((args[1], c, args[3], θ̄))
+    return ForeignDynamics{types...}(Py(evaluate), Py(pull), Py(collect), args...)
 end
+
+RNODE.context_length(d::ForeignDynamics) = d.c === nothing ? 0 : size(d.c, 1)
 
 RNODE.threaded(::ForeignDynamics) = false
 RNODE.bind(dynamics::ForeignDynamics, θ, z0, k) = dynamics
 
-function RNODE.evaluate!(d::ForeignDynamics, t, z, ε, tape::Bool)
+function RNODE.evaluate!(d::ForeignDynamics, t, z, c, ε, tape::Bool)
     copyto!(d.z, z)
+    c === nothing || copyto!(d.c, c)
     ε === nothing || copyto!(d.ε, ε)
     d.evaluate(Float64(t), ε !== nothing, tape)
     return d.f, ε === nothing ? nothing : d.w, ε === nothing ? nothing : d.r
 end
 
-function RNODE.pullback!(d::ForeignDynamics, z̄, f̄, w̄, r̄, α)
+function RNODE.pullback!(d::ForeignDynamics, z̄, c̄, f̄, w̄, r̄, α)
     copyto!(d.f̄, f̄)
     w̄ === nothing || copyto!(d.w̄, w̄)
     r̄ === nothing || copyto!(d.r̄, r̄)
     d.pull(w̄ !== nothing)
+    c̄ === nothing || (c̄ .+= α .* d.c̄)
     return copyto!(z̄, d.z̄)
 end
 
@@ -116,10 +124,10 @@ end
 Integrates, writes the state to `z` and the integrals to `q` (batch, 4), and the counts (nfe, nfe_max, accepted, rejected) to
 `numbers`. Gives what `backward` needs, if `record`.
 """
-function forward(dynamics, solver, θ, z0, ε, weight, t0, t1, total_derivative, record, z, q, numbers)
-    z0, ε = view_of(z0), view_of(ε)
+function forward(dynamics, solver, θ, z0, context, ε, weight, t0, t1, total_derivative, record, z, q, numbers)
+    z0, context, ε = view_of(z0), view_of(context), view_of(ε)
     probes = ε === nothing ? nothing : Probes(ε, Float64(weight))
-    solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; total_derivative, record)
+    solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; context, total_derivative, record)
     state = matrix(view_of(z))
     results!(state, view_of(q), solves)
     copyto!(view_of(numbers), collect(counts(solves)))
@@ -127,11 +135,12 @@ function forward(dynamics, solver, θ, z0, ε, weight, t0, t1, total_derivative,
     return record ? solves : nothing
 end
 
-"Writes the cotangents of the start state and of θ; gives the mean number of evaluations."
-function backward(solves, z_bar, q_bar, z0_bar, θ̄)
+"Writes the cotangents of the start state, of the context and of θ; gives the mean number of evaluations."
+function backward(solves, z_bar, q_bar, z0_bar, c̄, θ̄)
     foreach(solve -> solve.system.nfe_backward = 0, solves.each)
-    gradient = fill!(view_of(θ̄), false)
-    solve_backward!(matrix(view_of(z0_bar)), gradient, solves, matrix(view_of(z_bar)), view_of(q_bar))
+    gradient, c̄ = fill!(view_of(θ̄), false), view_of(c̄)
+    c̄ === nothing || fill!(c̄, false)
+    solve_backward!(matrix(view_of(z0_bar)), gradient, c̄, solves, matrix(view_of(z_bar)), view_of(q_bar))
     synchronize(gradient)
     return sum(solve -> solve.system.nfe_backward, solves.each) / length(solves.each)
 end

@@ -38,9 +38,11 @@ function in_threads(work, n::Int)
     return nothing
 end
 
-"The augmented system of one solve: dynamics bound to θ, probes held fixed, and counts of what was evaluated."
-mutable struct Augmented{K,P}
+"The augmented system of one solve: dynamics bound to θ, context and probes held fixed, and counts of what was evaluated."
+mutable struct Augmented{K,P,C}
     const workers::Vector{Worker{K}}
+    const context::C         # c (s, batch), or `nothing`
+    const context_bar::C     # its gathered cotangent
     const probes::P          # ε (event, batch, k), or `nothing`: the state alone
     const weight::Float64
     const shape::Dims{2}     # (event, batch)
@@ -50,7 +52,9 @@ mutable struct Augmented{K,P}
     evaluations::Int         # in all, so that a pullback knows whether the last one is still its own
 end
 
-Augmented(workers, probes, weight, shape, integrals) = Augmented(workers, probes, weight, shape, integrals, 0, 0, 0)
+Augmented(workers, context, probes, weight, shape, integrals) = Augmented(
+    workers, context, context === nothing ? nothing : fill!(similar(context), false), probes, weight, shape, integrals, 0, 0, 0,
+)
 
 "The state and the integrals (batch, integrals) as views of the flat state."
 function parts(system::Augmented, u)
@@ -80,6 +84,9 @@ function each_piece(work, system::Augmented)
     return nothing
 end
 
+columns_of(::Nothing, columns) = nothing
+columns_of(x, columns) = view(x, :, columns)
+
 probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : view(system.probes, :, columns, :)
 
 "du = (f, l', E', n', D'); with `tape`, a pullback may follow."
@@ -87,7 +94,7 @@ function rate!(du, system::Augmented, u, t; tape=false)
     (z, _), (dz, dq) = parts(system, u), parts(system, du)
     each_piece(system) do worker, kernel, columns
         ε = probes_of(system, columns)
-        f, w, r = found = evaluate!(kernel, t, view(z, :, columns), ε, tape)
+        f, w, r = found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, tape)
         tape && (worker.last = found)
         copyto!(view(dz, :, columns), f)
         ε === nothing || integrands!(view(dq, columns, :), f, w, r, ε, system.weight)
@@ -98,7 +105,7 @@ end
 "f alone, into `dz` (event, batch)."
 function state_rate!(dz, system::Augmented, z, t)
     each_piece(system) do worker, kernel, columns
-        f, _, _ = evaluate!(kernel, t, view(z, :, columns), nothing, false)
+        f, _, _ = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), nothing, false)
         copyto!(view(dz, :, columns), f)
     end
     return dz
@@ -144,7 +151,7 @@ first, piece by piece. `z_bar` is overwritten.
 function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar)
     each_piece(system) do worker, kernel, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
-        found = evaluate!(kernel, t, view(z, :, columns), ε, true)
+        found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
         pull_piece!(ū, system, kernel, columns, found, ε, z_bar, q_bar)
     end
     system.nfe_backward += 1
@@ -152,19 +159,36 @@ function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar)
 end
 
 function pull_piece!(ū, system, kernel, columns, (f, w, r), ε, z_bar, q_bar)
-    part, f̄ = view(ū, :, columns), view(z_bar, :, columns)
-    ε === nothing && return pullback!(kernel, part, f̄, nothing, nothing, 1)
+    part, c̄, f̄ = view(ū, :, columns), columns_of(system.context_bar, columns), view(z_bar, :, columns)
+    ε === nothing && return pullback!(kernel, part, c̄, f̄, nothing, nothing, 1)
     weight = eltype(f)(system.weight)
     bar(i) = reshape(view(q_bar, columns, i), 1, :)
     f̄ .+= 2 .* bar(2) .* f
     w̄ = weight .* (bar(1) .* ε .+ 2 .* bar(3) .* w)
-    return pullback!(kernel, part, f̄, w̄, r === nothing ? nothing : 2 .* bar(4) .* r, 1)
+    return pullback!(kernel, part, c̄, f̄, w̄, r === nothing ? nothing : 2 .* bar(4) .* r, 1)
 end
 
-"Adds the gradient that has gathered in the kernels."
-function gradient!(θ̄, system::Augmented)
+"Adds the gradients of θ and of the context (where there is one) that have gathered, and forgets them."
+function gradient!(θ̄, c̄, system::Augmented)
     foreach(worker -> foreach(kernel -> gradient!(θ̄, kernel), values(worker.kernels)), system.workers)
-    return θ̄
+    system.context === nothing && return nothing
+    c̄ .+= system.context_bar
+    fill!(system.context_bar, false)
+    return nothing
+end
+
+"""
+The parameters of the system as SciML's adjoints know them, which differentiate by nothing else: θ, and after it the context. The
+right-hand side does not read them.
+"""
+flat_parameters(θ, ::Nothing) = θ
+flat_parameters(θ, context) = vcat(θ, vec(context))
+
+"θ's and the context's parts of a vector like `flat_parameters`."
+function split_parameters(p, context)
+    context === nothing && return p, nothing
+    n = length(p) - length(context)
+    return view(p, 1:n), reshape(view(p, (n + 1):length(p)), size(context))
 end
 
 """
@@ -204,7 +228,8 @@ function product_rule(system::Augmented, u, p, t)
         else
             pull_rate!(z̄, system, t, z, z_bar, system.integrals == 0 ? nothing : q_bar)
         end
-        return NoTangent(), ū, gradient!(p̄, system), NoTangent()
+        gradient!(split_parameters(p̄, system.context)..., system)
+        return NoTangent(), ū, p̄, NoTangent()
     end
     return du, product_pullback
 end

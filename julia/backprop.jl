@@ -6,7 +6,7 @@
 # The steps are those that the solver took, whatever its form: its tableau says what its stages were, and they are
 # evaluated again from the state at the beginning of the step. So only the state at each step is kept.
 
-function backprop!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
+function backprop!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     system, path = solve.system, solve.path
     method = tableau(solve.solver.alg)
     stages = [similar(z_bar) for _ in method.c]  # z_i, and then z̄_i
@@ -20,7 +20,7 @@ function backprop!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
         step_back!(z̄, stages, f̄, system, method, t, h, q̄)
     end
     copyto!(z0_bar, z̄)
-    gradient!(θ̄, system)
+    gradient!(θ̄, c̄, system)
     return nothing
 end
 

@@ -3,17 +3,23 @@
 # (event, batch, k); those that a kernel gives belong to it, and hold until its next evaluation.
 
 """
-Dynamics `f(z, t; θ)` of one block. A subtype has
+Dynamics `f(z, t; θ)` of one block, or conditional ones `f(z, t, c; θ)`. A subtype has
 
     bind(dynamics, θ, z0, k)                 a kernel for states like `z0` (event..., batch) and `k` probes
-    evaluate!(kernel, t, z, ε, tape)         (f, w, r): w = εᵀ∂f/∂z, or `nothing` where ε is; r the total derivative
+    evaluate!(kernel, t, z, c, ε, tape)      (f, w, r): w = εᵀ∂f/∂z, or `nothing` where ε is; r the total derivative
                                              (∂f/∂z) f + ∂f/∂t where the kernel has it, else `nothing`; without `tape`
                                              no pullback will follow
-    pullback!(kernel, z̄, f̄, w̄, r̄, α)        writes the cotangent of z at the last evaluation, and gathers α times that of θ;
-                                             w̄ and r̄ may be `nothing`
+    pullback!(kernel, z̄, c̄, f̄, w̄, r̄, α)     writes the cotangent of z at the last evaluation, adds α times that of c to c̄,
+                                             and gathers α times that of θ; w̄ and r̄ may be `nothing`
     gradient!(θ̄, kernel)                     adds the gathered gradient to θ̄, and forgets it
+
+The context `c` (s, batch) is what the network has made of it once and for all (`embed` in Python), and is the same along a solve;
+`nothing` for dynamics without one.
 """
 abstract type Dynamics <: AbstractLuxLayer end
+
+"Length s of the embedded context that the dynamics take; 0 for none."
+context_length(::Dynamics) = 0
 
 "Whether kernels of the same dynamics can work in several threads at once."
 threaded(::Dynamics) = true

@@ -111,15 +111,24 @@ end
 separate(solver::Solver, z0) = solver.adaptive && !solver.together && z0 isa Array && size(z0, ndims(z0)) > 1
 
 "Integrates from `z0`; with `record`, keeps what the solver's sensitivity algorithm will ask for."
-function solve_forward(dynamics, θ, z0, probes, tspan, solver::Solver; total_derivative=false, record=false)
+function solve_forward(
+    dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative=false, record=false,
+)
     T = eltype(z0)
     T <: AbstractFloat || throw(ArgumentError("the state has element type $T: expected floating point"))
     ε, weight = directions(probes, z0)
+    check_context(dynamics, context, size(z0, ndims(z0)))
     integrals = ε === nothing ? 0 : total_derivative ? 4 : 3
-    separate(solver, z0) && return solve_separately(dynamics, θ, z0, ε, weight, integrals, tspan, solver, record)
+    separate(solver, z0) && return solve_separately(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record)
     shared = workers(dynamics, θ, z0, probe_count(ε))
-    system = Augmented(shared, ε, weight, size(matrix(z0)), integrals)
-    return Solves(Any[solve_system(system, θ, matrix(z0), tspan, solver, record)], [1:1], size(z0, ndims(z0)))
+    system, p = Augmented(shared, context, ε, weight, size(matrix(z0)), integrals), flat_parameters(θ, context)
+    return Solves(Any[solve_system(system, p, matrix(z0), tspan, solver, record)], [1:1], size(z0, ndims(z0)))
+end
+
+function check_context(dynamics, context, batch)
+    expected = context_length(dynamics) == 0 ? nothing : (context_length(dynamics), batch)
+    given = context === nothing ? nothing : size(context)
+    given == expected || throw(DimensionMismatch("context of size $given: expected $expected"))
 end
 
 directions(::Nothing, z0) = (nothing, 0.0)
@@ -133,16 +142,18 @@ end
 probe_count(ε) = ε === nothing ? 0 : size(ε, 3)
 
 "Each sample on its own: the threads take shares of the batch, and go through them with one kernel."
-function solve_separately(dynamics, θ, z0, ε, weight, integrals, tspan, solver, record)
+function solve_separately(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record)
     z, batch = matrix(z0), size(z0, ndims(z0))
     shares = split_range(1:batch, threaded(dynamics) ? min(Threads.nthreads(), batch) : 1)
     found = Vector{Any}(undef, batch)
+    p = flat_parameters(θ, columns_of(context, 1:1))  # nobody reads the values, so one vector is enough for all
     in_threads(length(shares)) do i
         kernel = bind(dynamics, θ, similar(z0, Base.front(size(z0))..., 1), probe_count(ε))
         one = [Worker([1:1], Dict(1 => kernel), nothing)]
         for j in shares[i]
-            sample = Augmented(one, ε === nothing ? nothing : ε[:, j:j, :], weight, (size(z, 1), 1), integrals)
-            found[j] = attempt(() -> solve_system(sample, θ, z[:, j:j], tspan, solver, record))
+            c, e = context === nothing ? nothing : context[:, j:j], ε === nothing ? nothing : ε[:, j:j, :]
+            sample = Augmented(one, c, e, weight, (size(z, 1), 1), integrals)
+            found[j] = attempt(() -> solve_system(sample, p, z[:, j:j], tspan, solver, record))
         end
     end
     failed = filter(x -> x isa Exception, found)
@@ -165,13 +176,13 @@ function together(failed, batch)
     return SolveError(first.status, first.time, length(failed), batch)
 end
 
-function solve_system(system::Augmented, θ, z, tspan, solver::Solver, record::Bool)
+function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bool)
     T = eltype(z)
     adjoint = record && solver.sensealg != "Backprop"
     dense = adjoint && !solver.checkpointing && solver.sensealg != "BacksolveAdjoint"
     steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
     f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
-    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), θ)
+    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), p)
     given = solver.options
     if record  # what is saved, the pullback reads: it is not for the options to say
         given = filter(option -> !(first(option) in SAVING), given)
@@ -242,24 +253,24 @@ function Solution(solves::Solves, shape, like)
 end
 
 """
-    integrate(dynamics, θ, z0, probes, tspan, solver; total_derivative=false)
+    integrate(dynamics, θ, z0, probes, tspan, solver; context=nothing, total_derivative=false)
 
 The augmented system of one block from `z0` (event..., batch): a [`Solution`](@ref). `probes` are [`Probes`](@ref), or `nothing`
-to solve for the state alone; the end of `tspan` may come first (decoding). Differentiable in `θ` and `z0` by Zygote
-(through `solver.sensealg`). Throws [`SolveError`](@ref) where SciML's return code is a failure.
+to solve for the state alone; the end of `tspan` may come first (decoding); `context` (s, batch) is the embedded context of
+conditional dynamics, held constant. Differentiable in `θ` and `z0` by Zygote (through `solver.sensealg`). Throws [`SolveError`](@ref) where SciML's return code is a failure.
 """
-function integrate(dynamics, θ, z0, probes, tspan, solver::Solver; total_derivative::Bool=false)
-    return Solution(solve_forward(dynamics, θ, z0, probes, tspan, solver; total_derivative), size(z0), z0)
+function integrate(dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative::Bool=false)
+    return Solution(solve_forward(dynamics, θ, z0, probes, tspan, solver; context, total_derivative), size(z0), z0)
 end
 
 """
-    pullback(dynamics, θ, z0, probes, tspan, solver; total_derivative=false)
+    pullback(dynamics, θ, z0, probes, tspan, solver; context=nothing, total_derivative=false)
 
 The [`Solution`](@ref), and a function that gives the cotangents of `z0` and `θ` from those of `z` and of the integrals
 (batch, 3 or 4).
 """
-function pullback(dynamics, θ, z0, probes, tspan, solver::Solver; total_derivative::Bool=false)
-    solves = solve_forward(dynamics, θ, z0, probes, tspan, solver; total_derivative, record=true)
+function pullback(dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative::Bool=false)
+    solves = solve_forward(dynamics, θ, z0, probes, tspan, solver; context, total_derivative, record=true)
     return Solution(solves, size(z0), z0), Pullback(solves, z0, θ)
 end
 
@@ -274,33 +285,34 @@ end
 
 function pull(solves, z0, θ, z_bar, q_bar)
     z0_bar, θ̄ = similar(matrix(z0)), fill!(similar(θ), false)
-    solve_backward!(z0_bar, θ̄, solves, matrix(z_bar), q_bar)
+    solve_backward!(z0_bar, θ̄, nothing, solves, matrix(z_bar), q_bar)
     return reshape(z0_bar, size(z0)), θ̄
 end
 
-"Writes the cotangents (event, batch) of the start states, and adds that of θ."
-function solve_backward!(z0_bar, θ̄, solves::Solves, z_bar, q_bar)
+"Writes the cotangents (event, batch) of the start states, and adds those of θ and of the context (or `nothing`)."
+function solve_backward!(z0_bar, θ̄, c̄, solves::Solves, z_bar, q_bar)
     if length(solves.each) == 1
-        dynamic(solve_backward!, z0_bar, θ̄, solves.each[1], z_bar, q_bar)
+        dynamic(solve_backward!, z0_bar, θ̄, c̄, solves.each[1], z_bar, q_bar)
         return nothing
     end
     shares = [fill!(similar(θ̄), false) for _ in solves.threads]
     in_threads(length(shares)) do i
         for j in solves.threads[i]
-            dynamic(solve_backward!, view(z0_bar, :, j:j), shares[i], solves.each[j], z_bar[:, j:j], q_bar[j:j, :])
+            z0_part, c_part = view(z0_bar, :, j:j), columns_of(c̄, j:j)
+            dynamic(solve_backward!, z0_part, shares[i], c_part, solves.each[j], z_bar[:, j:j], q_bar[j:j, :])
         end
     end
     foreach(share -> θ̄ .+= share, shares)
     return nothing
 end
 
-function solve_backward!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
-    dynamic(solve.solver.sensealg == "Backprop" ? backprop! : adjoint!, z0_bar, θ̄, solve, z_bar, q_bar)
+function solve_backward!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
+    dynamic(solve.solver.sensealg == "Backprop" ? backprop! : adjoint!, z0_bar, θ̄, c̄, solve, z_bar, q_bar)
     return nothing
 end
 
 "SciMLSensitivity's adjoint of one solve."
-function adjoint!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
+function adjoint!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     system, solver, path = solve.system, solve.solver, solve.path
     end_bar = similar(last(path.u))
     z̄, q̄ = parts(system, end_bar)
@@ -315,7 +327,9 @@ function adjoint!(z0_bar, θ̄, solve::Solve, z_bar, q_bar)
     )
     system.nfe_backward += system.nfe - before
     copyto!(z0_bar, parts(system, vec(u_bar))[1])
-    θ̄ .+= vec(p_bar)
+    θ_part, c_part = split_parameters(vec(p_bar), system.context)
+    θ̄ .+= θ_part
+    c̄ === nothing || (c̄ .+= c_part)
     return nothing
 end
 

@@ -1,21 +1,22 @@
 # Networks of layers with an explicit vector-Jacobian product (pyrnode/dynamics/layered.py):
 #
-#   a_i = s_i ⊙ W_i h_{i-1} + β_i,  h_i = φ(a_i),  h_0 = z,  f = a_L
+#   a_i = s_i ⊙ W_i h_{i-1} + β_i (s and β by time and context),  h_i = φ(a_i),  h_0 = z,  f = a_L
 #   product:   g_L = ε,  r_{i-1} = W_iᵀ(s_i ⊙ g_i),  g_i = φ'(a_i) ⊙ r_i,  w = r_0 = εᵀ∂f/∂z
 #   pullback of (f̄, w̄): first the product's transpose, which runs forward (p_0 = w̄, ḡ_i = s_i ⊙ W_i p_{i-1},
 #   p_i = φ'(a_i) ⊙ ḡ_i), then the network's, which runs back (ā_L = f̄, ā_i = φ'(a_i) ⊙ h̄_i + φ''(a_i) ⊙ Σ_k r_i ⊙ ḡ_i,
 #   h̄_{i-1} = W_iᵀ(s_i ⊙ ā_i)). The weights' gradients are Σ ā hᵀ + Σ g pᵀ: six products with W in all.
 
 "A stack of layers with one activation between them; made by [`MLP`](@ref) and [`ConvNet`](@ref)."
-struct Layered{Φ<:Activation,Time,N} <: Dynamics
+struct Layered{Φ<:Activation,Time,N,C} <: Dynamics
     specs::Vector{LayerSpec}
     φ::Φ
     time::Val{Time}
     space::Val{N}   # dimensions of the convolution; 0 for dense layers
+    context::Val{C} # whether there is a context
     event::Tuple{Vararg{Int}}
 end
 
-function Layered(widths, kernel, size, activation_name, time, event)
+function Layered(widths, kernel, size, activation_name, time, event, context)
     time in (:none, :concat, :concatsquash) ||
         throw(ArgumentError("unknown time entry $(repr(time)); known: :concat, :concatsquash, :none"))
     specs, offset = LayerSpec[], 0
@@ -23,27 +24,32 @@ function Layered(widths, kernel, size, activation_name, time, event)
         push!(specs, LayerSpec(inputs, outputs, kernel, size, time, offset))
         offset += length(last(specs))
     end
-    return Layered(specs, activation(activation_name), Val(time), Val(kernel == 0 ? 0 : 2), event)
+    return Layered(specs, activation(activation_name), Val(time), Val(kernel == 0 ? 0 : 2), Val(context), event)
 end
 
 """
-    MLP(dim, hidden=(64, 64, 64); activation="softplus", time=:concat)
+    MLP(dim, hidden=(64, 64, 64); activation="softplus", time=:concat, context=false)
 
-A multilayer perceptron on vectors (dim, batch).
+A multilayer perceptron on vectors (dim, batch). With `context`, it takes an embedded context of length [`context_length`](@ref).
 """
-MLP(dim::Integer, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat) =
-    Layered((dim, hidden..., dim), 0, (1, 1), activation, time, (Int(dim),))
+MLP(dim::Integer, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat, context::Bool=false) =
+    Layered((dim, hidden..., dim), 0, (1, 1), activation, time, (Int(dim),), context)
 
 """
-    ConvNet((W, H, C), hidden=(64, 64, 64); activation="softplus", time=:concat, kernel_size=3)
+    ConvNet((W, H, C), hidden=(64, 64, 64); activation="softplus", time=:concat, kernel_size=3, context=false)
 
-The paper's convolutional network on images (W, H, C, batch): same-size convolutions with stride 1.
+The paper's convolutional network on images (W, H, C, batch): same-size convolutions with stride 1; `context` as in [`MLP`](@ref).
 """
-function ConvNet(event, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat, kernel_size::Integer=3)
+function ConvNet(
+    event, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat, kernel_size::Integer=3, context::Bool=false,
+)
     isodd(kernel_size) || throw(ArgumentError("kernel_size = $kernel_size: expected an odd number"))
     width, height, channels = event
-    return Layered((channels, hidden..., channels), Int(kernel_size), (width, height), activation, time, Tuple(event))
+    return Layered((channels, hidden..., channels), Int(kernel_size), (width, height), activation, time, Tuple(event), context)
 end
+
+context_length(dynamics::Layered{<:Any,<:Any,<:Any,true}) =
+    sum(spec.outputs * context_parts(spec.time) for spec in dynamics.specs)
 
 LuxCore.parameterlength(dynamics::Layered) = sum(length, dynamics.specs)
 
@@ -72,6 +78,7 @@ struct LayeredKernel{A<:AbstractArray,Φ<:Activation,L,E,P,V}
     φ::Φ
     layers::Vector{L}
     entries::Vector{E}
+    context::Vector{UnitRange{Int}}  # each layer's part of the embedded context
     parameter_bars::Vector{P}
     θ::V
     θ̄::V
@@ -102,8 +109,11 @@ function bind(dynamics::Layered, θ, z0, k)
     θ̄ = fill!(similar(θ), false)
     named, bars = [Slices(spec, θ) for spec in specs], [Slices(spec, θ̄) for spec in specs]
     layers = [linear(dynamics.space, specs[i], named[i].weight, bars[i].weight) for i in eachindex(specs)]
-    entries = [time_entry(dynamics.time, specs[i], named[i], bars[i]) for i in eachindex(specs)]
     batch = size(z0, ndims(z0))
+    plain = [time_entry(dynamics.time, specs[i], named[i], bars[i]) for i in eachindex(specs)]
+    entries = contextual(dynamics.context, specs, plain, batch)
+    ends = cumsum([spec.outputs * context_parts(spec.time) for spec in specs])
+    context = [(last - spec.outputs * context_parts(spec.time) + 1):last for (spec, last) in zip(specs, ends)]
     space = Base.front(Base.front(size(z0)))
     array(channels, columns) = similar(z0, space..., channels, columns)
     inputs(columns) = [array(spec.inputs, columns) for spec in specs]
@@ -116,18 +126,27 @@ function bind(dynamics::Layered, θ, z0, k)
     a = outputs(batch)
     y, as = squash ? (outputs(batch), outputs(batch)) : (a, empty(a))
     return LayeredKernel(
-        specs, dynamics.φ, layers, entries, bars, θ, θ̄, Ref(0.0), inputs(batch), a, y, hidden(batch), g, gs, r,
+        specs, dynamics.φ, layers, entries, context, bars, θ, θ̄, Ref(0.0), inputs(batch), a, y, hidden(batch), g, gs, r,
         squash ? outputs(probes) : hidden(probes), hidden(batch), as, inputs(batch), [array(specs[1].inputs, probes)],
         [array(specs[end].outputs, batch)], k,
     )
 end
 
-function evaluate!(kernel::LayeredKernel, t, z, ε, tape::Bool)
+contextual(::Val{false}, specs, entries, batch) = entries
+contextual(::Val{true}, specs, entries, batch) = [
+    with_context(entry, similar(entry.shift, pixels(spec) * spec.outputs, batch)) for (entry, spec) in zip(entries, specs)
+]
+
+"Layer `i`'s part of the embedded context."
+context_of(kernel::LayeredKernel, ::Nothing, i) = nothing
+context_of(kernel::LayeredKernel, c, i) = view(c, kernel.context[i], :)
+
+function evaluate!(kernel::LayeredKernel, t, z, c, ε, tape::Bool)
     last, kernel.t[] = length(kernel.layers), t
     copyto!(kernel.h[1], z)
     for i in 1:last
         entry = kernel.entries[i]
-        shift = at!(entry, kernel.specs[i], eltype(z)(t))
+        shift = at!(entry, kernel.specs[i], eltype(z)(t), context_of(kernel, c, i))
         apply!(kernel.y[i], kernel.layers[i], kernel.h[i])
         a, y = matrix(kernel.a[i]), matrix(kernel.y[i])
         if i < last
@@ -146,7 +165,7 @@ end
 function product!(kernel::LayeredKernel)
     for i in length(kernel.layers):-1:1
         if kernel.gs !== kernel.g
-            matrix(kernel.gs[i]) .= matrix(kernel.g[i]) .* scale(kernel.entries[i])
+            by_probe!(*, probes(kernel, kernel.gs[i]), probes(kernel, kernel.g[i]), scale(kernel.entries[i]))
         end
         transpose!(kernel.r[i], kernel.layers[i], kernel.gs[i])
         i == 1 && break
@@ -164,7 +183,7 @@ function probes(kernel::LayeredKernel, x)
     return reshape(m, size(m, 1), :, kernel.k)
 end
 
-function pullback!(kernel::LayeredKernel, z̄, f̄, w̄, r̄, α)
+function pullback!(kernel::LayeredKernel, z̄, c̄, f̄, w̄, r̄, α)
     w̄ === nothing ? foreach(x -> fill!(x, false), kernel.ab) : pull_product!(kernel, w̄, α)
     last, T = length(kernel.layers), eltype(kernel.θ̄)
     t = T(kernel.t[])
@@ -178,7 +197,7 @@ function pullback!(kernel::LayeredKernel, z̄, f̄, w̄, r̄, α)
             matrix(scaled) .= matrix(a_bar) .* s
         end
         s_bar = s === nothing ? nothing : scale_bar(kernel, i, a_bar, w̄ !== nothing)
-        accumulate!(entry, spec, t, batch_sum(matrix(a_bar)), s_bar, T(α))
+        accumulate!(entry, spec, t, matrix(a_bar), s_bar, T(α), context_of(kernel, c̄, i))
         accumulate!(layer, kernel.h[i], scaled, T(α))
         transpose!(kernel.hb[i], layer, scaled)
         if i > 1
@@ -214,14 +233,14 @@ end
 function scale_product!(kernel::LayeredKernel, i)
     ḡ = matrix(kernel.gb[i])
     matrix(kernel.gs[i]) .= ḡ .* matrix(kernel.g[i])
-    ḡ .*= scale(kernel.entries[i])
+    probes(kernel, kernel.gb[i]) .*= scale(kernel.entries[i])
     return nothing
 end
 
-"The cotangent of a layer's scale, summed over the batch: from the layer itself, and from the product."
+"The cotangent of a layer's scale, elementwise (event, batch): from the layer itself, and from the product."
 function scale_bar(kernel::LayeredKernel, i, a_bar, product)
-    s_bar = batch_sum(matrix(a_bar) .* matrix(kernel.y[i]))
-    product && (s_bar .+= batch_sum(matrix(kernel.gs[i])))
+    s_bar = matrix(a_bar) .* matrix(kernel.y[i])
+    product && (s_bar .+= dropdims(sum(probes(kernel, kernel.gs[i]); dims=3); dims=3))
     return s_bar
 end
 
@@ -234,8 +253,6 @@ end
 
 # --- elementwise work: broadcasts for any array, loops of vector instructions for a CPU's ---
 
-batch_sum(x) = vec(sum(x; dims=2))
-
 affine!(a, y, ::Nothing, shift) = (a .= y .+ shift; nothing)
 affine!(a, y, scale, shift) = (a .= y .* scale .+ shift; nothing)
 
@@ -247,10 +264,15 @@ function activate!(φ, h, slope, a, y, scale, shift)
     return nothing
 end
 
-function activate!(φ, h::Matrix, slope::Matrix, a::Matrix, y::Matrix, scale, shift::Vector)
+"The entry of scale or shift for pixel and channel `i` of sample `j`."
+entry_at(x::Vector, i, j) = @inbounds x[i]
+entry_at(x::Matrix, i, j) = @inbounds x[i, j]
+
+function activate!(φ, h::Matrix, slope::Matrix, a::Matrix, y::Matrix, scale, shift::VecOrMat)
     @inbounds for j in axes(a, 2)
         @simd ivdep for i in axes(a, 1)
-            x = scale === nothing ? y[i, j] + shift[i] : muladd(y[i, j], scale[i], shift[i])
+            β = entry_at(shift, i, j)
+            x = scale === nothing ? y[i, j] + β : muladd(y[i, j], entry_at(scale, i, j), β)
             value, derivative = forward(φ, x)
             keeps(φ) && (a[i, j] = x)
             h[i, j] = value

@@ -104,6 +104,10 @@ end
 
 "Sums (event, batch) or (event,) over the pixels of each channel: (channels, batch) or (channels,)."
 gather(spec::LayerSpec, x::AbstractVector) = vec(sum(reshape(x, pixels(spec), spec.outputs); dims=1))
+gather(spec::LayerSpec, x::AbstractMatrix) =
+    pixels(spec) == 1 ? x : reshape(sum(reshape(x, pixels(spec), :); dims=1), spec.outputs, size(x, 2))
+
+batch_sum(x) = vec(sum(x; dims=2))
 
 "Repeats a value for each channel over its pixels."
 spread(spec::LayerSpec, x) = pixels(spec) == 1 ? x : vec(reshape(x, 1, :) .* fill!(similar(x, pixels(spec)), true))
@@ -218,3 +222,69 @@ function finish!(entry::ConcatTime, spec, p̄)
 end
 
 finish!(::ConcatSquashTime, spec, p̄) = nothing
+
+# --- how a context enters ---
+
+"""
+Time and the embedded context of each sample: `c` is added to the shift, and with `ConcatSquashTime` its second half to what the
+gate is made of. Scale and shift are matrices (event, batch) then.
+"""
+struct ContextEntry{E<:TimeEntry,S,M} <: TimeEntry
+    entry::E
+    scale::S   # `nothing` where it is 1
+    shift::M
+end
+
+"Vectors (out,) that a layer's embedded context is made of."
+context_parts(time) = time === :concatsquash ? 2 : 1
+
+with_context(entry::TimeEntry, shift) = ContextEntry(entry, nothing, shift)
+with_context(entry::ConcatSquashTime, shift) = ContextEntry(entry, similar(shift), shift)
+
+"(event, batch) by pixels, channels and samples."
+by_channel(spec, x) = reshape(x, pixels(spec), spec.outputs, :)
+
+at!(entry::TimeEntry, spec, t, ::Nothing) = at!(entry, spec, t)
+
+function at!(entry::ContextEntry, spec, t, c)
+    shift = at!(entry.entry, spec, t)
+    by_channel(spec, entry.shift) .= by_channel(spec, shift) .+ reshape(c, 1, spec.outputs, :)
+    return entry.shift
+end
+
+function at!(entry::ContextEntry{<:ConcatSquashTime}, spec, t, c)
+    p, n = entry.entry.parameters, spec.outputs
+    s = sigmoid.(t .* p.gate_weight .+ p.gate_bias .+ view(c, (n + 1):(2n), :))
+    by_channel(spec, entry.scale) .= reshape(s, 1, n, :)
+    by_channel(spec, entry.shift) .= reshape(p.bias .* s .+ t .* p.time_shift .+ view(c, 1:n, :), 1, n, :)
+    return entry.shift
+end
+
+scale(entry::ContextEntry) = entry.scale
+
+"""
+Adds the gradient from the cotangents (event, batch) of a layer's output and of its scale (or `nothing`), and α times that of the
+embedded context to `c̄`, where there is one.
+"""
+accumulate!(entry::TimeEntry, spec, t, a_bar::AbstractMatrix, s_bar, α, ::Nothing) =
+    accumulate!(entry, spec, t, batch_sum(a_bar), s_bar === nothing ? nothing : batch_sum(s_bar), α)
+
+function accumulate!(entry::ContextEntry, spec, t, a_bar::AbstractMatrix, s_bar, α, c̄)
+    c̄ .+= α .* gather(spec, a_bar)
+    return accumulate!(entry.entry, spec, t, batch_sum(a_bar), nothing, α)
+end
+
+function accumulate!(entry::ContextEntry{<:ConcatSquashTime}, spec, t, a_bar::AbstractMatrix, s_bar, α, c̄)
+    p, p̄, n = entry.entry.parameters, entry.entry.bars, spec.outputs
+    s, b̄ = by_channel(spec, entry.scale)[1, :, :], gather(spec, a_bar)
+    s̄ = (gather(spec, s_bar) .+ p.bias .* b̄) .* s .* (1 .- s)
+    view(c̄, 1:n, :) .+= α .* b̄
+    view(c̄, (n + 1):(2n), :) .+= α .* s̄
+    p̄.bias .+= α .* batch_sum(s .* b̄)
+    p̄.time_shift .+= (α * t) .* batch_sum(b̄)
+    p̄.gate_weight .+= (α * t) .* batch_sum(s̄)
+    p̄.gate_bias .+= α .* batch_sum(s̄)
+    return nothing
+end
+
+finish!(entry::ContextEntry, spec, p̄) = finish!(entry.entry, spec, p̄)

@@ -60,7 +60,7 @@ function smodel(kernel::LuxKernel, θ, t)
     return StatefulLuxLayer{true}(Timed(d.model), ps, (; model=d.st, t=eltype(θ)(t)))
 end
 
-function evaluate!(kernel::LuxKernel, t, z, ε, tape::Bool)
+function evaluate!(kernel::LuxKernel, t, z, ::Nothing, ε, tape::Bool)
     directions = ε === nothing ? () : [reshape(copy(view(ε, :, :, i)), kernel.size) for i in axes(ε, 3)]
     function products(x, θ)
         model = smodel(kernel, θ, t)
@@ -71,7 +71,7 @@ function evaluate!(kernel::LuxKernel, t, z, ε, tape::Bool)
     return matrix(f), ε === nothing ? nothing : cat(map(matrix, w)...; dims=3), nothing
 end
 
-function pullback!(kernel::LuxKernel, z̄, f̄, w̄, r̄, α)
+function pullback!(kernel::LuxKernel, z̄, ::Nothing, f̄, w̄, r̄, α)
     each = w̄ === nothing ? () : [reshape(view(w̄, :, :, i), kernel.size) for i in axes(w̄, 3)]
     x̄, θ̄ = kernel.back((reshape(f̄, kernel.size), each))
     θ̄ === nothing || (kernel.θ̄ .+= eltype(kernel.θ̄)(α) .* getdata(θ̄))

@@ -35,7 +35,7 @@ function exercise(dynamics, z::Array{T}, solver) where {T}
 end
 
 function finish(solves, z, q_bar, θ)
-    solve_backward!(similar(z), fill!(similar(θ), false), solves, z, q_bar)
+    solve_backward!(similar(z), fill!(similar(θ), false), nothing, solves, z, q_bar)
     results!(similar(z), similar(q_bar), solves)
     counts(solves)
     return nothing

@@ -27,10 +27,16 @@ def perturbed(dynamics: Dynamics) -> Dynamics:
     return dynamics
 
 
-def make(kind: str, time: str = "concat", activation: str = "softplus", hidden: tuple[int, ...] = (4, 5)) -> Dynamics:
+def make(
+    kind: str,
+    time: str = "concat",
+    activation: str = "softplus",
+    hidden: tuple[int, ...] = (4, 5),
+    context_dim: int = 0,
+) -> Dynamics:
     if kind == "mlp":
-        return perturbed(MLP(3, hidden, activation=activation, time=time))
-    return perturbed(ConvNet((2, 4, 5), hidden, activation=activation, time=time))
+        return perturbed(MLP(3, hidden, activation=activation, time=time, context_dim=context_dim))
+    return perturbed(ConvNet((2, 4, 5), hidden, activation=activation, time=time, context_dim=context_dim))
 
 
 class Field(nn.Module):
@@ -44,10 +50,21 @@ class Field(nn.Module):
         return self.last(torch.tanh(self.first(torch.cat((z, t[:, None]), 1))))
 
 
-def jacobian(dynamics: Dynamics, t: float | Tensor, z: Tensor) -> Tensor:
+class ConditionalField(nn.Module):
+    """A user's own dynamics with a context of two features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, t: Tensor, z: Tensor, c: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(torch.cat((z, t[:, None], c), 1))))
+
+
+def jacobian(dynamics: Dynamics, t: float | Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
     """``∂f/∂z`` of each sample, ``(batch, d, d)``, by autograd."""
     size = z[0].numel()
-    full = torch.autograd.functional.jacobian(lambda x: dynamics(t, x), z).reshape(len(z), size, len(z), size)
+    full = torch.autograd.functional.jacobian(lambda x: dynamics(t, x, context), z).reshape(len(z), size, len(z), size)
     return torch.stack([full[i, :, i] for i in range(len(z))])
 
 
@@ -79,14 +96,54 @@ def test_pullback_is_nested_autograds(kind: str, time: str, activation: str, pro
 
     kernel = dynamics.kernel()
     with torch.no_grad():
-        z_bar = kernel.pullback(kernel.evaluate(t, z.detach(), eps, tape=True), f_bar, w_bar, None, 0.5)
+        z_bar, c_bar = kernel.pullback(kernel.evaluate(t, z.detach(), eps, tape=True), f_bar, w_bar, None, 0.5)
     assert expected[0] is not None
+    assert c_bar is None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
     for gradient, reference, (name, _) in zip(
         kernel.gradients(), expected[1:], dynamics.named_parameters(), strict=True
     ):
         assert reference is not None, name
         assert torch.allclose(gradient, 0.5 * reference, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+@pytest.mark.parametrize("time", ["concat", "concatsquash", "none"])
+@pytest.mark.parametrize(("probes", "own_times"), [(1, False), (2, True)])
+def test_context_in_product_and_pullback(kind: str, time: str, probes: int, own_times: bool) -> None:
+    dynamics = make(kind, time, context_dim=2)
+    shape = EVENTS[kind]
+    z, eps = torch.randn(3, *shape).double().requires_grad_(), torch.randn(probes, 3, *shape).double()
+    t = torch.rand(3).double() if own_times else 0.3
+    context = torch.randn(3, 2).double()
+    f_bar, w_bar = torch.randn(3, *shape).double(), torch.randn(probes, 3, *shape).double()
+
+    c = dynamics.embed(context).detach().requires_grad_()
+    f = dynamics.rate(t, z, c)
+    w = torch.stack([torch.autograd.grad(f, z, e, create_graph=True)[0] for e in eps])
+    expected = torch.autograd.grad((f, w), [z, c, *dynamics.solved_parameters()], (f_bar, w_bar))
+
+    kernel = dynamics.kernel()
+    with torch.no_grad():
+        evaluation = kernel.evaluate(t, z.detach(), eps, c=c.detach(), tape=True)
+        assert evaluation.w is not None
+        assert torch.allclose(evaluation.f, dynamics(t, z, context), rtol=0, atol=1e-12)
+        assert torch.allclose(evaluation.w, w, rtol=0, atol=1e-10)
+        z_bar, c_bar = kernel.pullback(evaluation, f_bar, w_bar, None, 0.5)
+    assert c_bar is not None
+    assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
+    for found, reference in zip([c_bar, *kernel.gradients()], expected[1:], strict=True):
+        assert torch.allclose(found, 0.5 * reference, rtol=0, atol=1e-10)
+
+
+def test_context_joins_a_convolution_as_channels_without_a_border() -> None:
+    """One linear layer: the network's answer to a context is the same at every pixel, and linear in it."""
+    dynamics = make("conv", hidden=(), context_dim=2)
+    z, context = torch.randn(3, 2, 4, 5).double(), torch.randn(3, 2).double()
+    share = dynamics(0.3, z, context) - dynamics(0.3, z, torch.zeros(3, 2).double())
+    assert torch.allclose(share, share[..., :1, :1].expand_as(share), rtol=0, atol=1e-12)
+    weight = dynamics.context.weight  # type: ignore[union-attr]
+    assert torch.allclose(share[..., 0, 0], context @ weight.T, rtol=0, atol=1e-12)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -112,9 +169,14 @@ def test_softplus_is_accurate_far_out() -> None:
 
 @pytest.mark.parametrize("kind", EVENTS)
 @pytest.mark.parametrize("time", ["concat", "concatsquash", "none"])
-def test_starts_at_the_identity(kind: str, time: str) -> None:
-    dynamics = MLP(3, time=time) if kind == "mlp" else ConvNet((2, 4, 5), (6,), time=time)
-    assert torch.equal(dynamics(0.7, torch.randn(4, *EVENTS[kind])), torch.zeros(4, *EVENTS[kind]))
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_starts_at_the_identity(kind: str, time: str, context_dim: int) -> None:
+    if kind == "mlp":
+        dynamics: Dynamics = MLP(3, time=time, context_dim=context_dim)
+    else:
+        dynamics = ConvNet((2, 4, 5), (6,), time=time, context_dim=context_dim)
+    context = torch.randn(4, 2) if context_dim else None
+    assert torch.equal(dynamics(0.7, torch.randn(4, *EVENTS[kind]), context), torch.zeros(4, *EVENTS[kind]))
 
 
 def test_time_is_one_more_input_channel() -> None:
@@ -144,3 +206,10 @@ def test_users_module_of_the_wrong_shape() -> None:
 
     with pytest.raises(ConfigError, match=r"gave \(2, 2\) for z of shape \(2, 3\)"):
         ModuleDynamics(Wrong(), (3,))
+
+
+def test_users_module_that_cannot_take_the_context() -> None:
+    with pytest.raises(ConfigError, match=r"cannot be called as module\(t, z, c\)"):
+        ModuleDynamics(Field(), (3,), context_dim=2)
+    with pytest.raises(ConfigError, match=r"cannot be called as module\(t, z\)"):
+        ModuleDynamics(ConditionalField(), (3,))

@@ -17,7 +17,7 @@ from pyrnode.dynamics import MLP, Dynamics, ModuleDynamics
 from pyrnode.engines import Engine, Probes, Solution, create
 from pyrnode.errors import ConfigError, EngineUnavailableError, SolverError
 from pyrnode.solvers import METHODS
-from tests.test_dynamics import EVENTS, Field, make
+from tests.test_dynamics import EVENTS, ConditionalField, Field, make
 
 ENGINES = ["torch", pytest.param("julia", marks=pytest.mark.needs_julia)]
 FIXED = [name for name, m in METHODS.items() if not m.adaptive]
@@ -217,6 +217,79 @@ def test_gradients_are_finite_differences(engine: Engine, kind: str, solver: Sol
             variable.add_(direction, alpha=-2e-5)
         difference = (values[1] - values[0]) / 4e-5
         assert slope == pytest.approx(difference, rel=1e-6, abs=1e-6)
+
+
+CONDITIONAL = [
+    SolverConfig(memory="store", sensealg="Backprop"),
+    SolverConfig(memory="checkpoint", sensealg="Backprop"),
+    SolverConfig(name="Tsit5", rtol=1e-8, atol=1e-8, sensealg="Backprop"),
+    SolverConfig(name="RK4", step_size=0.02, sensealg="BacksolveAdjoint"),
+    SolverConfig(name="Tsit5", rtol=1e-9, atol=1e-9, sensealg="BacksolveAdjoint"),
+]
+
+
+@pytest.mark.parametrize("solver", CONDITIONAL, ids=lambda s: f"{s.name}-{s.sensealg}-{s.memory}")
+@pytest.mark.parametrize(
+    "case", ["mlp-concat", "mlp-concatsquash", "conv-none", "conv-concatsquash", "module", "total"]
+)
+def test_conditional_gradients_are_finite_differences(engine: Engine, case: str, solver: SolverConfig) -> None:
+    """Of the context, the start state and every parameter, those that embed the context among them."""
+    kind, _, time = case.partition("-")
+    total = kind == "total"
+    if solver.memory == "store" and (kind in ("module", "total") or engine.name == "julia"):
+        solver = replace(solver, memory="auto")
+    dynamics: Dynamics
+    if kind == "module":
+        dynamics = ModuleDynamics(ConditionalField().double(), (3,), context_dim=2)
+    else:
+        dynamics = make("mlp" if total else kind, time or "concat", context_dim=2)
+    generator = torch.Generator().manual_seed(1)
+    z0 = torch.randn(3, *dynamics.event_shape, generator=generator).double().requires_grad_()
+    context = torch.randn(3, 2, generator=generator).double().requires_grad_()
+    probes = Probes.draw(z0.detach(), 2, generator=generator)
+
+    def loss() -> Tensor:
+        return weighted_loss(
+            engine.integrate(dynamics, z0, probes, (0.0, 1.0), solver, context=context, total_derivative=total)
+        )
+
+    loss().backward()
+    for variable in (context, z0, *dynamics.parameters()):
+        direction = torch.randn(variable.shape, generator=generator, dtype=torch.double)
+        assert variable.grad is not None
+        slope = float((variable.grad * direction).sum())
+        values = []
+        for shift in (-2e-5, 4e-5):
+            with torch.no_grad():
+                variable.add_(direction, alpha=shift)
+                values.append(float(loss()))
+        with torch.no_grad():
+            variable.add_(direction, alpha=-2e-5)
+        assert slope == pytest.approx((values[1] - values[0]) / 4e-5, rel=1e-6, abs=1e-6)
+
+
+def test_every_sample_has_its_own_context(engine: Engine) -> None:
+    dynamics = make("mlp", context_dim=2)
+    z0, context = torch.randn(1, 3).double().expand(4, 3), torch.randn(4, 2).double()
+    solver = SolverConfig(name="DP5", rtol=1e-8, atol=1e-8)
+    together = engine.integrate(dynamics, z0, Probes.exact(z0), (0.0, 1.0), solver, context=context)
+    for i in range(4):
+        own = slice(i, i + 1)
+        alone = engine.integrate(dynamics, z0[own], Probes.exact(z0[own]), (0.0, 1.0), solver, context=context[own])
+        for shared, single in zip(parts(together), parts(alone), strict=True):
+            assert torch.allclose(shared[own], single, rtol=1e-12, atol=1e-12)
+    assert float((parts(together, "l")[0][:2].diff()).abs()) > 1e-3
+
+
+def test_context_that_does_not_fit_is_refused(engine: Engine) -> None:
+    z0, context = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    solver, span = SolverConfig(), (0.0, 1.0)
+    with pytest.raises(ConfigError, match=r"context of shape None: expected \(4, 2\)"):
+        engine.integrate(make("mlp", context_dim=2), z0, None, span, solver)
+    with pytest.raises(ConfigError, match=r"context of shape \(3, 2\): expected \(4, 2\)"):
+        engine.integrate(make("mlp", context_dim=2), z0, None, span, solver, context=context[:3])
+    with pytest.raises(ConfigError, match=r"context of shape \(4, 2\): expected None"):
+        engine.integrate(make("mlp"), z0, None, span, solver, context=context)
 
 
 def test_stored_and_recomputed_intermediates_give_the_same_gradient(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -43,31 +44,35 @@ class SplitPullback(Protocol):
     def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
         """Then, from the last stage to the first: the cotangent of the state of the stage at `rows` of the batch."""
 
-    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> None:
-        """Last: adds the parameters' gradients, given the f̄ of all stages."""
+    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> Tensor | None:
+        """Last: adds the parameters' gradients, given the f̄ of all stages; gives `alpha` times the cotangent of c."""
 
 
 class Kernel(ABC):
     """The dynamics with their parameters bound for one solve; gradients of the parameters accumulate in it."""
 
     @abstractmethod
-    def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
-        """Evaluates f at ``(z, t)`` and, where `eps` ``(k, batch, *event)`` is given, the products εᵀ∂f/∂z.
+    def evaluate(
+        self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
+    ) -> Evaluation:
+        """Evaluates f at ``(z, t, c)`` and, where `eps` ``(k, batch, *event)`` is given, the products εᵀ∂f/∂z.
 
         Args:
             t: Time, one number or ``(batch,)``.
             z: State, ``(batch, *event)``.
             eps: Probes; `None` evaluates f alone.
+            c: The samples' embedded context, ``(batch, s)``, where the dynamics have one.
             tape: Keep what `pullback` needs.
         """
 
     @abstractmethod
     def pullback(
         self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
-    ) -> Tensor:
-        """Cotangent of z from the cotangents of f, w and r; adds `alpha` times those of θ to the gradients.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cotangents of z and c from those of f, w and r; adds `alpha` times those of θ to the gradients.
 
-        With ``alpha=None`` the parameters' gradients are not computed.
+        That of c comes times `alpha` too; it is `None` without a context. With ``alpha=None`` neither it nor the
+        parameters' gradients are computed.
         """
 
     def split(self) -> SplitPullback | None:
@@ -76,7 +81,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """The accumulated gradients, in the order of the dynamics' ``parameters()``."""
+        """The accumulated gradients, in the order of the dynamics' ``solved_parameters()``."""
 
     @abstractmethod
     def tape_bytes(self, z: Tensor, probes: int) -> int:
@@ -88,22 +93,40 @@ class Kernel(ABC):
 
 
 class Dynamics(nn.Module, ABC):
-    """Dynamics ``f(z, t; θ)``.
+    """Dynamics ``f(z, t; θ)``, or conditional ones ``f(z, t, c; θ)``.
+
+    A context stays the same along a solve, so what the parameters make of it is made once: `embed`, by autograd. The
+    engines, and `rate`, see the embedded context alone.
 
     Attributes:
         event_shape: Shape of one state, without the batch.
+        context_dim: Number of features ``m`` of the context; 0 for unconditional dynamics.
     """
 
     event_shape: tuple[int, ...]
+    context_dim: int = 0
 
-    @abstractmethod
-    def forward(self, t: Time, z: Tensor) -> Tensor:
-        """``f(z, t; θ)``, ``(batch, *event)``, differentiable by autograd.
+    def forward(self, t: Time, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """``f(z, t, c; θ)``, ``(batch, *event)``, differentiable by autograd.
 
         Args:
             t: Time, one number or ``(batch,)``.
             z: State, ``(batch, *event)``.
+            context: ``(batch, m)``, for conditional dynamics.
         """
+        return self.rate(t, z, None if context is None else self.embed(context))
+
+    @abstractmethod
+    def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
+        """`forward` with the context as `embed` gives it."""
+
+    def embed(self, context: Tensor) -> Tensor:
+        """What a solve needs of the context ``(batch, m)``: ``(batch, s)``; here the context itself."""
+        return context
+
+    def solved_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that a solve depends on, once the context is embedded."""
+        return self.parameters()
 
     @abstractmethod
     def kernel(self, *, total_derivative: bool = False) -> Kernel:

@@ -1,6 +1,6 @@
 """Networks of layers with an explicit vector-Jacobian product: the hot path, without nested autograd.
 
-With ``a_i = s_i ⊙ W_i h_{i-1} + β_i`` and ``h_i = φ(a_i)``, ``h_0 = z``, ``f = a_L``:
+With ``a_i = s_i ⊙ W_i h_{i-1} + β_i`` (s and β by time and context, layers.py) and ``h_i = φ(a_i)``, ``h_0 = z``, ``f = a_L``:
 
 * product:  ``g_L = ε``, ``r_{i-1} = W_iᵀ (s_i ⊙ g_i)``, ``g_i = φ'(a_i) ⊙ r_i``, ``w = r_0 = εᵀ ∂f/∂z``;
 * pullback of ``(f̄, w̄)``: first the product's transpose, which runs forward (``p_0 = w̄``,
@@ -13,6 +13,8 @@ with W in all, which is the least that the gradient of a vector-Jacobian product
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS, Activation
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel, SplitPullback
-from pyrnode.dynamics.layers import Layer, Time, TimeEntry, channels_last
+from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Time, TimeEntry, channels_last
 
 
 @dataclass
@@ -29,6 +31,7 @@ class _Tape:
     """What one evaluation leaves for its pullback: an entry for each layer (of g and r, the last layer's first)."""
 
     t: Time
+    c: Tensor | None = None
     scale: list[Tensor | None] = field(default_factory=list)
     h: list[Tensor] = field(default_factory=list)  # input of the layer
     a: list[Tensor] = field(default_factory=list)  # input of the activation, if it reads it (else its output)
@@ -50,6 +53,7 @@ class LayeredKernel(Kernel):
         self.names = names
         self.images = images
         self.times: dict[float, list[tuple[Tensor | None, Tensor]]] = {}
+        self.context_widths = [layer.linear.weight.shape[0] * layer.context_parts for layer in layers]
 
     def layout(self, z: Tensor) -> Tensor:
         if not self.images:
@@ -65,10 +69,12 @@ class LayeredKernel(Kernel):
         kept = 3 + self.phi.keeps_input + probes * (1 + self.phi.keeps_r)  # h, slope, ā, perhaps a; g, perhaps r
         return z.element_size() * len(z) * pixels * hidden * kept
 
-    def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
-        record = _Tape(t)
+    def evaluate(
+        self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
+    ) -> Evaluation:
+        record = _Tape(t, c)
         h, last = z, len(self.layers) - 1
-        for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t), strict=True)):
+        for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t, c), strict=True)):
             if scale is None:
                 y, a = None, layer.linear(h, shift)
             else:
@@ -86,12 +92,15 @@ class LayeredKernel(Kernel):
     def join(self, evaluations: list[Evaluation], t: Tensor, eps: Tensor | None) -> Evaluation:
         records: list[_Tape] = [evaluation.tape for evaluation in evaluations]
         batch = len(records[0].h[0])
-        joint = _Tape(t)
+        c = records[0].c
+        joint = _Tape(t, None if c is None else c.repeat(len(records), 1))
         for i in range(len(self.layers)):
             joint.h.append(torch.cat([record.h[i] for record in records]))
             scales = [s for record in records if (s := record.scale[i]) is not None]
             ys = [y for record in records if (y := record.y[i]) is not None]
-            joint.scale.append(torch.stack(scales).repeat_interleave(batch, 0) if scales else None)
+            if c is None:
+                scales = [s.expand(batch, *s.shape) for s in scales]
+            joint.scale.append(torch.cat(scales) if scales else None)
             joint.y.append(torch.cat(ys) if ys else None)
         for i in range(len(self.layers) - 1):
             joint.a.append(torch.cat([r.a[i] for r in records]) if self.phi.keeps_input else joint.h[i + 1])
@@ -102,13 +111,19 @@ class LayeredKernel(Kernel):
         if not record.slope:
             record.slope = [self.phi.slope(a, h) for a, h in zip(record.a, record.h[1:], strict=True)]
 
-    def _entries(self, t: Time) -> list[tuple[Tensor | None, Tensor]]:
+    def _entries(self, t: Time, c: Tensor | None) -> list[tuple[Tensor | None, Tensor]]:
         """Scale and shift of every layer at time `t`; a fixed grid asks for the same times again and again."""
+        if c is not None:
+            return [layer.at(t, part) for layer, part in zip(self.layers, self._parts(c), strict=True)]
         if isinstance(t, Tensor):
             return [layer.at(t) for layer in self.layers]
         if t not in self.times:
             self.times[t] = [layer.at(t) for layer in self.layers]
         return self.times[t]
+
+    def _parts(self, c: Tensor | None) -> list[Tensor | None]:
+        """Each layer's part of the embedded context."""
+        return [None] * len(self.layers) if c is None else list(c.split(self.context_widths, 1))
 
     def _product(self, record: _Tape, eps: Tensor) -> Tensor:
         """``w = εᵀ ∂f/∂z``; leaves g and r, last layer first, on the record."""
@@ -128,13 +143,11 @@ class LayeredKernel(Kernel):
 
     def pullback(
         self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         if w_bar is not None:
             self.pull_product(evaluation, w_bar, alpha)
         z_bar = self.pull_state(evaluation, f_bar, slice(None))
-        if alpha is not None:
-            self.pull_parameters(evaluation, f_bar, alpha)
-        return z_bar
+        return z_bar, None if alpha is None else self.pull_parameters(evaluation, f_bar, alpha)
 
     def split(self) -> SplitPullback:
         return self
@@ -175,16 +188,20 @@ class LayeredKernel(Kernel):
                 a_bar = record.a_bar[i - 1][rows].addcmul_(h_bar, record.slope[i - 1][rows])
         return h_bar
 
-    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> None:
+    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> Tensor | None:
         record: _Tape = evaluation.tape
+        parts, c_bars = self._parts(record.c), list[Tensor]()
         for i, (layer, a_bar) in enumerate(zip(self.layers, [*record.a_bar, f_bar], strict=True)):
             scale, y, s_bar = record.scale[i], record.y[i], None
             if scale is not None and y is not None:
                 s_bar = a_bar * y
                 if record.s_bar:
                     s_bar += record.s_bar[i]
-            layer.accumulate(record.t, a_bar, s_bar, alpha)
+            c_bar = layer.accumulate(record.t, parts[i], a_bar, s_bar, alpha)
+            if c_bar is not None:
+                c_bars.append(c_bar)
             layer.linear.accumulate(record.h[i], a_bar if scale is None else a_bar * scale, alpha)
+        return torch.cat(c_bars, 1) if c_bars else None
 
     def gradients(self) -> list[Tensor]:
         result = []
@@ -196,13 +213,26 @@ class LayeredKernel(Kernel):
 
 
 class LayeredDynamics(Dynamics):
-    """A stack of layers with one activation between them; see `MLP` and `ConvNet`."""
+    """A stack of layers with one activation between them; see `MLP` and `ConvNet`.
 
-    def __init__(self, layers: list[Layer], activation: str, event_shape: tuple[int, ...]) -> None:
+    A context joins every layer as time does: as further inputs that are the same all along (``"concat"`` and
+    ``"none"``; on images the same for all pixels, border included), or in gate and shift (``"concatsquash"``).
+    """
+
+    def __init__(
+        self, layers: list[Layer], activation: str, event_shape: tuple[int, ...], context_dim: int = 0
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.activation = activation
-        self.event_shape = event_shape
+        self.event_shape, self.context_dim = event_shape, context_dim
+        if context_dim:
+            widths = [layer.weight.shape[0] * TIME_ENTRIES[layer.time].context_parts for layer in layers]
+            self.context = nn.Linear(context_dim, sum(widths), bias=False)
+            with torch.no_grad():
+                for layer, rows in zip(layers, self.context.weight.split(widths), strict=True):
+                    bound = 0.0 if layer.zero else 1 / math.sqrt(layer.fan_in + context_dim)
+                    rows.uniform_(-bound, bound)
 
     def _bind(self, *, detach: bool) -> LayeredKernel:
         layers: list[Any] = list(self.layers)
@@ -210,8 +240,15 @@ class LayeredDynamics(Dynamics):
         bound = [layer.bind(detach=detach) for layer in layers]
         return LayeredKernel(bound, ACTIVATIONS[self.activation], names, len(self.event_shape) == 3)
 
-    def forward(self, t: Time, z: Tensor) -> Tensor:
-        return self._bind(detach=False).evaluate(t, z, None).f
+    def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
+        return self._bind(detach=False).evaluate(t, z, None, c=c).f
+
+    def embed(self, context: Tensor) -> Tensor:
+        embedded: Tensor = self.context(context)
+        return embedded
+
+    def solved_parameters(self) -> Iterable[nn.Parameter]:
+        return self.layers.parameters()
 
     def kernel(self, *, total_derivative: bool = False) -> Kernel:
         if total_derivative:
@@ -221,7 +258,8 @@ class LayeredDynamics(Dynamics):
         return self._bind(detach=True)
 
     def extra_repr(self) -> str:
-        return f"event_shape={self.event_shape}, activation={self.activation!r}"
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"event_shape={self.event_shape}, activation={self.activation!r}{context}"
 
 
 class MLP(LayeredDynamics):
@@ -232,15 +270,22 @@ class MLP(LayeredDynamics):
         hidden: Widths of the hidden layers.
         activation: ``"softplus"``, ``"tanh"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
         time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
+        context_dim: Number of features of the context; 0 for none.
     """
 
     def __init__(
-        self, dim: int, hidden: tuple[int, ...] = (64, 64, 64), *, activation: str = "softplus", time: str = "concat"
+        self,
+        dim: int,
+        hidden: tuple[int, ...] = (64, 64, 64),
+        *,
+        activation: str = "softplus",
+        time: str = "concat",
+        context_dim: int = 0,
     ) -> None:
         widths = (dim, *hidden, dim)
         last = len(hidden)
         layers = [Layer(widths[i], widths[i + 1], time=time, zero=i == last) for i in range(last + 1)]
-        super().__init__(layers, activation, (dim,))
+        super().__init__(layers, activation, (dim,), context_dim)
 
 
 class ConvNet(LayeredDynamics):
@@ -252,6 +297,7 @@ class ConvNet(LayeredDynamics):
         activation: ``"softplus"``, ``"tanh"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
         time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
         kernel_size: Side of the kernels; odd.
+        context_dim: Number of features of the context; 0 for none.
     """
 
     def __init__(
@@ -262,6 +308,7 @@ class ConvNet(LayeredDynamics):
         activation: str = "softplus",
         time: str = "concat",
         kernel_size: int = 3,
+        context_dim: int = 0,
     ) -> None:
         channels, height, width = event_shape
         widths = (channels, *hidden, channels)
@@ -271,4 +318,4 @@ class ConvNet(LayeredDynamics):
             Layer(widths[i], widths[i + 1], time=time, kernel=kernel, size=size, zero=i == last)
             for i in range(last + 1)
         ]
-        super().__init__(layers, activation, event_shape)
+        super().__init__(layers, activation, event_shape, context_dim)

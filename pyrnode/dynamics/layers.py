@@ -150,19 +150,27 @@ def _conv_weight_gradient(h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
 
 
 class TimeEntry(ABC):
-    """How time enters a layer: the scale s(t) and shift β(t), and the gradients of what they are made of."""
+    """How time and context enter a layer: the scale s and shift β, and the gradients of what they are made of.
+
+    The embedded context of a layer is made of vectors ``(batch, out)``, as many as `context_parts`, side by side.
+    """
+
+    context_parts = 1
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         self.linear = linear
         self.parameters = parameters
 
     @abstractmethod
-    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
+    def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """``(s, β)`` at time `t`, broadcastable over ``(batch, *out)``; s is `None` where it is 1."""
 
     @abstractmethod
-    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
-        """Adds the gradient from the cotangents of the layer's output and, elementwise, of its scale."""
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
+        """Adds the gradient from the cotangents of the layer's output and, elementwise, of its scale.
+
+        Gives `alpha` times the cotangent of the embedded context, where there is one.
+        """
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
@@ -170,25 +178,27 @@ class TimeEntry(ABC):
 
 
 class NoTime(TimeEntry):
-    """``a = W h + b``."""
+    """``a = W h + b + c``."""
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
         self.shift = linear.spread(parameters["bias"])
         self.bias_bar = torch.zeros_like(parameters["bias"])
 
-    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
-        return None, self.shift
+    def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        return None, self.shift if c is None else self.shift + self.linear.spread(c)
 
-    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
-        self.bias_bar.add_(self.linear.gather(a_bar).sum(0), alpha=alpha)
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
+        gathered = self.linear.gather(a_bar)
+        self.bias_bar.add_(gathered.sum(0), alpha=alpha)
+        return None if c is None else gathered * alpha
 
     def gradients(self) -> dict[str, Tensor]:
         return {"bias": self.bias_bar}
 
 
 class ConcatTime(TimeEntry):
-    """Time is one more input channel: ``a = W h + (b + t m)``, where m is the response to a channel of ones.
+    """Time is one more input channel: ``a = W h + (b + t m + c)``, where m is the response to a channel of ones.
 
     Because that channel is constant, m does not depend on the state: it is a vector (dense) or a map with its own
     border (convolution), found once per solve, and the layer never sees the extra channel.
@@ -201,12 +211,14 @@ class ConcatTime(TimeEntry):
         self.shift_bar: Tensor | None = None
         self.time_bar: Tensor | None = None
 
-    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
+    def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(t, Tensor):
-            return None, self.bias + t.reshape(-1, *[1] * self.response.ndim) * self.response
-        return None, torch.add(self.bias, self.response, alpha=t)
+            shift = self.bias + t.reshape(-1, *[1] * self.response.ndim) * self.response
+        else:
+            shift = torch.add(self.bias, self.response, alpha=t)
+        return None, shift if c is None else shift + self.linear.spread(c)
 
-    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
         total = a_bar.sum(0)
         timed = torch.tensordot(t, a_bar, 1) if isinstance(t, Tensor) else total
         beta = alpha if isinstance(t, Tensor) else alpha * t
@@ -215,6 +227,7 @@ class ConcatTime(TimeEntry):
         else:
             self.shift_bar.add_(total, alpha=alpha)
             self.time_bar.add_(timed, alpha=beta)
+        return None if c is None else self.linear.gather(a_bar) * alpha
 
     def gradients(self) -> dict[str, Tensor]:
         bias, weight = self.parameters["bias"], self.parameters["time_weight"]
@@ -227,28 +240,32 @@ class ConcatTime(TimeEntry):
 
 
 class ConcatSquashTime(TimeEntry):
-    """A gate and a shift by time: ``a = (W h + b) σ(t u + c) + t v`` (FFJORD's ``concatsquash``)."""
+    """A gate and a shift by time: ``a = (W h + b) σ(t u + g + c') + t v + c`` (FFJORD's ``concatsquash``)."""
+
+    context_parts = 2  # c, of the shift, and c', of the gate
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
         self.bars = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
-    def _gate(self, t: Time) -> tuple[Tensor, Tensor]:
-        """The gate and t itself as ``(out,)`` and ``()``, or ``(batch, out)`` and ``(batch, 1)``."""
+    def _gate(self, t: Time, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gate ``(out,)`` or ``(batch, out)``, and t itself, ``()`` or ``(batch, 1)``."""
         p = self.parameters
         time = t.unsqueeze(1) if isinstance(t, Tensor) else p["bias"].new_tensor(t)
-        return torch.sigmoid(time * p["gate_weight"] + p["gate_bias"]), time
+        gate = time * p["gate_weight"] + p["gate_bias"]
+        return torch.sigmoid(gate if c is None else gate + c.chunk(2, 1)[1]), time
 
-    def at(self, t: Time) -> tuple[Tensor | None, Tensor]:
-        gate, time = self._gate(t)
+    def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        gate, time = self._gate(t, c)
         shift = self.parameters["bias"] * gate + time * self.parameters["time_shift"]
+        shift = shift if c is None else shift + c.chunk(2, 1)[0]
         return self.linear.spread(gate), self.linear.spread(shift)
 
-    def accumulate(self, t: Time, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> None:
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
         assert s_bar is not None
-        gate, time = self._gate(t)
+        gate, time = self._gate(t, c)
         shift_bar, gate_bar = self.linear.gather(a_bar), self.linear.gather(s_bar)
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) and c is None:
             shift_bar, gate_bar = shift_bar.sum(0, keepdim=True), gate_bar.sum(0, keepdim=True)
         gate_bar = (gate_bar + self.parameters["bias"] * shift_bar) * gate * (1 - gate)
         for name, bar in (
@@ -258,6 +275,7 @@ class ConcatSquashTime(TimeEntry):
             ("gate_bias", gate_bar),
         ):
             self.bars[name].add_(bar.sum(0), alpha=alpha)
+        return None if c is None else torch.cat((shift_bar, gate_bar), 1) * alpha
 
     def gradients(self) -> dict[str, Tensor]:
         return self.bars
@@ -300,10 +318,14 @@ class Layer(nn.Module):
             self.time_shift = nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
 
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one output, time among them."""
+        return self.weight[0].numel() + (self.time_weight[0].numel() if self.time == "concat" else 0)
+
     def reset_parameters(self) -> None:
-        """PyTorch's own default for such a layer (uniform within 1/√fan-in, time counted as an input), or zero."""
-        fan_in = self.weight[0].numel() + (self.time_weight[0].numel() if self.time == "concat" else 0)
-        bound = 0.0 if self.zero else 1 / math.sqrt(fan_in)
+        """PyTorch's own default for such a layer (uniform within 1/√fan-in), or zero."""
+        bound = 0.0 if self.zero else 1 / math.sqrt(self.fan_in)
         for name, parameter in self.named_parameters():
             gated = name in ("gate_weight", "gate_bias", "time_shift") and not self.zero
             nn.init.uniform_(parameter, -1, 1) if gated else nn.init.uniform_(parameter, -bound, bound)

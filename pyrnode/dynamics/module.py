@@ -1,4 +1,4 @@
-"""Dynamics of the user's own: any `nn.Module` ``f(t, z)``, differentiated by nested autograd."""
+"""Dynamics of the user's own: any `nn.Module` ``f(t, z)`` or ``f(t, z, c)``, differentiated by nested autograd."""
 
 from __future__ import annotations
 
@@ -17,62 +17,71 @@ class _Graph:
     """The live autograd graph of one evaluation."""
 
     z: Tensor
+    c: Tensor | None
     f: Tensor
     w: Tensor | None
     r: Tensor | None
 
 
 class AutogradKernel(Kernel):
-    """Evaluates any differentiable ``f(t, z)``: w by a vector-Jacobian product whose graph is kept.
+    """Evaluates any dynamics: w by a vector-Jacobian product whose graph is kept.
 
     The general path: slower than an explicit product, and the only one that knows the total derivative.
     """
 
-    def __init__(self, function: nn.Module, *, total_derivative: bool = False) -> None:
-        self.function = function
+    def __init__(self, dynamics: Dynamics, *, total_derivative: bool = False) -> None:
+        self.dynamics = dynamics
         self.total_derivative = total_derivative
-        self.parameters = list(function.parameters())
+        self.parameters = list(dynamics.solved_parameters())
         self.trainable = [p for p in self.parameters if p.requires_grad]
         self.sums = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.enable_grad()
-    def evaluate(self, t: Time, z: Tensor, eps: Tensor | None, *, tape: bool = False) -> Evaluation:
+    def evaluate(
+        self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
+    ) -> Evaluation:
         if eps is None and not tape:
             with torch.no_grad():
-                return Evaluation(self.function(t, z), None, None, None)
+                return Evaluation(self.dynamics.rate(t, z, c), None, None, None)
         z = z.detach().requires_grad_()
+        c = None if c is None else c.detach().requires_grad_(tape)
         if self.total_derivative:
             t = t.detach() if isinstance(t, Tensor) else z.new_full((len(z),), t, requires_grad=False)
             t = t.requires_grad_()
-        f = self.function(t, z)
+        f = self.dynamics.rate(t, z, c)
         w = r = None
         if eps is not None:
             w = torch.stack([_vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)])
         if self.total_derivative:
             assert isinstance(t, Tensor)
             r = _total_derivative(t, z, f)
-        graph = _Graph(z, f, w, r) if tape else None
+        graph = _Graph(z, c, f, w, r) if tape else None
         w, r = (None if x is None else x.detach() for x in (w, r))
         return Evaluation(f.detach(), w, r, graph)
 
     def pullback(
         self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         graph: _Graph = evaluation.tape
         pairs = [(graph.f, f_bar), (graph.w, w_bar), (graph.r, r_bar)]
         live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
+        c = None if alpha is None else graph.c
         if not live:
-            return torch.zeros_like(graph.z)
-        inputs = [graph.z, *(self.trainable if alpha is not None else [])]
+            return torch.zeros_like(graph.z), None if c is None else torch.zeros_like(c)
+        inputs = [graph.z, *([] if c is None else [c]), *(self.trainable if alpha is not None else [])]
         outputs, bars = zip(*live, strict=True)
-        z_bar, *bars_theta = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=True)
+        z_bar, *rest = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=True)
+        c_bar = None
+        if c is not None:
+            c_bar = rest.pop(0)
+            c_bar = torch.zeros_like(c) if c_bar is None else c_bar * alpha
         if alpha is not None:
-            found = iter(bars_theta)
+            found = iter(rest)
             for p, total in zip(self.parameters, self.sums, strict=True):
                 bar = next(found) if p.requires_grad else None
                 if bar is not None:
                     total.add_(bar, alpha=alpha)
-        return torch.zeros_like(graph.z) if z_bar is None else z_bar
+        return torch.zeros_like(graph.z) if z_bar is None else z_bar, c_bar
 
     def tape_bytes(self, z: Tensor, probes: int) -> int:
         return 0  # not known
@@ -113,18 +122,20 @@ class ModuleDynamics(Dynamics):
     """Dynamics given by the user's own module.
 
     Args:
-        module: Called as ``module(t, z)`` with `t` ``(batch,)`` and `z` ``(batch, *event)``; returns
-            ``(batch, *event)``. It must treat the samples of a batch separately (no batch normalisation).
+        module: Called as ``module(t, z)`` with `t` ``(batch,)`` and `z` ``(batch, *event)``, or with a context as
+            ``module(t, z, c)`` with `c` ``(batch, m)``; returns ``(batch, *event)``. It must treat the samples of a
+            batch separately (no batch normalisation).
         event_shape: Shape of one state, without the batch.
+        context_dim: Number of features ``m`` of the context; 0 for none.
 
     Raises:
         ConfigError: The module does not map ``(batch, *event)`` to itself.
     """
 
-    def __init__(self, module: nn.Module, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, module: nn.Module, event_shape: tuple[int, ...], context_dim: int = 0) -> None:
         super().__init__()
         self.module = module
-        self.event_shape = tuple(event_shape)
+        self.event_shape, self.context_dim = tuple(event_shape), context_dim
         for layer in module.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 raise ConfigError(
@@ -133,13 +144,19 @@ class ModuleDynamics(Dynamics):
                 )
         reference = next(module.parameters(), torch.zeros(()))
         with torch.no_grad():
-            probe = self.forward(0.5, reference.new_zeros(2, *self.event_shape))
+            context = reference.new_zeros(2, context_dim) if context_dim else None
+            try:
+                probe = self.rate(0.5, reference.new_zeros(2, *self.event_shape), context)
+            except TypeError as error:
+                form = "module(t, z, c)" if context_dim else "module(t, z)"
+                raise ConfigError(f"the dynamics cannot be called as {form}: {error}") from error
         if not isinstance(probe, Tensor) or tuple(probe.shape) != (2, *self.event_shape):
             shape = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
             raise ConfigError(f"module(t, z) gave {shape} for z of shape {(2, *self.event_shape)}; expected the same")
 
-    def forward(self, t: Time, z: Tensor) -> Tensor:
-        result: Tensor = self.module(t if isinstance(t, Tensor) else z.new_full((len(z),), t), z)
+    def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
+        time = t if isinstance(t, Tensor) else z.new_full((len(z),), t)
+        result: Tensor = self.module(time, z) if c is None else self.module(time, z, c)
         return result
 
     def kernel(self, *, total_derivative: bool = False) -> Kernel:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
-from pyrnode.errors import SolverError
+from pyrnode.errors import ConfigError, SolverError
 
 
 class Probes(NamedTuple):
@@ -101,31 +101,44 @@ class Solve(Protocol):
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``, or no columns without probes."""
 
-    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Cotangents of the start state and of the parameters of the dynamics."""
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Cotangents of the start state, of the embedded context, and of the parameters that the solve depends on."""
 
 
 class _Differentiable(torch.autograd.Function):
     """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
 
     @staticmethod
-    def forward(ctx: Any, solve: Solve, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, solve: Solve, z0: Tensor, c: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.solve = solve
         return solve.forward(z0.detach(), record=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
-        z0_bar, gradients = ctx.solve.backward(z_bar, q_bar)
-        return None, z0_bar, *gradients
+        z0_bar, c_bar, gradients = ctx.solve.backward(z_bar, q_bar)
+        return None, z0_bar, c_bar, *gradients
 
 
-def run(solve: Solve, z0: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """`solve.forward`, recorded as a node of autograd's graph where a gradient can be asked for."""
-    if torch.is_grad_enabled() and (z0.requires_grad or any(p.requires_grad for p in parameters)):
-        z, q = _Differentiable.apply(solve, z0, *parameters)
+def run(solve: Solve, z0: Tensor, c: Tensor | None, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """`solve.forward`, recorded as a node of autograd's graph where a gradient can be asked for.
+
+    `c` is the context as the solve sees it (`embedded`).
+    """
+    inputs = [z0, *parameters, *([] if c is None else [c])]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        z, q = _Differentiable.apply(solve, z0, c, *parameters)
         return z, q
     return solve.forward(z0, record=False)
+
+
+def embedded(dynamics: Dynamics, context: Tensor | None, batch: int) -> Tensor | None:
+    """The context as a solve sees it; raises `ConfigError` where it does not fit the dynamics."""
+    given = None if context is None else tuple(context.shape)
+    expected = (batch, dynamics.context_dim) if dynamics.context_dim else None
+    if given != expected:
+        raise ConfigError(f"context of shape {given}: expected {expected}, as the dynamics have it")
+    return None if context is None else dynamics.embed(context).contiguous()
 
 
 def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:
@@ -174,19 +187,22 @@ class Engine(ABC):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
+        context: Tensor | None = None,
         total_derivative: bool = False,
     ) -> Solution:
-        """Integrates the augmented system; differentiable in `z0` and in the parameters of `dynamics`.
+        """Integrates the augmented system; differentiable in `z0`, `context` and the parameters of `dynamics`.
 
         Args:
-            dynamics: ``f(z, t; θ)``.
+            dynamics: ``f(z, t; θ)``, or ``f(z, t, c; θ)``.
             z0: State at the start, ``(batch, *event)``.
             probes: Probes of the divergence; `None` solves for the state alone.
             t_span: Start and end time; the end may come first (decoding).
             solver: Method, step or tolerances, sensitivity algorithm.
+            context: ``(batch, m)``, for conditional dynamics.
             total_derivative: Also integrate ``D`` (eq. 7).
 
         Raises:
+            ConfigError: The context does not fit the dynamics.
             EngineUnavailableError: The engine lacks the solver or the sensitivity algorithm.
             SolverError: The solve did not reach its end time, or is not finite.
         """

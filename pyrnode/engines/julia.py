@@ -29,6 +29,7 @@ from pyrnode.engines.base import (
     Probes,
     Solution,
     Stats,
+    embedded,
     not_finite_at_start,
     run,
     stuck,
@@ -189,10 +190,10 @@ class JuliaEngine(Engine):
         hidden = [layer.weight.shape[0] for layer in layers[:-1]]
         side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
         kind = "mlp" if isinstance(dynamics, MLP) else "conv"
-        key = (kind, dynamics.event_shape, tuple(hidden), dynamics.activation, layers[0].time, side)
+        rest = (dynamics.activation, layers[0].time, side, dynamics.context_dim > 0)
+        key = (kind, dynamics.event_shape, tuple(hidden), *rest)
         if key not in self._networks:
-            event = list(dynamics.event_shape)
-            self._networks[key] = _bridge().network(kind, event, hidden, dynamics.activation, layers[0].time, side)
+            self._networks[key] = _bridge().network(kind, list(dynamics.event_shape), hidden, *rest)
         return self._networks[key]
 
     def integrate(
@@ -203,6 +204,7 @@ class JuliaEngine(Engine):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
+        context: Tensor | None = None,
         total_derivative: bool = False,
     ) -> Solution:
         handle = self._solver(solver)
@@ -215,19 +217,21 @@ class JuliaEngine(Engine):
                 "CUDA.jl is not installed for the Julia engine; run: pyrnode install-julia --cuda"
             )
         total_derivative = total_derivative and probes is not None
-        solve = _Solve(self, dynamics, probes, t_span, solver, handle, total_derivative)
-        z, q = run(solve, z0.contiguous(), tuple(dynamics.parameters()))
+        c = embedded(dynamics, context, len(z0))
+        detached = None if c is None else c.detach()
+        solve = _Solve(self, dynamics, probes, detached, t_span, solver, handle, total_derivative)
+        z, q = run(solve, z0.contiguous(), c, tuple(dynamics.solved_parameters()))
         l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         return Solution(z, l, E, n, D, solve.stats)
 
 
 def flat_parameters(dynamics: Dynamics) -> Tensor:
-    """The parameters as one vector ``(P,)`` that shares their memory.
+    """The parameters of a solve as one vector ``(P,)`` that shares their memory.
 
     They are moved into one piece of memory where they are not in one already: the first time, and after ``.to()`` or a
     copy. Optimisers and ``load_state_dict`` write into that memory, so this happens once.
     """
-    parameters = list(dynamics.parameters())
+    parameters = list(dynamics.solved_parameters())
     first, offset = parameters[0], 0
     together = True
     for p in parameters:
@@ -257,6 +261,7 @@ class _Solve:
     engine: JuliaEngine
     dynamics: Dynamics
     probes: Probes | None
+    context: Tensor | None  # embedded
     t_span: tuple[float, float]
     solver: SolverConfig
     handle: Any
@@ -275,12 +280,15 @@ class _Solve:
             dynamics, theta = self.engine._network(self.dynamics), flat_parameters(self.dynamics)  # type: ignore[arg-type]
         else:
             alone = bool(bridge.is_separate(self.handle, _shared(z0)))
-            foreign = _Foreign(self.dynamics, z0[:1] if alone else z0, self.probes, self.total_derivative)
+            rows = slice(0, 1 if alone else len(z0))
+            c = None if self.context is None else self.context[rows]
+            foreign = _Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
             dynamics, theta = foreign.handle(bridge), foreign.theta
         z, q = torch.empty_like(z0), z0.new_zeros(4, len(z0))
         counts = torch.zeros(4, dtype=torch.float64)
         weight = 0.0 if self.probes is None else self.probes.weight
-        arrays = (_shared(theta), _shared(z0), _shared(eps), weight, *self.t_span, self.total_derivative, record)
+        inputs = map(_shared, (theta, z0, self.context, eps))
+        arrays = (*inputs, weight, *self.t_span, self.total_derivative, record)
         _synchronize(z0)
         try:
             solve = _call(bridge.forward, dynamics, self.handle, *arrays, *map(_shared, (z, q, counts)))
@@ -290,24 +298,26 @@ class _Solve:
         vars(self.stats).update(vars(Stats(nfe, int(nfe_max), 0.0, accepted, rejected)))
         if record:
             self.recorded, self.kept = solve, (theta, z0, eps, dynamics)
-            self.versions = [p._version for p in self.dynamics.parameters()]
+            self.versions = [p._version for p in self.dynamics.solved_parameters()]
         return z, q.t()
 
-    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
-        parameters = list(self.dynamics.parameters())
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        parameters = list(self.dynamics.solved_parameters())
         if [p._version for p in parameters] != self.versions:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
         theta, z0, _, _ = self.kept
         z0_bar, gradient = torch.empty_like(z0), torch.empty_like(theta)
+        c_bar = None if self.context is None else torch.empty_like(self.context)
         z_bar, q_bar = z_bar.contiguous(), q_bar.t().contiguous()
         _synchronize(z0)
         try:
-            evaluations = _call(_bridge().backward, self.recorded, *map(_shared, (z_bar, q_bar, z0_bar, gradient)))
+            arrays = map(_shared, (z_bar, q_bar, z0_bar, c_bar, gradient))
+            evaluations = _call(_bridge().backward, self.recorded, *arrays)
         except _JuliaFailure as failure:
             raise self._error(failure) from None
         self.stats.nfe_backward = float(evaluations)
         parts = gradient.split([p.numel() for p in parameters])
-        return z0_bar, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        return z0_bar, c_bar, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
 
     def _error(self, failure: _JuliaFailure) -> BaseException:
         """What happened in Julia, in the words of both engines."""
@@ -341,9 +351,12 @@ class _Foreign:
     Both sides see the same buffers, so that a call carries no arrays.
     """
 
-    def __init__(self, dynamics: Dynamics, like: Tensor, probes: Probes | None, total_derivative: bool) -> None:
+    def __init__(
+        self, dynamics: Dynamics, like: Tensor, c: Tensor | None, probes: Probes | None, total_derivative: bool
+    ) -> None:
         self.dynamics, self.total_derivative = dynamics, total_derivative
-        self.theta = torch.cat([like.new_zeros(0), *(p.detach().reshape(-1) for p in dynamics.parameters())])
+        self.theta = torch.cat([like.new_zeros(0), *(p.detach().reshape(-1) for p in dynamics.solved_parameters())])
+        self.c, self.c_bar = (None if c is None else torch.zeros_like(c) for _ in range(2))
         self.z, self.f, self.f_bar, self.z_bar = (torch.empty_like(like) for _ in range(4))
         k = 0 if probes is None else len(probes.eps)
         self.eps, self.w, self.w_bar = (like.new_empty(k, *like.shape) if k else None for _ in range(3))
@@ -359,6 +372,7 @@ class _Foreign:
         """Julia's side of it."""
         arrays = (
             self.z,
+            self.c,
             self.eps,
             self.f,
             self.w,
@@ -367,15 +381,16 @@ class _Foreign:
             self.w_bar,
             self.r_bar,
             self.z_bar,
+            self.c_bar,
             self.theta_bar,
         )
         return bridge.foreign(self.evaluate, self.pull, self.collect, *map(_shared, arrays))
 
     def evaluate(self, t: float, probe: bool, tape: bool) -> None:
-        """``z, ε → f, w, r`` at time `t`."""
+        """``z, c, ε → f, w, r`` at time `t`."""
         eps = self.eps.clone() if probe and self.eps is not None else None
-        z = self.kernel.layout(self.z.clone())
-        self.evaluation = self.kernel.evaluate(t, z, eps, tape=tape)
+        z, c = self.kernel.layout(self.z.clone()), None if self.c is None else self.c.clone()
+        self.evaluation = self.kernel.evaluate(t, z, eps, c=c, tape=tape)
         for buffer, value in (
             (self.f, self.evaluation.f),
             (self.w, self.evaluation.w),
@@ -385,10 +400,13 @@ class _Foreign:
                 buffer.copy_(value)
 
     def pull(self, has_w: bool) -> None:
-        """``f̄, w̄, r̄ → z̄`` at the last evaluation; the gradient of θ gathers in the kernel."""
+        """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the kernel."""
         assert self.evaluation is not None
         w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
-        self.z_bar.copy_(self.kernel.pullback(self.evaluation, self.f_bar, w_bar, r_bar, 1.0))
+        z_bar, c_bar = self.kernel.pullback(self.evaluation, self.f_bar, w_bar, r_bar, 1.0)
+        self.z_bar.copy_(z_bar)
+        if self.c_bar is not None and c_bar is not None:
+            self.c_bar.copy_(c_bar)
 
     def collect(self) -> None:
         """The gathered gradient ``→ θ̄``; the next one begins at zero."""

@@ -22,7 +22,7 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.base import Engine, Probes, Solution, Stats, run
+from pyrnode.engines.base import Engine, Probes, Solution, Stats, embedded, run
 from pyrnode.engines.runge_kutta import (
     ErrorNorm,
     OnStep,
@@ -72,18 +72,19 @@ class TorchEngine(Engine):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
+        context: Tensor | None = None,
         total_derivative: bool = False,
     ) -> Solution:
         self.check(solver)
         if solver.sensealg == "auto":
             solver = replace(solver, sensealg="Backprop")
         total_derivative = total_derivative and probes is not None
-        solve = _Solve(dynamics, probes, t_span, solver, total_derivative)
+        c = embedded(dynamics, context, len(z0))
+        solve = _Solve(dynamics, probes, None if c is None else c.detach(), t_span, solver, total_derivative)
         z0 = solve.kernel.layout(z0)
         if probes is not None:
             solve.probes = Probes(solve.kernel.layout(probes.eps), probes.weight)
-        parameters = tuple(dynamics.parameters())
-        z, q = run(solve, z0, parameters)
+        z, q = run(solve, z0, c, tuple(dynamics.solved_parameters()))
         l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         return Solution(z, l, E, n, D, solve.stats)
 
@@ -102,6 +103,7 @@ class _Solve:
 
     dynamics: Dynamics
     probes: Probes | None
+    context: Tensor | None  # embedded
     t_span: tuple[float, float]
     solver: SolverConfig
     total_derivative: bool
@@ -111,6 +113,7 @@ class _Solve:
     end: Tensor | None = None
     evaluations: list[Evaluation] = field(default_factory=list)  # of the present step's stages, until they are joined
     joints: list[_Joint] = field(default_factory=list)  # of every step, where intermediates are stored
+    context_bar: Tensor | None = None
 
     bound: Kernel | None = None
 
@@ -187,13 +190,16 @@ class _Solve:
             return None
         return self.probes.eps if rows is None else self.probes.eps[:, rows]
 
+    def _context(self, rows: Tensor | None) -> Tensor | None:
+        return self.context if self.context is None or rows is None else self.context[rows]
+
     def _augmented(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
         """The right-hand side of the augmented system."""
-        eps = self._eps(rows) if weight else None
+        eps, c = self._eps(rows) if weight else None, self._context(rows)
         parts = []
         for piece in self._pieces(z):
             part_eps = None if eps is None else eps[:, piece]
-            ev = self.kernel.evaluate(_rows(t, piece), z[piece], part_eps)
+            ev = self.kernel.evaluate(_rows(t, piece), z[piece], part_eps, c=None if c is None else c[piece])
             parts.append((ev.f, self._integrands(ev, part_eps)))
         if len(parts) == 1:
             return Rate(*parts[0])
@@ -207,7 +213,7 @@ class _Solve:
 
     def _state(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
         """The right-hand side of the state alone, each evaluation of which is kept."""
-        evaluation = self.kernel.evaluate(t, z, None, tape=True)
+        evaluation = self.kernel.evaluate(t, z, None, c=self._context(rows), tape=True)
         self.evaluations.append(evaluation)
         return Rate(evaluation.f, z.new_empty(len(z), 0))
 
@@ -241,14 +247,15 @@ class _Solve:
         r_bar = None if ev.r is None else 2 * D_bar * ev.r
         return f_bar, w_bar, r_bar
 
-    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Cotangents of the start state and of the parameters.
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Cotangents of the start state, of the embedded context, and of the parameters.
 
         A second pass (``retain_graph=True``) finds the stages' states still there, and evaluates them again.
         """
         if self._versions() != self.versions:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
         z_bar = self.kernel.layout(z_bar)
+        self.context_bar = None if self.context is None else torch.zeros_like(self.context)
         if self.joints:
             for step in reversed(self.steps):
                 z_bar = self._joint_back(step, self.joints.pop(), z_bar, q_bar)
@@ -259,10 +266,21 @@ class _Solve:
             z_bar = self._backsolve(z_bar, q_bar)
         gradients = self.kernel.gradients()
         self.bound = None
-        return z_bar, gradients
+        return z_bar, self.context_bar, gradients
+
+    def _add_context_bar(self, rows: Tensor | None, bars: list[Tensor | None]) -> None:
+        """Adds the context's cotangents of consecutive pieces of the samples `rows`."""
+        given = [bar for bar in bars if bar is not None]
+        if self.context_bar is None or not given:
+            return
+        bar = torch.cat(given)
+        if rows is None:
+            self.context_bar += bar.unflatten(0, (-1, len(self.context_bar))).sum(0)  # one stage, or several joined
+        else:
+            self.context_bar.index_add_(0, rows, bar)
 
     def _versions(self) -> list[int]:
-        return [p._version for p in self.dynamics.parameters()]
+        return [p._version for p in self.dynamics.solved_parameters()]
 
     def _stage_bar(
         self, tableau: solvers.Tableau, i: int, h: Time, bar: Tensor, stage_bars: list[Tensor | None]
@@ -281,6 +299,7 @@ class _Solve:
     def _step_back(self, step: Step, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         """Pulls the cotangents back through one accepted step, each stage evaluated again."""
         tableau, rows, eps = solvers.method(self.solver.name).tableau, step.rows, self._eps(step.rows)
+        c = self._context(rows)
         bar, q_rows = (z_bar, q_bar) if rows is None else (z_bar[rows], q_bar[rows])
         h_z, h_q = per_sample(step.h, bar), per_sample(step.h, q_rows)
         stage_bars: list[Tensor | None] = [None] * len(tableau.b)
@@ -294,10 +313,12 @@ class _Solve:
             parts = []
             for piece in self._pieces(bar):
                 stage_eps = eps[:, piece] if eps is not None and tableau.b[i] else None
-                ev = self.kernel.evaluate(_rows(t, piece), step.stages[i][piece], stage_eps, tape=True)
+                part_c = None if c is None else c[piece]
+                ev = self.kernel.evaluate(_rows(t, piece), step.stages[i][piece], stage_eps, c=part_c, tape=True)
                 bars = self._cotangents(ev, f_bar[piece], share[piece], stage_eps)
                 parts.append(self.kernel.pullback(ev, *bars, 1.0))
-            stage_bar = torch.cat(parts) if len(parts) > 1 else parts[0]
+            self._add_context_bar(rows, [context_bar for _, context_bar in parts])
+            stage_bar = torch.cat([part for part, _ in parts]) if len(parts) > 1 else parts[0][0]
             stage_bars[i], total = stage_bar, total + stage_bar
         return total if rows is None else z_bar.index_copy(0, rows, total)
 
@@ -318,7 +339,7 @@ class _Solve:
                 rows = slice(i * batch, (i + 1) * batch)
                 stage_bar = split.pull_state(stages, f_bars[rows].add_(bar), rows)
                 stage_bars[i], total = stage_bar, total + stage_bar
-        split.pull_parameters(stages, f_bars, 1.0)
+        self._add_context_bar(None, [split.pull_parameters(stages, f_bars, 1.0)])
         return total
 
     def _backsolve(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
@@ -332,21 +353,24 @@ class _Solve:
         def adjoint(t: Time, y: Tensor, rows: Tensor | None, weight: float) -> Rate:
             z, a = (self.kernel.layout(x) for x in y.unbind(1))
             eps = self._eps(rows)
-            ev = self.kernel.evaluate(t, z, eps, tape=True)
+            ev = self.kernel.evaluate(t, z, eps, c=self._context(rows), tape=True)
             bars = self._cotangents(ev, a, q_bar if rows is None else q_bar[rows], eps)
-            return Rate(torch.stack((ev.f, -self.kernel.pullback(ev, *bars, None)), 1), y.new_empty(len(y), 0))
+            a_rate, _ = self.kernel.pullback(ev, *bars, None)
+            return Rate(torch.stack((ev.f, -a_rate), 1), y.new_empty(len(y), 0))
 
         def accumulate(step: Step) -> None:
             eps, rows = self._eps(step.rows), step.rows
-            for c, b, y in zip(method.tableau.c, method.tableau.b, step.stages, strict=True):
+            for node, b, y in zip(method.tableau.c, method.tableau.b, step.stages, strict=True):
                 if not b:
                     continue
                 z, a = (self.kernel.layout(x) for x in y.unbind(1))
-                ev = self.kernel.evaluate(_cast(step.t + c * step.h, z), z, eps, tape=True)
+                t = _cast(step.t + node * step.h, z)
+                ev = self.kernel.evaluate(t, z, eps, c=self._context(rows), tape=True)
                 share = per_sample(-b * step.h, a)
                 q_rows = q_bar if rows is None else q_bar[rows]
                 q_share = share.reshape(-1, 1) * q_rows if isinstance(share, Tensor) else share * q_rows
-                self.kernel.pullback(ev, *self._cotangents(ev, a * share, q_share, eps), 1.0)
+                _, context_bar = self.kernel.pullback(ev, *self._cotangents(ev, a * share, q_share, eps), 1.0)
+                self._add_context_bar(rows, [context_bar])
 
         y = torch.stack((self.end, z_bar), 1)
         t0, t1 = self.t_span

@@ -67,7 +67,7 @@ function cost(::Type{T}) where {T}
     dynamics = MLP(2, (64, 64, 64))
     θ = fill(T(0.1), sum(length, dynamics.specs))
     z = ones(T, 2, 512)
-    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, 1), ones(T, 2, 512, 1), 1.0, size(z), 3)
+    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, 1), nothing, ones(T, 2, 512, 1), 1.0, size(z), 3)
     u = RNODE.initial_state(system, z)
     du = similar(u)
     RNODE.rate!(du, system, u, 0.5)
@@ -75,7 +75,7 @@ function cost(::Type{T}) where {T}
     kernel = only(values(system.workers[1].kernels))
     returned = only(Base.return_types(RNODE.rate!, typeof.((du, system, u, 0.5))))
     columns = first(system.workers[1].pieces)
-    product = only(Base.return_types(RNODE.evaluate!, typeof.((kernel, 0.5, view(z, :, columns), view(system.probes, :, columns, :), false))))
+    product = only(Base.return_types(RNODE.evaluate!, typeof.((kernel, 0.5, view(z, :, columns), nothing, view(system.probes, :, columns, :), false))))
     return bytes, isconcretetype(returned), isconcretetype(product)
 end
 
