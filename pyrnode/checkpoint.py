@@ -114,7 +114,12 @@ def save_flow(flow: Flow, path: str | Path) -> None:
             "a flow with dynamics of your own cannot be rebuilt from a file; save flow.state_dict() with torch, "
             "and build the flow with Flow.build(config, event_shape, dynamics=...) to load it"
         )
-    description = {"config": flow.config.to_dict(), "event_shape": flow.event_shape, "levels": flow.levels}
+    description = {
+        "config": flow.config.to_dict(),
+        "event_shape": flow.event_shape,
+        "levels": flow.levels,
+        "context_dim": flow.context_dim,
+    }
     write(path, "flow", flow.state_dict(), description)
 
 
@@ -138,7 +143,8 @@ def load_flow(path: str | Path, *, engine: str | None = None, device: str = "cpu
     Config().override(overrides)  # an unknown engine is not the file's fault
     try:
         config = Config.from_dict(description["config"]).override(overrides)
-        flow = Flow.build(config, tuple(description["event_shape"]), levels=description["levels"])
+        shape, levels, context_dim = (description[key] for key in ("event_shape", "levels", "context_dim"))
+        flow = Flow.build(config, tuple(shape), levels=levels, context_dim=context_dim)
         flow.load_state_dict(tensors)
     except EngineUnavailableError:
         raise

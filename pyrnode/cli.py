@@ -97,6 +97,7 @@ def _sample(args: argparse.Namespace) -> int:
     import io
 
     import numpy as np
+    import torch
 
     from pyrnode import plotting
     from pyrnode.checkpoint import write_atomically
@@ -107,7 +108,8 @@ def _sample(args: argparse.Namespace) -> int:
     flow = pyrnode.load(args.run, engine=args.engine)
     if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy file")
-    samples = flow.sample(args.n, seed=args.seed, temperature=args.temperature)
+    context = None if args.context is None else torch.tensor(args.context)
+    samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
     else:
@@ -254,6 +256,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a run, or a model file")
     parser.add_argument("--out", required=True, help=".png grid (images) or .npy array")
     parser.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
+    parser.add_argument("--context", type=float, nargs="+", help="context of a conditional flow, its features in order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the base (default 1)")
     parser.add_argument("--engine", choices=["auto", "torch", "julia"])

@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Transform, constraints, register_k
 from pyrnode.config import SolverConfig
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export.module import TorchFlow
-from pyrnode.flow import Flow, base_log_prob
+from pyrnode.flow import Flow, base_log_prob, check_context, chunked
 from pyrnode.noise import SampleNoise
 from pyrnode.transforms import Dequantize
 from pyrnode.transforms import Transform as DataTransform
@@ -37,7 +37,13 @@ class _Bijection:
     """Both directions of a flow, differentiable, on continuous values: for discrete data ``p + u``."""
 
     def __init__(
-        self, flow: Flow | TorchFlow, solver: SolverConfig | None, divergence: str, probes: int, seed: int
+        self,
+        flow: Flow | TorchFlow,
+        context: Tensor | None,
+        solver: SolverConfig | None,
+        divergence: str,
+        probes: int,
+        seed: int,
     ) -> None:
         if isinstance(flow, TorchFlow):
             if (solver, divergence, probes, seed) != (None, "auto", 1, 0):
@@ -49,6 +55,10 @@ class _Bijection:
         self.flow, self.solver, self.divergence, self.probes, self.seed = flow, solver, divergence, probes, seed
         self.event_shape = torch.Size(flow.event_shape)
         self.dim = flow.dim
+        context = None if context is None else torch.as_tensor(context)
+        check_context(None if context is None else context.flatten(0, -2), flow.context_dim, None)
+        self.context = None if context is None else context.to(self.like)
+        self.batch_shape = torch.Size() if context is None else context.shape[:-1]
 
     @property
     def like(self) -> Tensor:
@@ -56,41 +66,51 @@ class _Bijection:
         return next(self.flow.parameters(), torch.zeros(()))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` ``(n, d)`` and ``log |det ∂z/∂x|`` ``(n,)`` of ``x`` ``(n, *event)``."""
+        """``z`` ``(..., d)`` and ``log |det ∂z/∂x|`` ``(...)`` of ``x`` ``(..., *event)``, broadcast with the contexts.
+
+        Raises:
+            DataError: Not a floating-point tensor, or of another shape.
+        """
+        x, lead = self._flat(x, self.event_shape, "values")
         if not x.is_floating_point():
             raise DataError(f"values of {x.dtype}: expected floating-point values, for discrete data p + u")
         if not len(x):
-            return self.like.new_zeros(0, self.dim), self.like.new_zeros(0)
-        parts = [self._encode(chunk) for chunk in x.split(_CHUNK)]
-        zs, log_dets = zip(*parts, strict=True)
-        return torch.cat(zs), torch.cat(log_dets)
+            return self.like.new_zeros(*lead, self.dim), self.like.new_zeros(lead)
+        zs, log_dets = zip(*(self._encode(*pair) for pair in chunked(x, self._contexts(lead), _CHUNK)), strict=True)
+        return torch.cat(zs).reshape(*lead, self.dim), torch.cat(log_dets).reshape(lead)
 
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if isinstance(self.flow, TorchFlow):
-            return self.flow.forward(x)
+            return self.flow.forward(x, context)
         x = self.flow.prepare(x)
         noise = SampleNoise(x, self.seed, x.dtype)  # that of Flow.log_prob
         draw = self.flow.draw(self.divergence, probes=self.probes, generator=noise)
         y, log_det = self.flow.transform(x)
-        solution = self.flow.solve(y, draw, self.solver)
+        solution = self.flow.solve(y, draw, self.solver, context=self.flow.condition(context, len(x)))
         return solution.z, solution.log_det + log_det
 
     def decode(self, z: Tensor) -> Tensor:
-        """``x`` ``(n, *event)`` of ``z`` ``(n, d)``."""
+        """``x`` ``(..., *event)`` of ``z`` ``(..., d)``, broadcast with the contexts; `DataError` for another shape."""
+        z, lead = self._flat(z, torch.Size([self.dim]), "latents")
         if not len(z):
-            return self.like.new_zeros(0, *self.event_shape)
-        return torch.cat([self._decode(chunk) for chunk in z.split(_CHUNK)])
+            return self.like.new_zeros(*lead, *self.event_shape)
+        x = torch.cat([self._decode(*pair) for pair in chunked(z, self._contexts(lead), _CHUNK)])
+        return x.reshape(*lead, *self.event_shape)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         if isinstance(self.flow, TorchFlow):
-            return self.flow.inverse(z)
+            return self.flow.inverse(z, context)
         if not bool(torch.isfinite(z).all()):
             raise DataError("latents have NaN or infinite values")
-        state = self.flow.unsolve(z, self.solver)
+        state = self.flow.unsolve(z, self.solver, context=self.flow.condition(context, len(z)))
         for part in reversed(self.flow.transform.transforms):
             assert isinstance(part, DataTransform)
             state = state * part.levels if isinstance(part, Dequantize) else part.inverse(state)  # not to integers
         return state
+
+    def _contexts(self, lead: torch.Size) -> Tensor | None:
+        """The contexts of values ``(*lead, ...)``, as ``(n, m)``."""
+        return None if self.context is None else self.context.expand(*lead, -1).reshape(-1, self.context.shape[-1])
 
     def support(self) -> constraints.Constraint:
         """The values that have a density."""
@@ -98,16 +118,18 @@ class _Bijection:
         values = constraints.real if levels is None else constraints.interval(0.0, float(levels))
         return constraints.independent(values, len(self.event_shape))
 
-    def flat(self, x: Tensor, shape: torch.Size, what: str) -> Tensor:
-        """``(..., *shape)`` as ``(n, *shape)``.
-
-        Raises:
-            DataError: Not a tensor, or of another shape.
-        """
+    def _flat(self, x: Tensor, shape: torch.Size, what: str) -> tuple[Tensor, torch.Size]:
+        """``(..., *shape)``, broadcast with the contexts, as ``(n, *shape)``; and the shape that was in front."""
         if not isinstance(x, Tensor) or x.shape[max(0, x.ndim - len(shape)) :] != shape:
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise DataError(f"{what} of shape {given}: expected (..., {', '.join(map(str, shape))})")
-        return x.reshape(-1, *shape)
+        lead = x.shape[: x.ndim - len(shape)]
+        try:
+            lead = torch.broadcast_shapes(lead, self.batch_shape)
+        except RuntimeError:
+            message = f"{what} of shape {tuple(x.shape)} do not go with contexts {tuple(self.batch_shape)}"
+            raise DataError(f"{message}: expected (..., {', '.join(map(str, self.batch_shape + shape))})") from None
+        return x.expand(*lead, *shape).reshape(-1, *shape), lead
 
 
 class FlowDistribution(Distribution):
@@ -119,6 +141,7 @@ class FlowDistribution(Distribution):
 
     Args:
         flow: A flow, or what its `to_torch` gives.
+        context: ``(*batch_shape, m)``, for conditional flows: a batch of densities, one for each context.
         solver: Solver; default the flow's accurate one.
         divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"``, as in `Flow.log_prob`.
         probes: Probes of an estimated divergence.
@@ -127,6 +150,7 @@ class FlowDistribution(Distribution):
 
     Raises:
         ConfigError: Unknown divergence, or settings for a module that has its own.
+        DataError: The context is missing, superfluous, or of the wrong width.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch's own declaration)
@@ -135,6 +159,7 @@ class FlowDistribution(Distribution):
     def __init__(
         self,
         flow: Flow | TorchFlow,
+        context: Tensor | None = None,
         *,
         solver: SolverConfig | None = None,
         divergence: str = "auto",
@@ -142,8 +167,9 @@ class FlowDistribution(Distribution):
         seed: int = 0,
         validate_args: bool | None = None,
     ) -> None:
-        self._bijection = _Bijection(flow, solver, divergence, probes, seed)
-        super().__init__(torch.Size(), self._bijection.event_shape, validate_args=validate_args)
+        self._bijection = _Bijection(flow, context, solver, divergence, probes, seed)
+        shapes = self._bijection.batch_shape, self._bijection.event_shape
+        super().__init__(*shapes, validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -151,7 +177,7 @@ class FlowDistribution(Distribution):
         return self._bijection.support()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        """The same density, independently, for every entry of a batch."""
+        """The same density, or densities, independently, for every entry of a batch."""
         new: Self = self._get_checked_instance(FlowDistribution, _instance)  # type: ignore[no-untyped-call]
         new._bijection = self._bijection
         super(FlowDistribution, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
@@ -166,8 +192,7 @@ class FlowDistribution(Distribution):
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         lead, like = shape[: len(shape) - len(self.event_shape)], self._bijection.like
-        z = torch.randn(math.prod(lead), self._bijection.dim, dtype=like.dtype, device=like.device)
-        return self._bijection.decode(z).reshape(shape)
+        return self._bijection.decode(torch.randn(*lead, self._bijection.dim, dtype=like.dtype, device=like.device))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, of shape ``(*sample_shape, *batch_shape)``, differentiable.
@@ -176,12 +201,11 @@ class FlowDistribution(Distribution):
             DataError: `value` has the wrong shape or is not finite.
             SolverError: A solve failed.
         """
-        flat = self._bijection.flat(value, self.event_shape, "values")
+        z, log_det = self._bijection.encode(value)
         if self._validate_args and value.numel():  # torch's own check fails on no values
             self._validate_sample(value)
-        z, log_det = self._bijection.encode(flat)
-        lead = value.shape[: value.ndim - len(self.event_shape)]
-        return (base_log_prob(z) + log_det).reshape(lead).expand(torch.broadcast_shapes(lead, self.batch_shape))
+        log_prob = base_log_prob(z) + log_det
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def __repr__(self) -> str:
         return f"FlowDistribution(event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)})"
@@ -197,6 +221,7 @@ class FlowTransform(Transform):
 
     Args:
         flow: A flow, or what its `to_torch` gives.
+        context: ``(..., m)``, for conditional flows; values are broadcast with it.
         solver: Solver; default the flow's accurate one.
         divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"``, as in `Flow.log_prob`.
         probes: Probes of an estimated divergence.
@@ -205,6 +230,7 @@ class FlowTransform(Transform):
 
     Raises:
         ConfigError: Unknown divergence, or settings for a module that has its own.
+        DataError: The context is missing, superfluous, or of the wrong width.
     """
 
     bijective = True
@@ -213,6 +239,7 @@ class FlowTransform(Transform):
     def __init__(
         self,
         flow: Flow | TorchFlow,
+        context: Tensor | None = None,
         *,
         solver: SolverConfig | None = None,
         divergence: str = "auto",
@@ -221,7 +248,7 @@ class FlowTransform(Transform):
         cache_size: int = 0,
     ) -> None:
         super().__init__(cache_size=cache_size)
-        self._bijection = _Bijection(flow, solver, divergence, probes, seed)
+        self._bijection = _Bijection(flow, context, solver, divergence, probes, seed)
         self.codomain = self._bijection.support()
         self._cached_log_det: tuple[Tensor, Tensor] | None = None
 
@@ -246,29 +273,23 @@ class FlowTransform(Transform):
         shape = torch.Size(shape)
         if shape[max(0, len(shape) - len(old)) :] != old:
             raise DataError(f"shape {tuple(shape)}: expected (..., {', '.join(map(str, old))})")
-        return torch.Size((*shape[: len(shape) - len(old)], *new))
+        lead = torch.broadcast_shapes(shape[: len(shape) - len(old)], self._bijection.batch_shape)
+        return torch.Size((*lead, *new))
 
     def _call(self, x: Tensor) -> Tensor:
-        z = self._bijection.flat(x, torch.Size([self._bijection.dim]), "latents")
-        return self._bijection.decode(z).reshape(self.forward_shape(x.shape))
+        return self._bijection.decode(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        z, log_det = self._encode(y)
+        z, log_det = self._bijection.encode(y)
         if self._cache_size:
             self._cached_log_det = (y, log_det)
         return z
-
-    def _encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        flat = self._bijection.flat(y, self._bijection.event_shape, "values")
-        z, log_det = self._bijection.encode(flat)
-        lead = y.shape[: y.ndim - len(self._bijection.event_shape)]
-        return z.reshape(*lead, self._bijection.dim), log_det.reshape(lead)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log |det ∂y/∂x|`` in nats for latents `x` and their data `y`, shape ``(...)``: found by encoding `y`."""
         if self._cached_log_det is not None and self._cached_log_det[0] is y:
             return -self._cached_log_det[1]
-        return -self._encode(y)[1]
+        return -self._bijection.encode(y)[1]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FlowTransform) and other._bijection is self._bijection
@@ -313,8 +334,3 @@ def _kl(p: Distribution, q: Distribution) -> Tensor:
 
 for _pair in ((FlowDistribution, FlowDistribution), (FlowDistribution, Distribution), (Distribution, FlowDistribution)):
     register_kl(*_pair)(_kl)
-
-
-def distribution(flow: Flow, **settings: Any) -> FlowDistribution:
-    """A flow as a distribution; see `Flow.distribution`."""
-    return FlowDistribution(flow, **settings)

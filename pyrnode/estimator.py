@@ -16,9 +16,10 @@ from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
 from pyrnode.config import Config
-from pyrnode.data import Splits, TensorSamples
+from pyrnode.data import Contexts, Splits, TensorSamples
 from pyrnode.data.arrays import check_varies
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
 from pyrnode.flow import Flow
@@ -37,7 +38,7 @@ class UnfittedError(PyrnodeError, NotFittedError):  # type: ignore[misc]
 
 
 class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
-    """Density of a table by a regularised neural ODE.
+    """Density of a table by a regularised neural ODE; with a context, the conditional density ``p(x | c)``.
 
     Features are standardised inside, and all densities are in the units of the input. A share of the samples is held
     out, and the weights that are best on it are kept. The training settings that are not parameters here are those of
@@ -137,7 +138,13 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     # -- fitting -----------------------------------------------------------------------------------------------------
 
-    def fit(self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: Any = None,
+        sample_weight: ArrayLike | None = None,
+        context: ArrayLike | None = None,
+    ) -> Self:
         """Learns the density.
 
         Args:
@@ -145,23 +152,33 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             y: Not used.
             sample_weight: Weights of the samples, ``(n,)``, not negative: a weight of 2 counts as two samples in the
                 loss, in the choice of the best weights and in the standardisation; 0 leaves the sample out.
+            context: ``(n, m)``, what the density is conditional on; the other methods then need one, too.
 
         Raises:
             ConfigError: A parameter does not fit.
-            DataError: `X` or the weights are not usable.
+            DataError: `X`, the weights or the context are not usable.
             TrainingDivergedError: Training stayed non-finite.
         """
         X = self._checked(X, reset=True)
         weights = None if sample_weight is None else _checked_weights(sample_weight, len(X))
+        given = None if context is None else _checked_context(context, len(X))
+        if given is not None and given.ndim != 2:
+            raise DataError(f"context has shape {tuple(given.shape)}: for one feature, pass context[:, None]")
         if weights is not None:
-            X, weights = X[weights > 0], weights[weights > 0]
+            used = weights > 0
+            X, weights, given = X[used], weights[used], None if given is None else given[used]
         rng = check_random_state(self.random_state)
         config = self._config(X.shape, int(rng.randint(2**31 - 1)))
         rows = self._divided(rng.permutation(len(X)), weights)
         values = torch.tensor(X, dtype=getattr(torch, config.dtype))
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
         parts = {name: TensorSamples(values[rows[name]]) for name in ("train", "validation")}
-        splits = Splits("X", parts["train"], parts["validation"], parts["validation"], (X.shape[1],))
+        contexts = None
+        if given is not None:
+            check_varies(given[rows["train"]], "the context (what is trained on)", None)
+            contexts = Contexts(given[rows["train"]], *[given[rows["validation"]]] * 2)
+        test = parts["validation"]  # there is none, and nothing looks at it
+        splits = Splits("X", parts["train"], parts["validation"], test, (X.shape[1],), contexts=contexts)
         loss_weights = None
         if weights is not None:
             loss_weights = Weights(*(torch.tensor(weights[rows[name]]) for name in ("train", "validation")))
@@ -172,7 +189,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if hasattr(self, "calibration_"):  # of an earlier fit
             del self.calibration_
         if len(rows["calibration"]):
-            self.calibration_ = Calibration(self._log_prob(X[rows["calibration"]]))
+            held_out = None if given is None else given[rows["calibration"]]
+            self.calibration_ = Calibration(self._log_prob(X[rows["calibration"]], held_out))
         return self
 
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
@@ -251,70 +269,81 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     # -- use ---------------------------------------------------------------------------------------------------------
 
-    def _log_prob(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        return log_densities(self.flow_, torch.tensor(X, dtype=next(self.flow_.parameters()).dtype))
+    def _log_prob(self, X: NDArray[Any], context: Tensor | None) -> NDArray[np.float64]:
+        return log_densities(self.flow_, torch.tensor(X, dtype=next(self.flow_.parameters()).dtype), context)
 
-    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+    def score_samples(self, X: ArrayLike, context: ArrayLike | None = None) -> NDArray[np.float64]:
         """Log-density of each sample.
 
         Args:
             X: ``(n, d)``.
+            context: ``(n, m)``, or ``(m,)`` for one that all samples share, where there was one in `fit`.
 
         Returns:
             Nats, ``(n,)``, in the units of `X`.
 
         Raises:
             UnfittedError: `fit` has not been called.
-            DataError: `X` has another width than in `fit`, or is not finite.
+            DataError: `X` or `context` has another width than in `fit`, or is not finite.
             SolverError: A solve failed.
         """
         self._fitted("flow_", "is not fitted: call fit first")
-        return self._log_prob(self._checked(X, reset=False))
+        X = self._checked(X, reset=False)
+        return self._log_prob(X, None if context is None else _checked_context(context, len(X)))
 
-    def score(self, X: ArrayLike, y: Any = None) -> float:
+    def score(self, X: ArrayLike, y: Any = None, context: ArrayLike | None = None) -> float:
         """Total log-density of the samples ``(n, d)`` in nats, as ``KernelDensity.score``; `y` is not used."""
-        return float(self.score_samples(X).sum())
+        return float(self.score_samples(X, context).sum())
 
     def sample(
-        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+        self,
+        n_samples: int = 1,
+        random_state: int | np.random.RandomState | None = None,
+        context: ArrayLike | None = None,
     ) -> NDArray[np.float64]:
-        """Draws samples, ``(n_samples, d)``, in the units of the input.
+        """Draws samples in the units of the input.
+
+        Returns:
+            ``(n_samples, d)``; for contexts ``(b, m)``, ``(b, n_samples, d)``.
 
         Raises:
             UnfittedError: `fit` has not been called.
             ConfigError: `n_samples` is not a positive number.
+            DataError: `context` as in `score_samples`.
         """
         self._fitted("flow_", "is not fitted: call fit first")
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        return self.flow_.sample(_plain(n_samples), seed=seed).double().cpu().numpy()
+        given = None if context is None else _checked_context(context, None)
+        return self.flow_.sample(_plain(n_samples), given, seed=seed).double().cpu().numpy()
 
-    def calibrate(self, X: ArrayLike) -> Self:
+    def calibrate(self, X: ArrayLike, context: ArrayLike | None = None) -> Self:
         """Takes the scores behind `p_values` from samples ``(n, d)`` that were not trained on.
 
         Raises:
             UnfittedError: `fit` has not been called.
             DataError: `X` does not fit.
         """
-        self.calibration_ = Calibration(self.score_samples(X))
+        self.calibration_ = Calibration(self.score_samples(X, context))
         return self
 
-    def p_values(self, X: ArrayLike) -> NDArray[np.float64]:
+    def p_values(self, X: ArrayLike, context: ArrayLike | None = None) -> NDArray[np.float64]:
         """How unusual each sample is: the chance that a sample like those of the calibration has as low a density.
 
         With n calibration scores ``c_i``, ``p = (1 + #{c_i ≤ log p(x)})/(n + 1)`` (conformal: for x from the same
         distribution, ``P(p ≤ α) ≤ α`` for every α, whatever the quality of the flow).
 
         Args:
-            X: ``(m, d)``.
+            X: ``(n', d)``.
+            context: As in `score_samples`.
 
         Returns:
-            ``(m,)``, from ``1/(n + 1)`` to 1.
+            ``(n',)``, from ``1/(n + 1)`` to 1.
 
         Raises:
             UnfittedError: Neither was ``calibration_fraction`` set nor `calibrate` called.
             DataError: `X` does not fit.
         """
-        scores = self.score_samples(X)
+        scores = self.score_samples(X, context)
         self._fitted(
             "calibration_", "is not calibrated: set calibration_fraction, or call calibrate(X) with held-out samples"
         )
@@ -324,6 +353,17 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 def _plain(value: Any) -> Any:
     """Numpy's numbers, which searches hand over, as Python's."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _checked_context(context: ArrayLike, n: int | None) -> Tensor:
+    """A context of `n` samples ``(n, m)``, or a single one ``(m,)`` once the flow is there to check its width."""
+    try:
+        values = check_array(context, ensure_2d=False, dtype=np.float64, input_name="context")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if values.ndim == 2 and n is not None and len(values) != n:
+        raise DataError(f"context has shape {values.shape}: expected ({n}, m), a row for each sample")
+    return torch.tensor(values)
 
 
 def _checked_weights(sample_weight: ArrayLike, n: int) -> NDArray[np.float64]:

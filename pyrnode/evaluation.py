@@ -18,7 +18,7 @@ from pyrnode import seeds
 from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Samples, Splits, TensorSamples, load
 from pyrnode.errors import DataError, SolverError
-from pyrnode.flow import Flow, base_log_prob
+from pyrnode.flow import Flow, base_log_prob, check_context
 from pyrnode.runs import Record, RunFolder
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
@@ -138,6 +138,7 @@ def evaluate(
     flow: Flow,
     data: Any,
     *,
+    context: Any = None,
     config: EvaluationConfig | None = None,
     training_solver: SolverConfig | None = None,
     baselines: bool = True,
@@ -150,6 +151,7 @@ def evaluate(
         flow: The flow.
         data: An array or tensor ``(n, *event)``, all of which is scored; or `Splits`, or what `pyrnode.train` takes
             (a name, a path, a torch data set): the test set is scored, baselines are fitted on the training set.
+        context: What the samples are conditional on, ``(n, m)``, a row for each; for conditional flows.
         config: Settings; default those of the flow.
         training_solver: Solver to compare with; default the flow's training solver.
         baselines: Fit and score the baselines (up to 128 dimensions, and only where there is a training set).
@@ -166,8 +168,12 @@ def evaluate(
     start = time.perf_counter()
     config = config or flow.config.evaluation
     is_array = isinstance(data, (Tensor, np.ndarray))
-    splits = None if is_array else load(data, config=flow.config.data)
+    splits = None if is_array else load(data, config=flow.config.data, context=context)
     test: Samples = TensorSamples(torch.as_tensor(data).cpu()) if splits is None else splits.test
+    contexts = None if context is None else torch.as_tensor(context)
+    if splits is not None:
+        contexts = None if splits.contexts is None else splits.contexts.test
+    check_context(contexts, flow.context_dim, len(test))
     count = min(len(test), config.test_limit or len(test))
     if count == 0:
         raise DataError("no test samples to score")
@@ -176,7 +182,7 @@ def evaluate(
     solver = replace(flow.solver, name=config.solver, rtol=config.rtol, atol=config.atol)
     exact = config.divergence == "exact" or (config.divergence == "auto" and flow.dim <= 64)
     draws = config.draws if flow.levels is not None or not exact else 1
-    scorer = _Scorer(flow, config, seed)
+    scorer = _Scorer(flow, config, seed, contexts)
     with torch.no_grad(), tqdm(total=draws * count, unit="sample", desc="evaluate", disable=not progress) as bar:
         log_prob, totals = scorer.score(test, count, solver, draws, bar)
         other = training_solver or flow.config.solver
@@ -191,9 +197,14 @@ def evaluate(
     gaps = None
     if density is not None and density.exact:
         gaps = density.log_prob(test.tensor()[:count].double()) - log_prob.double().mean(0)
-    table = _baseline_scores(flow, splits, count, draws, seed) if baselines and splits is not None else {}
-    if baselines and splits is not None and flow.dim > _BASELINE_DIM:
-        notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
+    table: dict[str, Score] = {}
+    if baselines and splits is not None:
+        if flow.context_dim:
+            notes.append("the baselines know no context, so they are left out")
+        elif flow.dim > _BASELINE_DIM:
+            notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
+        else:
+            table = _baseline_scores(flow, splits, count, draws, seed)
     return Report(
         score=Score.of(log_prob, flow.dim),
         bin_centre=centre,
@@ -219,8 +230,14 @@ def evaluate(
 class _Scorer:
     """Passes data through a flow with noise that depends on the draw and the batch alone."""
 
-    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int) -> None:
-        self.flow, self.config, self.seed = flow, config, seed
+    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int, contexts: Tensor | None) -> None:
+        self.flow, self.config, self.seed, self.contexts = flow, config, seed, contexts
+
+    def _condition(self, start: int, batch: int) -> Tensor | None:
+        """The contexts of the samples from `start` on."""
+        if self.contexts is None or self.contexts.ndim == 1:
+            return self.flow.condition(self.contexts, batch)
+        return self.flow.condition(self.contexts[start : start + batch], batch)
 
     def batches(self, samples: Samples, count: int) -> Iterator[Tensor]:
         return samples.batches(torch.arange(count), self.config.chunk)
@@ -258,7 +275,8 @@ class _Scorer:
             x = x.to(next(flow.parameters()).dtype) + 0.5
         y, log_det = flow.transform(x, random)
         draw = flow.draw(self.config.divergence, probes=self.config.probes, generator=random)
-        solution = flow.solve(y, draw, solver)
+        context = self._condition(key[1] * self.config.chunk, len(batch))
+        solution = flow.solve(y, draw, solver, context=context)
         log_prob = base_log_prob(solution.z) + solution.log_det + log_det
         E, n = (float(solution.total(name).mean()) / flow.dim for name in ("E", "n"))
         return log_prob.cpu(), {"E": E, "n": n, "nfe": solution.nfe}
@@ -267,8 +285,9 @@ class _Scorer:
         batch = next(iter(samples.batches(torch.arange(min(count, _INVERTED)), _INVERTED)))
         random = seeds.generator(self.seed, "invert")
         y, _ = self.flow.transform(self.flow.prepare(batch), random)
-        z = self.flow.solve(y, lambda _: None, solver).z
-        return float((self.flow.unsolve(z, solver) - y).abs().max())
+        context = self._condition(0, len(batch))
+        z = self.flow.solve(y, lambda _: None, solver, context=context).z
+        return float((self.flow.unsolve(z, solver, context=context) - y).abs().max())
 
 
 def _disagreement(
@@ -285,8 +304,6 @@ def _disagreement(
 
 def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: int) -> dict[str, Score]:
     """Baselines in the flow's own space (same transform), their scores brought back by the same log-determinant."""
-    if flow.dim > _BASELINE_DIM:
-        return {}
     from pyrnode.baselines import fit_baselines
 
     def transformed(samples: Samples, name: str, size: int) -> tuple[Tensor, Tensor]:
@@ -319,9 +336,13 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
     shape = splits.event_shape
     if splits.levels is not None:
         if len(shape) == 3 and shape[0] in (1, 3):
-            samples = flow.sample(flow.config.evaluation.grid, seed=flow.config.seed)
+            grid, seed = flow.config.evaluation.grid, flow.config.seed
+            if splits.contexts is None:
+                samples = flow.sample(grid, seed=seed)
+            else:
+                samples = flow.sample(1, splits.contexts.test[:grid], seed=seed)[:, 0]
             plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
-    elif shape in ((1,), (2,)):
+    elif shape in ((1,), (2,)) and splits.contexts is None:
         _draw_density(folder, flow, splits)
 
 

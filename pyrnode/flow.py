@@ -2,7 +2,8 @@
 
     x --transform--> y --blocks--> z ~ N(0, I)        log p(x) = log N(z; 0, I) + Σ l_block(T) + log |det ∂y/∂x|
 
-Encoding runs the blocks from t = 0 to T, decoding and sampling from T to 0.
+Encoding runs the blocks from t = 0 to T, decoding and sampling from T to 0. In a conditional flow, ``log p(x | c)``,
+the context joins the dynamics of every block, and stays the same along the way.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrnode import engines
 from pyrnode.config import Config, SolverConfig
-from pyrnode.dynamics import MLP, ConvNet, Dynamics
+from pyrnode.dynamics import Dynamics
 from pyrnode.engines import Engine, Probes, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.noise import SampleNoise, spread
+from pyrnode.stages import Block, FactorOut, Squeeze, network, stages
 from pyrnode.transforms import Chain, Dequantize, Logit, Standardize
 
 if TYPE_CHECKING:
@@ -36,38 +37,6 @@ EXACT_LIMIT = 64
 """Up to how many dimensions ``divergence="auto"`` takes the exact trace."""
 
 _CHUNK = 500
-
-
-class Block(nn.Module):
-    """One ODE block: `dynamics` over ``[0, T]``."""
-
-    def __init__(self, dynamics: Dynamics, end_time: float = 1.0) -> None:
-        super().__init__()
-        self.dynamics, self.end_time = dynamics, end_time
-
-    def extra_repr(self) -> str:
-        return f"end_time={self.end_time}"
-
-
-class Squeeze(nn.Module):
-    """``(C, H, W)`` to ``(4C, H/2, W/2)``: each 2×2 patch becomes channels."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return F.pixel_unshuffle(z, 2)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return F.pixel_shuffle(z, 2)
-
-
-class FactorOut(nn.Module):
-    """The second half of the channels leaves the flow here and is normal as it is."""
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        kept, out = z.chunk(2, dim=1)
-        return kept, out
-
-    def inverse(self, kept: Tensor, out: Tensor) -> Tensor:
-        return torch.cat((kept, out), dim=1)
 
 
 @dataclass
@@ -94,9 +63,39 @@ class FlowSolution:
         return sum(block.stats.nfe for block in self.blocks)
 
 
+def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Samples ``(batch, ...)`` and their contexts, if any, in pieces of at most `size`."""
+    for start in range(0, len(x), size):
+        yield x[start : start + size], None if c is None else c[start : start + size]
+
+
+def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
+    """Checks the context that a flow is given.
+
+    Args:
+        context: ``(batch, dim)`` or ``(dim,)``; `None` for an unconditional flow.
+        dim: Number of features that the flow is conditional on; 0 for none.
+        batch: Number of samples; `None` for any.
+
+    Raises:
+        DataError: It is missing, superfluous, or of the wrong shape.
+    """
+    if dim == 0:
+        if context is not None:
+            raise DataError("this flow is unconditional (it was trained without a context): leave the context out")
+        return
+    wanted = f"({dim},) for one that all samples share, or ({'n' if batch is None else batch}, {dim}) for each its own"
+    if context is None:
+        raise DataError(f"this flow is conditional on {dim} features: pass their values as context, {wanted}")
+    shape = tuple(context.shape)
+    if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
+        remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
+        raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
+
+
 def base_log_prob(z: Tensor) -> Tensor:
-    """``log N(z; 0, I)`` in nats, ``(batch,)``, of ``(batch, d)``."""
-    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+    """``log N(z; 0, I)`` in nats, ``(...)``, of ``(..., d)``."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
 
 
 class Flow(nn.Module):
@@ -111,6 +110,10 @@ class Flow(nn.Module):
         event_shape: Shape of one sample.
         config: The settings that it was built from.
         levels: Grey levels of discrete data; `None` for continuous.
+        context_transform: What the context goes through before it reaches the blocks.
+
+    Raises:
+        ConfigError: The blocks differ in the number of features of their contexts.
     """
 
     def __init__(
@@ -120,9 +123,11 @@ class Flow(nn.Module):
         event_shape: tuple[int, ...],
         config: Config,
         levels: int | None = None,
+        context_transform: Chain | None = None,
     ) -> None:
         super().__init__()
         self.transform = transform
+        self.context_transform = context_transform or Chain([])
         self.stages = nn.ModuleList(stages)
         self.event_shape = event_shape
         self.levels = levels
@@ -132,6 +137,10 @@ class Flow(nn.Module):
             config.solver, name=evaluation.solver, rtol=evaluation.rtol, atol=evaluation.atol, options={}, memory="auto"
         )
         self.engine: Engine = engines.create(config.engine, config.device)
+        widths = sorted({block.dynamics.context_dim for block in self.blocks})
+        if len(widths) != 1:
+            raise ConfigError(f"the blocks take contexts of {widths} features: expected the same for all")
+        (self.context_dim,) = widths
 
     @classmethod
     def build(
@@ -141,6 +150,8 @@ class Flow(nn.Module):
         *,
         levels: int | None = None,
         sample: Tensor | None = None,
+        context_dim: int = 0,
+        context_sample: Tensor | None = None,
         dynamics: Callable[[tuple[int, ...]], Dynamics] | None = None,
     ) -> Flow:
         """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
@@ -150,6 +161,8 @@ class Flow(nn.Module):
             event_shape: ``(d,)`` for vectors, ``(C, H, W)`` for images.
             levels: Grey levels of discrete data.
             sample: Continuous training data ``(n, *event)``, from which the standardisation is taken.
+            context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
+            context_sample: Contexts of training ``(n, m)``, from which their standardisation is taken.
             dynamics: Makes the dynamics of a block from its event shape; default as ``config.flow.network`` says.
 
         Raises:
@@ -158,13 +171,19 @@ class Flow(nn.Module):
         dtype = getattr(torch, config.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            make = dynamics or _network(config, event_shape)
-            stages = list(_stages(config, event_shape, make))
+            composed = list(stages(config, event_shape, dynamics or network(config, event_shape, context_dim)))
         parts = [] if levels is None else [Dequantize(levels, dtype), Logit(config.flow.alpha)]
         if levels is None and config.flow.standardize:
             identity = (torch.zeros(event_shape), torch.ones(event_shape))
             parts = [Standardize(*identity) if sample is None else Standardize.fit(sample.to(torch.float64))]
-        flow = cls(Chain(parts), stages, event_shape, config, levels)
+        context = []
+        if context_dim and config.flow.standardize:
+            identity = (torch.zeros(context_dim), torch.ones(context_dim))
+            known = context_sample is not None
+            context = [Standardize.fit(context_sample.double()) if known else Standardize(*identity)]  # type: ignore[union-attr]
+        flow = cls(Chain(parts), composed, event_shape, config, levels, Chain(context))
+        if flow.context_dim != context_dim:
+            raise ConfigError(f"the dynamics take a context of {flow.context_dim} features, the data has {context_dim}")
         return flow.to(dtype)
 
     @property
@@ -199,8 +218,34 @@ class Flow(nn.Module):
             return x.to(reference.device, reference.dtype)
         return x.to(reference.device) if self.levels is not None else x.to(reference.device, reference.dtype)
 
+    def condition(self, context: Tensor | None, batch: int) -> Tensor | None:
+        """The context of a batch as the blocks see it: checked, one for each sample, standardised.
+
+        Args:
+            context: ``(batch, m)``, or ``(m,)`` for one that all samples share; `None` for an unconditional flow.
+            batch: Number of samples.
+
+        Raises:
+            DataError: It is missing, superfluous, of the wrong shape, or not finite.
+        """
+        context = None if context is None else torch.as_tensor(context)
+        check_context(context, self.context_dim, batch)
+        if context is None:
+            return None
+        if not bool(torch.isfinite(context).all()):
+            raise DataError("the context has NaN or infinite values")
+        reference = self._reference()
+        c, _ = self.context_transform(context.to(reference.device, reference.dtype).expand(batch, -1))
+        return cast(Tensor, c)
+
     def solve(
-        self, y: Tensor, draw: Draw, solver: SolverConfig | None = None, *, total_derivative: bool = False
+        self,
+        y: Tensor,
+        draw: Draw,
+        solver: SolverConfig | None = None,
+        *,
+        context: Tensor | None = None,
+        total_derivative: bool = False,
     ) -> FlowSolution:
         """Passes transformed data through all blocks.
 
@@ -208,6 +253,7 @@ class Flow(nn.Module):
             y: ``(batch, *event)`` in the flow's space.
             draw: Gives the probes for each block's start state, or `None` to solve for the state alone.
             solver: Solver; default `self.solver`.
+            context: What `condition` gives.
             total_derivative: Also integrate D.
 
         Raises:
@@ -219,7 +265,7 @@ class Flow(nn.Module):
         for stage in self.stages:
             if isinstance(stage, Block):
                 span = (0.0, stage.end_time)
-                solution = self._block(len(solutions), stage, z, draw(z), span, solver, total_derivative)
+                solution = self._block(len(solutions), stage, z, draw(z), span, solver, context, total_derivative)
                 solutions.append(solution)
                 z, log_det = solution.z, log_det + solution.l
             elif isinstance(stage, FactorOut):
@@ -237,11 +283,13 @@ class Flow(nn.Module):
         probes: Probes | None,
         span: tuple[float, float],
         solver: SolverConfig | None,
+        context: Tensor | None,
         total_derivative: bool = False,
     ) -> Solution:
+        solver = solver or self.solver
         try:
             return self.engine.integrate(
-                block.dynamics, z, probes, span, solver or self.solver, total_derivative=total_derivative
+                block.dynamics, z, probes, span, solver, context=context, total_derivative=total_derivative
             )
         except SolverError as error:
             message = f"block {index} ({tuple(block.dynamics.event_shape)}): {error}"
@@ -260,14 +308,14 @@ class Flow(nn.Module):
                 z = z[:, size:]
         return z.reshape(-1, *shape), outs
 
-    def unsolve(self, z: Tensor, solver: SolverConfig | None = None) -> Tensor:
+    def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
         """The inverse of `solve`: a latent ``(batch, d)`` back through all blocks, ``(batch, *event)``."""
         state, outs = self._latents(z)
         index = len(self.blocks)
         for stage in reversed(self.stages):
             if isinstance(stage, Block):
                 index -= 1
-                state = self._block(index, stage, state, None, (stage.end_time, 0.0), solver).z
+                state = self._block(index, stage, state, None, (stage.end_time, 0.0), solver, context).z
             elif isinstance(stage, FactorOut):
                 state = stage.inverse(state, outs.pop())
             else:
@@ -298,6 +346,7 @@ class Flow(nn.Module):
     def log_prob(
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         solver: SolverConfig | None = None,
         divergence: str = "auto",
@@ -310,6 +359,7 @@ class Flow(nn.Module):
     def log_prob(
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         solver: SolverConfig | None = None,
         divergence: str = "auto",
@@ -321,6 +371,7 @@ class Flow(nn.Module):
     def log_prob(
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         solver: SolverConfig | None = None,
         divergence: str = "auto",
@@ -335,6 +386,7 @@ class Flow(nn.Module):
         Args:
             x: ``(batch, *event)``. For discrete data integers, to which dequantisation noise is added, or
                 floating-point values ``p + u`` in ``[0, levels]``.
+            context: ``(batch, m)``, or ``(m,)`` for one that all samples share; for conditional flows.
             solver: Solver; default the accurate one.
             divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
             probes: Probes per sample where the divergence is estimated; default 1, or 16 with an error.
@@ -348,65 +400,88 @@ class Flow(nn.Module):
 
         Raises:
             ConfigError: `divergence` is unknown, or there are too few probes.
-            DataError: `x` has the wrong shape or is not finite.
+            DataError: `x` or `context` has the wrong shape or is not finite; a conditional flow was given no context,
+                or an unconditional one was given some.
             SolverError: A solve failed.
         """
         if return_error:
             from pyrnode.uncertainty import log_prob_with_error
 
-            return log_prob_with_error(self, x, solver=solver, divergence=divergence, probes=probes, seed=seed)
+            return log_prob_with_error(self, x, context, solver=solver, divergence=divergence, probes=probes, seed=seed)
         x, parts = self.prepare(x), [self._reference().new_zeros(0)]
-        for chunk in x.split(_CHUNK) if len(x) else ():
+        for chunk, c in chunked(x, self.condition(context, len(x)), _CHUNK):
             noise = SampleNoise(chunk, seed, self._reference().dtype)
             y, log_det = self.transform(spread(chunk, noise))
             draw = self.draw(divergence, probes=1 if probes is None else probes, generator=noise)
-            solution = self.solve(y, draw, solver)
+            solution = self.solve(y, draw, solver, context=c)
             parts.append(base_log_prob(solution.z) + solution.log_det + log_det)
         return torch.cat(parts)
 
-    def encode(self, x: Tensor, *, solver: SolverConfig | None = None, seed: int = 0) -> Tensor:
+    def encode(
+        self, x: Tensor, context: Tensor | None = None, *, solver: SolverConfig | None = None, seed: int = 0
+    ) -> Tensor:
         """Latents ``(batch, d)`` of samples ``(batch, *event)``; arguments and errors as in `log_prob`."""
         x, parts = self.prepare(x), [self._reference().new_zeros(0, self.dim)]
-        for chunk in x.split(_CHUNK) if len(x) else ():
+        for chunk, c in chunked(x, self.condition(context, len(x)), _CHUNK):
             y, _ = self.transform(spread(chunk, SampleNoise(chunk, seed, self._reference().dtype)))
-            parts.append(self.solve(y, lambda _: None, solver).z)
+            parts.append(self.solve(y, lambda _: None, solver, context=c).z)
         return torch.cat(parts)
 
-    def decode(self, z: Tensor, *, solver: SolverConfig | None = None) -> Tensor:
+    def decode(self, z: Tensor, context: Tensor | None = None, *, solver: SolverConfig | None = None) -> Tensor:
         """Samples ``(batch, *event)`` of latents ``(batch, d)``; integers for discrete data.
 
         Raises:
-            DataError: `z` has the wrong shape or is not finite.
+            DataError: `z` has the wrong shape or is not finite; `context` as in `log_prob`.
             SolverError: A solve failed.
         """
         if z.ndim != 2 or z.shape[1] != self.dim or not bool(torch.isfinite(z).all()):
             raise DataError(f"latents of shape {tuple(z.shape)}: expected finite values of shape (batch, {self.dim})")
         reference = self._reference()
         z = z.to(reference.device, reference.dtype)
-        return torch.cat([self.transform.inverse(self.unsolve(chunk, solver)) for chunk in z.split(_CHUNK)])
+        pairs = chunked(z, self.condition(context, len(z)), _CHUNK)
+        parts = [self.transform.inverse(self.unsolve(chunk, solver, context=c)) for chunk, c in pairs]
+        return torch.cat(parts) if parts else self.transform.inverse(z.reshape(0, *self.event_shape))
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, solver: SolverConfig | None = None, seed: int | None = None, temperature: float = 1.0
+        self,
+        n: int,
+        context: Tensor | None = None,
+        *,
+        solver: SolverConfig | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Draws samples.
 
         Args:
-            n: How many.
+            n: How many; of a conditional flow, how many for each context.
+            context: ``(m,)`` or ``(b, m)``, for conditional flows.
             solver: Solver; default the accurate one.
             seed: Seed; `None` draws from torch's global generator.
             temperature: Standard deviation of the base.
 
         Returns:
-            ``(n, *event)``; integers for discrete data.
+            ``(n, *event)``, or ``(b, n, *event)`` for b contexts; integers for discrete data.
+
+        Raises:
+            ConfigError: `n` is not a positive number, or `temperature` is out of range.
+            DataError: `context` as in `log_prob`.
+            SolverError: A solve failed.
         """
         if not isinstance(n, int) or n < 1:
             raise ConfigError(f"n = {n!r}: expected a positive number of samples")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ConfigError(f"temperature = {temperature!r}: expected a finite number, at least 0")
+        context = None if context is None else torch.as_tensor(context)
+        check_context(context, self.context_dim, None)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        z = torch.randn(n, self.dim, generator=generator, dtype=self._reference().dtype)
-        return self.decode(z * temperature, solver=solver)
+        if context is None or context.ndim == 1:
+            z = torch.randn(n, self.dim, generator=generator, dtype=self._reference().dtype)
+            return self.decode(z * temperature, context, solver=solver)
+        z = torch.randn(len(context) * n, self.dim, generator=generator, dtype=self._reference().dtype)
+        x = self.decode(z * temperature, context.repeat_interleave(n, 0), solver=solver)
+        return x.reshape(len(context), n, *self.event_shape)
 
     def to_torch(
         self,
@@ -450,6 +525,7 @@ class Flow(nn.Module):
 
     def distribution(
         self,
+        context: Tensor | None = None,
         *,
         solver: SolverConfig | None = None,
         divergence: str = "auto",
@@ -460,6 +536,7 @@ class Flow(nn.Module):
         """The flow among `torch.distributions`: it computes with this flow, so training changes it.
 
         Args:
+            context: ``(*batch_shape, m)``, for conditional flows: a batch of densities.
             solver: Solver; default the accurate one.
             divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
             probes: Probes of an estimated divergence.
@@ -468,11 +545,12 @@ class Flow(nn.Module):
 
         Raises:
             ConfigError: There is no such divergence.
+            DataError: `context` as in `log_prob`.
         """
         from pyrnode.distribution import FlowDistribution
 
         return FlowDistribution(
-            self, solver=solver, divergence=divergence, probes=probes, seed=seed, validate_args=validate_args
+            self, context, solver=solver, divergence=divergence, probes=probes, seed=seed, validate_args=validate_args
         )
 
     def save(self, path: str | Path) -> None:
@@ -480,64 +558,3 @@ class Flow(nn.Module):
         from pyrnode.checkpoint import save_flow
 
         save_flow(self, path)
-
-
-def _network(config: Config, event_shape: tuple[int, ...]) -> Callable[[tuple[int, ...]], Dynamics]:
-    network = config.flow.network
-    image = len(event_shape) == 3
-    kind = network.kind if network.kind != "auto" else ("conv" if image else "mlp")
-    if kind == "conv" and not image:
-        raise ConfigError(f"network.kind = 'conv' needs images (C, H, W); the data has shape {event_shape}")
-    if kind == "mlp" and image:
-        raise ConfigError(f"network.kind = 'mlp' needs vectors (d,); the data has shape {event_shape}: flatten it")
-
-    def make(shape: tuple[int, ...]) -> Dynamics:
-        if len(shape) == 3:
-            return ConvNet(
-                (shape[0], shape[1], shape[2]),
-                network.hidden,
-                activation=network.activation,
-                time=network.time,
-                kernel_size=network.kernel_size,
-            )
-        return MLP(shape[0], network.hidden, activation=network.activation, time=network.time)
-
-    return make
-
-
-def _stages(
-    config: Config, event_shape: tuple[int, ...], make: Callable[[tuple[int, ...]], Dynamics]
-) -> Iterator[nn.Module]:
-    """The multi-scale composition of FFJORD: per scale blocks, squeeze, blocks, factor out; the last has blocks."""
-    flow = config.flow
-
-    def blocks(shape: tuple[int, ...]) -> Iterator[nn.Module]:
-        for _ in range(flow.blocks):
-            yield Block(make(shape), flow.end_time)
-
-    if len(event_shape) != 3:
-        if len(event_shape) != 1:
-            raise ConfigError(f"data of shape {event_shape}: expected vectors (d,) or images (C, H, W)")
-        yield from blocks(event_shape)
-        return
-    shape = event_shape
-    scales = _count_scales(shape) if flow.scales == "auto" else flow.scales
-    for scale in range(scales):
-        yield from blocks(shape)
-        if scale == scales - 1:
-            return
-        if shape[1] % 2 or shape[2] % 2:
-            raise ConfigError(f"scales = {scales}: a {shape[1]}x{shape[2]} image cannot be halved; at most {scale + 1}")
-        shape = (shape[0] * 4, shape[1] // 2, shape[2] // 2)
-        yield Squeeze()
-        yield from blocks(shape)
-        shape = (shape[0] // 2, *shape[1:])
-        yield FactorOut()
-
-
-def _count_scales(shape: tuple[int, ...]) -> int:
-    height, width = shape[1:]
-    scales = 1
-    while height % 2 == 0 and width % 2 == 0 and min(height, width) >= 8:
-        height, width, scales = height // 2, width // 2, scales + 1
-    return scales

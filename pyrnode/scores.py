@@ -99,12 +99,20 @@ def fingerprint(flow: Flow) -> str:
 # -- scoring ---------------------------------------------------------------------------------------------------------
 
 
+def _unconditional(flow: Flow) -> None:
+    if flow.context_dim:
+        raise ConfigError(
+            f"this flow is conditional on {flow.context_dim} features, and scores of files know no context: use "
+            "flow.log_prob(x, context) and Calibration, or RNODEDensity, whose p_values take one"
+        )
+
+
 @torch.no_grad()
-def log_densities(flow: Flow, x: Tensor) -> NDArray[np.float64]:
+def log_densities(flow: Flow, x: Tensor, context: Tensor | None = None) -> NDArray[np.float64]:
     """Log-densities ``(n,)`` in nats of samples ``(n, *event)``, by the flow's evaluation settings."""
     evaluation = flow.config.evaluation
     scores: NDArray[np.float64] = (
-        flow.log_prob(x, divergence=evaluation.divergence, probes=evaluation.probes).double().cpu().numpy()
+        flow.log_prob(x, context, divergence=evaluation.divergence, probes=evaluation.probes).double().cpu().numpy()
     )
     return scores
 
@@ -141,6 +149,7 @@ def calibrate(
         DataError: The samples do not fit.
         SolverError: A solve failed.
     """
+    _unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
         opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
@@ -212,6 +221,7 @@ def score_file(
     """
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
+    _unconditional(flow)
     chunks = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
     count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:

@@ -114,10 +114,9 @@ class Trainer:
         sample = splits.train.tensor() if splits.levels is None and config.flow.standardize else None
         if sample is not None and self.weights is not None:
             sample = _with_moments_of(sample.double(), self.weights.train)
-        self.make = None if dynamics is None else _wrapped(dynamics)
-        self.flow = Flow.build(config, splits.event_shape, levels=splits.levels, sample=sample, dynamics=self.make).to(
-            self.device
-        )
+        self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
+        contexts = None if splits.contexts is None else splits.contexts.train
+        self.flow = self._built(config, sample, contexts).to(self.device)
         self.flow.engine.check(self.solver)
         self.steps_per_epoch = max(1, len(splits.train) // config.training.batch_size)
         self.optimizer = self._optimizer()
@@ -129,7 +128,20 @@ class Trainer:
         self.board: Board | None = None
         self._snapshot = self._capture()
         self._stop = False
-        self._weights_order: tuple[int, Tensor] | None = None  # the present epoch and its order
+        self._present: tuple[int, Tensor] | None = None  # the present epoch and its order
+
+    def _built(self, config: Config, sample: Tensor | None = None, contexts: Tensor | None = None) -> Flow:
+        """An untrained flow for the data."""
+        splits = self.splits
+        return Flow.build(
+            config,
+            splits.event_shape,
+            levels=splits.levels,
+            sample=sample,
+            context_dim=splits.context_dim,
+            context_sample=contexts,
+            dynamics=self.make,
+        )
 
     # -- what is fixed by the settings -------------------------------------------------------------------------------
 
@@ -220,14 +232,12 @@ class Trainer:
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.splits.train), generator=generator(self.config.seed, "order", epoch))
 
-    def _batch_weights(self, step: int) -> Tensor | None:
-        """Weights of the samples in the batch of that step."""
-        if self.weights is None:
-            return None
+    def _rows(self, step: int) -> Tensor:
+        """The indices of the samples in the batch of that step."""
         size, (epoch, number) = self.config.training.batch_size, divmod(step, self.steps_per_epoch)
-        if self._weights_order is None or self._weights_order[0] != epoch:
-            self._weights_order = epoch, self._order(epoch)
-        return self.weights.train[self._weights_order[1][number * size : (number + 1) * size]]
+        if self._present is None or self._present[0] != epoch:
+            self._present = epoch, self._order(epoch)
+        return self._present[1][number * size : (number + 1) * size]
 
     def _step(self, batch: Tensor) -> Record | None:
         """One optimiser step; `None` if Ctrl-C asked to end here.
@@ -237,7 +247,7 @@ class Trainer:
         """
         step, training = self.state.step, self.config.training
         random = generator(self.config.seed, "step", step)
-        result, nfe = self._objective(batch, self._batch_weights(step), random)
+        result, nfe = self._objective(batch, step, random)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -283,15 +293,23 @@ class Trainer:
                         raise _NotFiniteError(f"block {index}: the gradient of {name} is not finite") from None
             raise _NotFiniteError("the gradient's norm is not finite") from None
 
-    def _objective(self, batch: Tensor, weights: Tensor | None, random: torch.Generator) -> tuple[Objective, float]:
-        penalties = self.config.penalties
+    def _objective(self, batch: Tensor, step: int, random: torch.Generator) -> tuple[Objective, float]:
+        penalties, contexts = self.config.penalties, self.splits.contexts
+        context = None if contexts is None else contexts.train[self._rows(step)]
+        weights = None if self.weights is None else self.weights.train[self._rows(step)]
         x = self.flow.prepare(batch)
         if self.config.data.flip and len(self.splits.event_shape) == 3:
             flipped = torch.rand(len(x), generator=random) < 0.5
             x = torch.where(flipped.to(x.device)[:, None, None, None], x.flip(-1), x)
         y, log_det = self.flow.transform(x, random)
         draw = self.flow.draw(penalties.divergence, noise=penalties.noise, probes=penalties.probes, generator=random)
-        solution = self.flow.solve(y, draw, self.solver, total_derivative=penalties.total_derivative > 0)
+        solution = self.flow.solve(
+            y,
+            draw,
+            self.solver,
+            context=self.flow.condition(context, len(x)),
+            total_derivative=penalties.total_derivative > 0,
+        )
         self._stats = [block.stats for block in solution.blocks]
         return objective(solution, log_det, penalties, None if weights is None else weights.to(y)), solution.nfe
 
@@ -384,10 +402,13 @@ class Trainer:
         return float(difference.abs().mean()) / self.flow.dim
 
     def _log_prob(self, batch: Tensor, number: int, solver: SolverConfig) -> Tensor:
+        """Log-densities of the validation set's batch of that number."""
         random, penalties = generator(self.config.seed, "validation", number), self.config.penalties
+        start, contexts = number * self.config.evaluation.chunk, self.splits.contexts
+        context = None if contexts is None else contexts.validation[start : start + len(batch)]
         y, log_det = self.flow.transform(self.flow.prepare(batch), random)
         draw = self.flow.draw(penalties.divergence, noise=penalties.noise, probes=penalties.probes, generator=random)
-        solution = self.flow.solve(y, draw, solver)
+        solution = self.flow.solve(y, draw, solver, context=self.flow.condition(context, len(batch)))
         log_prob: Tensor = base_log_prob(solution.z) + solution.log_det + log_det
         return log_prob
 
@@ -409,8 +430,7 @@ class Trainer:
 
         Its settings hold the training solver with the step that training arrived at.
         """
-        config = replace(self.config, solver=self.solver)
-        flow = Flow.build(config, self.splits.event_shape, levels=self.splits.levels, dynamics=self.make)
+        flow = self._built(replace(self.config, solver=self.solver))
         validated = math.isfinite(self.state.best)
         flow.load_state_dict(self.best if validated else self.average or self.flow.state_dict())
         return flow.to(self.device).eval()
@@ -556,9 +576,11 @@ def _with_moments_of(x: Tensor, weights: Tensor) -> Tensor:
     return torch.stack((mean - std, mean + std))
 
 
-def _wrapped(dynamics: Callable[[tuple[int, ...]], nn.Module]) -> Callable[[tuple[int, ...]], Dynamics]:
+def _wrapped(
+    dynamics: Callable[[tuple[int, ...]], nn.Module], context_dim: int
+) -> Callable[[tuple[int, ...]], Dynamics]:
     def make(shape: tuple[int, ...]) -> Dynamics:
         module = dynamics(shape)
-        return module if isinstance(module, Dynamics) else ModuleDynamics(module, shape)
+        return module if isinstance(module, Dynamics) else ModuleDynamics(module, shape, context_dim)
 
     return make

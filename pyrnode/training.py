@@ -62,6 +62,7 @@ def train(
     resume: bool = False,
     overrides: Mapping[str, Any] | None = None,
     dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
+    context: Any = None,
     evaluate: bool = True,
     progress: bool = True,
 ) -> TrainingResult:
@@ -89,7 +90,11 @@ def train(
         out: Folder for configuration, metrics, checkpoints, report and pictures; `None` writes nothing.
         resume: Go on with the run in `out`, if there is one.
         overrides: Any other setting by name, e.g. ``{"ema": 0.999, "solver.rtol": 1e-6}``.
-        dynamics: Makes a block's dynamics from its event shape: your own ``nn.Module`` called as ``f(t, z)``.
+        dynamics: Makes a block's dynamics from its event shape: your own ``nn.Module`` called as ``f(t, z)``, or
+            as ``f(t, z, c)`` where there is a context.
+        context: What the density is conditional on, ``(n, m)`` numbers (array, tensor or data frame), a row for each
+            sample of `data`, which is then an array, a table or a data set without a test set of its own. The flow is
+            ``p(x | c)``: `log_prob` and `sample` take the context too.
         evaluate: Score the result on the test set.
         progress: Show a progress bar.
 
@@ -126,7 +131,7 @@ def train(
     }
     given = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     config = _resolve(folder, resume, preset, given)
-    splits = load(data, config=config.data)
+    splits = load(data, config=config.data, context=context)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
     trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress)

@@ -27,7 +27,7 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.engines import Probes, TorchEngine
 from pyrnode.errors import ConfigError, SolverError
-from pyrnode.flow import Flow, base_log_prob
+from pyrnode.flow import Flow, base_log_prob, chunked
 from pyrnode.noise import SampleNoise, spread
 
 PROBES = 16
@@ -54,6 +54,7 @@ class LogProb(NamedTuple):
 def log_prob_with_error(
     flow: Flow,
     x: Tensor,
+    context: Tensor | None = None,
     *,
     solver: SolverConfig | None = None,
     divergence: str = "auto",
@@ -65,6 +66,7 @@ def log_prob_with_error(
     Args:
         flow: The flow.
         x: ``(batch, *event)``.
+        context: ``(batch, m)`` or ``(m,)``, for conditional flows.
         solver: Solver; default the accurate one.
         divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
         probes: Probes per sample where the divergence is estimated, at least 2; default 16.
@@ -75,7 +77,7 @@ def log_prob_with_error(
 
     Raises:
         ConfigError: One probe: it has no spread.
-        DataError: `x` has the wrong shape or is not finite.
+        DataError: `x` or `context` has the wrong shape or is not finite.
         SolverError: A solve failed.
     """
     exact = flow.draw(divergence, generator=torch.Generator()) is Probes.exact
@@ -86,13 +88,14 @@ def log_prob_with_error(
     reference = next(flow.parameters())
     accurate = copy.deepcopy(flow, {id(flow.engine): TorchEngine()}).double()
     estimates, errors = [reference.new_zeros(0)], [reference.new_zeros(0)]
-    for chunk in x.split(max(1, _ROWS // k)) if len(x) else ():
+    for chunk, c in chunked(x, flow.condition(context, len(x)), max(1, _ROWS // k)):
         noise = SampleNoise(chunk, seed, reference.dtype)
         values = spread(chunk, noise)
-        rows = _each_probe(flow, values, solver, noise, 0 if exact else k)
+        rows = _each_probe(flow, values, c, solver, noise, 0 if exact else k)
         estimate = rows.mean(0)
         with torch.no_grad():
-            error = _total(rows.double(), estimate.double(), _finer(accurate, values, solver, noise, 0 if exact else k))
+            finer = _finer(accurate, values, c, solver, noise, 0 if exact else k)
+            error = _total(rows.double(), estimate.double(), finer)
         estimates.append(estimate)
         errors.append(error.to(estimate))
     return LogProb(torch.cat(estimates), torch.cat(errors))
@@ -114,11 +117,12 @@ def finer_solver(solver: SolverConfig) -> SolverConfig:
     )
 
 
-def _finer(flow: Flow, x: Tensor, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
+def _finer(flow: Flow, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
     """Log-density ``(batch,)`` by the finer solver, with the mean of the same k probes; exact for k = 0."""
     y, log_det = flow.transform(x.double())
     try:
-        solution = flow.solve(y, noise.draw(k) if k else Probes.exact, finer_solver(solver))
+        draw, c = noise.draw(k) if k else Probes.exact, None if c is None else c.double()
+        solution = flow.solve(y, draw, finer_solver(solver), context=c)
     except SolverError as error:
         message = f"the finer solve, from which the error is taken, failed: {error}"
         raise SolverError(message, status=error.status, block=error.block) from error
@@ -126,7 +130,7 @@ def _finer(flow: Flow, x: Tensor, solver: SolverConfig, noise: SampleNoise, k: i
     return result
 
 
-def _each_probe(flow: Flow, x: Tensor, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
+def _each_probe(flow: Flow, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
     """Log-density by each of k probes, ``(k, batch)``, or exact, ``(1, batch)``, for k = 0.
 
     An engine returns the mean over its probes, so each of them has a solve of its own.
@@ -134,7 +138,8 @@ def _each_probe(flow: Flow, x: Tensor, solver: SolverConfig, noise: SampleNoise,
     y, log_det = flow.transform(x)
     copies = max(k, 1)
     draw = noise.draw(k, one_each=True) if k else Probes.exact
-    solution = flow.solve(y.repeat(copies, *[1] * (y.ndim - 1)), draw, solver)
+    c = None if c is None else c.repeat(copies, 1)
+    solution = flow.solve(y.repeat(copies, *[1] * (y.ndim - 1)), draw, solver, context=c)
     rows: Tensor = (base_log_prob(solution.z) + solution.log_det).reshape(copies, -1) + log_det
     return rows
 

@@ -8,6 +8,6 @@ Example:
 
 from pyrnode.data import synthetic
 from pyrnode.data.loading import load, sources
-from pyrnode.data.samples import DatasetSamples, Samples, Splits, TensorSamples
+from pyrnode.data.samples import Contexts, DatasetSamples, Samples, Splits, TensorSamples
 
-__all__ = ["DatasetSamples", "Samples", "Splits", "TensorSamples", "load", "sources", "synthetic"]
+__all__ = ["Contexts", "DatasetSamples", "Samples", "Splits", "TensorSamples", "load", "sources", "synthetic"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ sources: dict[str, str] = {
 """Names that `load` knows, each with a line about it."""
 
 
-def load(data: Any, *, config: DataConfig = _DEFAULT) -> Splits:
+def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Splits:
     """Reads data and splits it into train, validation and test.
 
     The split depends on ``config.split_seed`` and the number of samples alone, so that it is the same on every machine.
@@ -43,6 +44,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT) -> Splits:
             `Splits`, which is returned as it is. ``None`` and ``""`` stand for ``config.name``.
         config: Folder of downloaded sets, shares, seed and limits. With ``config.levels``, integers are discrete
             values ``0 .. levels-1``; uint8 images have 256 levels by default.
+        context: What the density is conditional on, ``(n, m)`` numbers: an array, tensor or data frame with a row for
+            each sample; divided as the samples are.
 
     Returns:
         The samples, in the values and the type of the source.
@@ -57,12 +60,19 @@ def load(data: Any, *, config: DataConfig = _DEFAULT) -> Splits:
         (800, (3,), torch.float32)
     """
     if isinstance(data, Splits):
+        if context is not None:
+            raise DataError("Splits have contexts of their own: make them with Splits(..., contexts=Contexts(...))")
         return data
     if data is None or (isinstance(data, str) and not data):
         data = config.name
         if not data:
             raise DataError("no data: pass a name, a path or an array, or set data.name (see pyrnode.data.sources)")
-    splits = _source(data, config).split(config)
+    source = _source(data, config)
+    if context is not None:
+        source = replace(source, context=_context(context, source))
+    splits = source.split(config)
+    if splits.contexts is not None:
+        check_varies(splits.contexts.train, "the context (training split)", None)
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)
     return splits
@@ -90,6 +100,29 @@ def _source(data: Any, config: DataConfig) -> Source:
         f"cannot load a {type(data).__name__}: expected a name, a path, an array, a tensor, a data frame, a torch data "
         "set, a synthetic density or Splits"
     )
+
+
+def _context(context: Any, source: Source) -> Tensor:
+    """A context for the samples of a source, checked."""
+    if source.validation is not None or source.test is not None:
+        raise DataError(
+            f"{source.name} has a test set of its own, which a context cannot be divided for: pass the samples as one "
+            "array, or Splits(..., contexts=Contexts(train, validation, test))"
+        )
+    if (pandas := sys.modules.get("pandas")) and isinstance(context, pandas.DataFrame):
+        context = context.to_numpy()
+    values = array_tensor(context, "the context")
+    if values.ndim == 1:
+        raise DataError(
+            f"the context has shape {tuple(values.shape)}: pass context[:, None] for one feature, or "
+            "torch.nn.functional.one_hot(context) for classes"
+        )
+    if values.ndim != 2 or len(values) != len(source.samples) or not values.shape[1]:
+        raise DataError(f"the context has shape {tuple(values.shape)}: expected ({len(source.samples)}, m)")
+    if not bool(torch.isfinite(values).all()):
+        row = int((~torch.isfinite(values)).any(1).nonzero()[0])
+        raise DataError(f"the context has NaN or infinite values, the first in row {row}: remove or fill them")
+    return values if values.is_floating_point() else values.float()
 
 
 def _named(name: str, config: DataConfig) -> Source:

@@ -232,6 +232,15 @@ def _kind(tensor: Tensor) -> str:
 
 
 @dataclass(frozen=True)
+class Contexts:
+    """The contexts of a conditional flow's samples, in their order; each part is ``(n, m)``, on the CPU."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
 class Splits:
     """Train, validation and test samples of one source.
 
@@ -244,6 +253,7 @@ class Splits:
         levels: Number of grey levels of discrete data (values ``0 .. levels-1``); `None` for continuous data.
         density: The true density, where the data is synthetic.
         features: Names of the columns of a table.
+        contexts: What the density is conditional on, if it is.
     """
 
     name: str
@@ -254,11 +264,25 @@ class Splits:
     levels: int | None = None
     density: Density | None = None
     features: tuple[str, ...] | None = None
+    contexts: Contexts | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
-            if len(getattr(self, part)) == 0:
+            count = len(getattr(self, part))
+            if count == 0:
                 raise DataError(f"{self.name}: the {part} split is empty; give more samples or a larger share")
+            if self.contexts is not None:
+                shape = tuple(getattr(self.contexts, part).shape)
+                if shape != (count, self.context_dim):
+                    raise DataError(
+                        f"{self.name}: contexts of shape {shape} in the {part} split: "
+                        f"expected {(count, self.context_dim)}"
+                    )
+
+    @property
+    def context_dim(self) -> int:
+        """Number of features of the context; 0 without one."""
+        return 0 if self.contexts is None else self.contexts.train.shape[1]
 
     @property
     def is_image(self) -> bool:
@@ -270,7 +294,7 @@ class Splits:
 class Source:
     """What a reader hands over to be split: the samples, and what is known about them.
 
-    `validation` and `test` are the source's own, where it has them.
+    `validation` and `test` are the source's own, where it has them; `context` ``(n, m)`` belongs to the samples.
     """
 
     name: str
@@ -281,6 +305,7 @@ class Source:
     features: tuple[str, ...] | None = None
     validation: Samples | None = None
     test: Samples | None = None
+    context: Tensor | None = None
 
     def split(self, config: DataConfig) -> Splits:
         """Divides the samples by a permutation that depends on the number of samples and ``config.split_seed`` alone.
@@ -298,13 +323,16 @@ class Source:
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(config.split_seed))
         test, validation, train = order.tensor_split([n_test, n_test + n_validation])
+        train = train[: config.limit]
+        context = self.context
         return Splits(
             name=self.name,
-            train=self.samples.take(train[: config.limit]),
+            train=self.samples.take(train),
             validation=self.validation or self.samples.take(validation),
             test=self.test or self.samples.take(test),
             event_shape=self.event_shape,
             levels=self.levels,
             density=self.density,
             features=self.features,
+            contexts=None if context is None else Contexts(context[train], context[validation], context[test]),
         )

@@ -1,6 +1,7 @@
 """Networks of layers with an explicit vector-Jacobian product: the hot path, without nested autograd.
 
-With ``a_i = s_i ⊙ W_i h_{i-1} + β_i`` (s and β by time and context, layers.py) and ``h_i = φ(a_i)``, ``h_0 = z``, ``f = a_L``:
+With ``a_i = s_i ⊙ W_i h_{i-1} + β_i`` (s and β by time and context, layers.py), ``h_i = φ(a_i)``, ``h_0 = z`` and
+``f = a_L``:
 
 * product:  ``g_L = ε``, ``r_{i-1} = W_iᵀ (s_i ⊙ g_i)``, ``g_i = φ'(a_i) ⊙ r_i``, ``w = r_0 = εᵀ ∂f/∂z``;
 * pullback of ``(f̄, w̄)``: first the product's transpose, which runs forward (``p_0 = w̄``,

@@ -65,7 +65,7 @@ class AutogradKernel(Kernel):
         graph: _Graph = evaluation.tape
         pairs = [(graph.f, f_bar), (graph.w, w_bar), (graph.r, r_bar)]
         live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
-        c = None if alpha is None else graph.c
+        c, scale = (None, 0.0) if alpha is None else (graph.c, alpha)
         if not live:
             return torch.zeros_like(graph.z), None if c is None else torch.zeros_like(c)
         inputs = [graph.z, *([] if c is None else [c]), *(self.trainable if alpha is not None else [])]
@@ -74,7 +74,7 @@ class AutogradKernel(Kernel):
         c_bar = None
         if c is not None:
             c_bar = rest.pop(0)
-            c_bar = torch.zeros_like(c) if c_bar is None else c_bar * alpha
+            c_bar = torch.zeros_like(c) if c_bar is None else c_bar * scale
         if alpha is not None:
             found = iter(rest)
             for p, total in zip(self.parameters, self.sums, strict=True):

@@ -38,9 +38,12 @@ def _solver_gap(flow: Any, module: Any) -> float:
     """Largest difference of the module's log_prob to the flow's own accurate one, on a few samples, in nats."""
     import torch
 
+    from pyrnode.export.files import example_contexts
+
+    context = example_contexts(module)
     with torch.no_grad():
-        x = module.sample(16, seed=1)
-        return float((module.log_prob(x) - flow.log_prob(x)).abs().max())
+        x = module.sample(16, seed=1) if context is None else module.sample(1, context, seed=1)[:, 0]
+        return float((module.log_prob(x, context) - flow.log_prob(x, context)).abs().max())
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

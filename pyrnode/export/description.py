@@ -14,8 +14,8 @@ from pyrnode.dynamics.layers import Layer
 from pyrnode.errors import ConfigError, unknown_name
 from pyrnode.export.module import TorchFlow
 from pyrnode.export.solve import Solve
-from pyrnode.flow import Block, FactorOut, Squeeze
 from pyrnode.solvers import method
+from pyrnode.stages import Block, FactorOut, Squeeze
 from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform
 
 READING = {
@@ -32,6 +32,9 @@ READING = {
     "layer": "dense: W h = weight h; convolution: cross-correlation, stride 1, zero padding that keeps the size. "
     "time none: a = W h + bias; concat: a = W h + bias + t W' 1, where W' is time_weight on one more channel of ones; "
     " concatsquash: a = (W h + bias) sigmoid(t gate_weight + gate_bias) + t time_shift, by output channel",
+    "context": "of a conditional flow, the same for all t: through context_transforms, then times the block's context "
+    "matrix; the result is cut into one piece for each layer: none and concat: a vector of the output channels, added "
+    "to a; concatsquash: two of them, the first added to a, the second inside the sigmoid",
     "solver": "explicit Runge-Kutta with nodes c, matrix a and weights b, on a grid of step_size whose last step is "
     "shortened; or adaptive with rtol and atol",
     "divergence": "exact: the trace; hutchinson: the mean over the block's stored probes e of e . (df/dz) e",
@@ -50,7 +53,9 @@ def describe(flow: TorchFlow) -> dict[str, Any]:
         "event_shape": list(flow.event_shape),
         "levels": flow.levels,
         "dtype": dtype_name(flow.reference.dtype),
-        "transforms": [_transform(f"transform.transforms.{i}", t) for i, t in enumerate(flow.transform.transforms)],
+        "transforms": _transforms("transform", flow.transform),
+        "context_dim": flow.context_dim,
+        "context_transforms": _transforms("context_transform", flow.context_transform),
         "stages": [_stage(f"stages.{i}", stage) for i, stage in enumerate(flow.stages)],
         **settings(flow),
     }
@@ -74,6 +79,10 @@ def settings(flow: TorchFlow) -> dict[str, Any]:
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _transforms(prefix: str, chain: Chain) -> list[dict[str, Any]]:
+    return [_transform(f"{prefix}.transforms.{i}", transform) for i, transform in enumerate(chain.transforms)]
 
 
 def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
@@ -105,6 +114,7 @@ def _stage(prefix: str, stage: nn.Module) -> dict[str, Any]:
         "event_shape": list(dynamics.event_shape),
         "activation": dynamics.activation,
         "layers": layers,
+        **({"context": f"{prefix}.dynamics.context.weight"} if dynamics.context_dim else {}),
     }
 
 
@@ -122,17 +132,18 @@ def _layer(prefix: str, layer: Layer) -> dict[str, Any]:
 
 def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TorchFlow:
     """The flow of a description; what does not fit raises `KeyError`, `TypeError`, `RuntimeError` or `ConfigError`."""
-    shape = tuple(description["event_shape"])
+    shape, context_dim = tuple(description["event_shape"]), description["context_dim"]
     solver, divergence = description["solver"], description["divergence"]
     flow = TorchFlow(
         Chain(_build_transform(entry, shape) for entry in description["transforms"]),
-        [_build_stage(entry) for entry in description["stages"]],
+        [_build_stage(entry, context_dim) for entry in description["stages"]],
         shape,
         description["levels"],
         solve=Solve(*(solver.get(key) for key in ("name", "step_size", "rtol", "atol"))),
         divergence=divergence["kind"],
         probes=divergence.get("probes", 1),
         seed=divergence.get("seed", 0),
+        context_transform=Chain(_build_transform(entry, (context_dim,)) for entry in description["context_transforms"]),
     )
     flow = flow.to(getattr(torch, description["dtype"]))
     flow.load_state_dict(dict(tensors))
@@ -150,7 +161,7 @@ def _build_transform(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Transf
     raise ConfigError(unknown_name("transform", kind, ("standardize", "dequantize", "logit")))
 
 
-def _build_stage(entry: Mapping[str, Any]) -> nn.Module:
+def _build_stage(entry: Mapping[str, Any], context_dim: int) -> nn.Module:
     kind = entry["kind"]
     if kind == "squeeze":
         return Squeeze()
@@ -170,4 +181,5 @@ def _build_stage(entry: Mapping[str, Any]) -> nn.Module:
     ]
     if not math.isfinite(entry["end_time"]):
         raise ConfigError(f"end_time = {entry['end_time']!r}: expected a finite number")
-    return Block(LayeredDynamics(layers, entry["activation"], tuple(entry["event_shape"])), entry["end_time"])
+    dynamics = LayeredDynamics(layers, entry["activation"], tuple(entry["event_shape"]), context_dim)
+    return Block(dynamics, entry["end_time"])

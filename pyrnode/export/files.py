@@ -155,12 +155,29 @@ def _versions() -> dict[str, str]:
 def _examples(flow: TorchFlow, program: str) -> tuple[dict[str, Tensor | int], dict[str, Tensor]]:
     """Inputs drawn from the flow, and its outputs."""
     if program == "sample":
-        return {"n": _EXAMPLES}, {"x": flow.sample(_EXAMPLES, seed=_SEED)}
-    x = flow.sample(_EXAMPLES, seed=_SEED)
-    z, log_det, log_prob = programs.Encode(flow)(x)
+        given = _one_context(flow)
+        return {"n": _EXAMPLES, **given}, {"x": flow.sample(_EXAMPLES, given.get("context"), seed=_SEED)}
+    context = example_contexts(flow)
+    given = {} if context is None else {"context": context}
+    x = flow.sample(1, context, seed=_SEED)[:, 0] if given else flow.sample(_EXAMPLES, seed=_SEED)
+    z, log_det, log_prob = programs.Encode(flow)(x, context)
     if program == "decode":
-        return {"z": z}, {"x": flow.inverse(z)}
-    return {"x": x}, {"z": z, "log_det": log_det, "log_prob": log_prob}
+        return {"z": z, **given}, {"x": flow.inverse(z, context)}
+    return {"x": x, **given}, {"z": z, "log_det": log_det, "log_prob": log_prob}
+
+
+def _one_context(flow: TorchFlow) -> dict[str, Tensor]:
+    """The context of a sampler's example, ``(m,)``, where it takes one."""
+    contexts = example_contexts(flow)
+    return {} if contexts is None else {"context": contexts[0]}
+
+
+def example_contexts(flow: TorchFlow) -> Tensor | None:
+    """Contexts of the examples, ``(4, m)``, such as the flow was trained on: normal once they are standardised."""
+    if not flow.context_dim:
+        return None
+    c = torch.randn(_EXAMPLES, flow.context_dim, generator=torch.Generator().manual_seed(_SEED)).to(flow.reference)
+    return flow.context_transform.inverse(c)
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
@@ -179,13 +196,14 @@ def _tensor(values: Any, dtype: str) -> Tensor:
 
 def _program_bytes(flow: TorchFlow, to: str, program: str) -> bytes:
     inputs, outputs = _examples(flow, program)
-    (example,) = inputs.values()
+    example = tuple(inputs.values())
     table: dict[str, Any] = {
         "format": FORMAT,
         "program": program,
         "versions": _versions(),
         "event_shape": list(flow.event_shape),
         "levels": flow.levels,
+        "context_dim": flow.context_dim,
         "dtype": dtype_name(flow.reference.dtype),
         **settings(flow),
         "inputs": {name: v.tolist() if isinstance(v, Tensor) else v for name, v in inputs.items()},
@@ -197,9 +215,9 @@ def _program_bytes(flow: TorchFlow, to: str, program: str) -> bytes:
     if flow.reference.dtype != torch.float32:
         raise ConfigError("onnxruntime computes networks in float32 only; convert the module: module.to(torch.float32)")
     if program == "sample":
-        x = flow.sample(_DRAWS, seed=_SEED)
+        x = flow.sample(_DRAWS, _one_context(flow).get("context"), seed=_SEED)
         median = x.median(0).values
-        table |= {"inputs": {"n": _DRAWS}, "outputs": {}, "tolerance": _SHARE_TOLERANCE}
+        table |= {"inputs": table["inputs"] | {"n": _DRAWS}, "outputs": {}, "tolerance": _SHARE_TOLERANCE}
         table |= {"median": median.tolist(), "shares": _shares(x, median).tolist()}
     model = programs.to_onnx(flow, program, example)
     entry = model.metadata_props.add()
@@ -297,14 +315,15 @@ def _verify_onnx(path: Path, content: bytes) -> Verification:
 def _save_tensors(flow: TorchFlow, path: str | Path) -> None:
     inputs, outputs = _examples(flow, "encode")
     with torch.no_grad():
-        values = {**inputs, **outputs, "decoded": flow.inverse(outputs["z"])}
+        values = {**inputs, **outputs, "decoded": flow.inverse(outputs["z"], example_contexts(flow))}
     examples = {f"example.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+    context = {"context": "example.context"} if flow.context_dim else {}
     description = {
         **describe(flow),
         "versions": _versions(),
         "examples": {
-            "encode": {"x": "example.x", **{name: f"example.{name}" for name in outputs}},
-            "decode": {"z": "example.z", "x": "example.decoded"},
+            "encode": {"x": "example.x", **context, **{name: f"example.{name}" for name in outputs}},
+            "decode": {"z": "example.z", **context, "x": "example.decoded"},
         },
         "tolerance": TOLERANCES[dtype_name(flow.reference.dtype)],
     }
@@ -324,8 +343,8 @@ def _load(path: str | Path) -> tuple[TorchFlow, dict[str, Tensor], dict[str, Any
 @torch.no_grad()
 def _verify_tensors(path: Path) -> Verification:
     flow, examples, description = _load(path)
-    x = examples["example.x"]
-    outputs = dict(zip(programs.Encode.outputs, programs.Encode(flow)(x), strict=True))
+    x, context = examples["example.x"], examples.get("example.context")
+    outputs = dict(zip(programs.Encode.outputs, programs.Encode(flow)(x, context), strict=True))
     differences = {name: _difference(value, examples[f"example.{name}"]) for name, value in outputs.items()}
-    differences["x"] = _difference(flow.inverse(examples["example.z"]), examples["example.decoded"])
+    differences["x"] = _difference(flow.inverse(examples["example.z"], context), examples["example.decoded"])
     return _result("safetensors", {**description, "program": "all"}, differences)

@@ -16,8 +16,9 @@ from pyrnode.engines.runge_kutta import combine, grid
 from pyrnode.errors import ConfigError, DataError, SolverError, unknown_name
 from pyrnode.export.rates import bind
 from pyrnode.export.solve import Solve, unexportable
-from pyrnode.flow import EXACT_LIMIT, Block, FactorOut, Flow, Squeeze, base_log_prob
+from pyrnode.flow import EXACT_LIMIT, Flow, base_log_prob, check_context
 from pyrnode.solvers import method
+from pyrnode.stages import Block, FactorOut, Squeeze
 from pyrnode.transforms import Chain, Dequantize, Standardize, Transform
 
 STEP_SIZE = 0.05
@@ -54,6 +55,7 @@ class TorchFlow(nn.Module):
         divergence: ``"exact"`` or ``"hutchinson"``.
         probes: Number of probes of an estimate.
         seed: Seed of the probes.
+        context_transform: What the context of a conditional flow goes through before it reaches the blocks.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class TorchFlow(nn.Module):
         divergence: Literal["exact", "hutchinson"],
         probes: int = 1,
         seed: int = 0,
+        context_transform: Chain | None = None,
     ) -> None:
         super().__init__()
         self.transform = transform
+        self.context_transform = context_transform or Chain([])
         self.stages = nn.ModuleList(stages)
         self.event_shape, self.levels = tuple(event_shape), levels
         self.solve, self.divergence = solve, divergence
@@ -89,6 +93,11 @@ class TorchFlow(nn.Module):
         return math.prod(self.event_shape)
 
     @property
+    def context_dim(self) -> int:
+        """Number of features of the context; 0 for an unconditional flow."""
+        return next(self.blocks()).dynamics.context_dim
+
+    @property
     def reference(self) -> Tensor:
         """A parameter, whose type and device are those of the module."""
         return next(self.stages.parameters(), torch.zeros(()))
@@ -99,21 +108,24 @@ class TorchFlow(nn.Module):
 
     # -- the public methods ------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents of samples, and the log-determinant.
 
         Args:
             x: ``(batch, *event)``, of the parameters' type and device; for discrete data ``p + u`` in
                 ``[0, levels]``, with u uniform noise or ½.
+            context: ``(batch, m)`` or ``(m,)``, of the same type and device, for conditional flows.
 
         Returns:
             ``z`` ``(batch, d)`` and ``log |det ∂z/∂x|`` in nats, ``(batch,)``.
 
         Raises:
-            DataError: Wrong shape, type or device, not finite, or outside ``[0, levels]``.
+            DataError: Wrong shape, type or device, not finite, or outside ``[0, levels]``; a context that is missing
+                or superfluous.
             SolverError: The solve did not reach its end, or is not finite.
         """
         self._check(x, self.event_shape, "input", None if self.levels is None else float(self.levels))
+        c = self._condition(context, x)
         y, log_det = x, x.new_zeros(x.shape[0])
         for part in self.transform.transforms:
             y, term = _transform(part, y)
@@ -122,7 +134,7 @@ class TorchFlow(nn.Module):
         blocks = 0
         for stage in self.stages:
             if isinstance(stage, Block):
-                z, l = self._integrate(blocks, stage, z, (0.0, stage.end_time), divergence=True)
+                z, l = self._integrate(blocks, stage, z, c, (0.0, stage.end_time), divergence=True)
                 log_det, blocks = log_det + l, blocks + 1
             elif isinstance(stage, FactorOut):
                 z, out = stage(z)
@@ -131,14 +143,17 @@ class TorchFlow(nn.Module):
                 z = stage(z)
         return torch.cat([part.flatten(1) for part in (*outs, z)], 1), log_det
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Samples ``(batch, *event)`` of latents ``(batch, d)``; for discrete data ``p + u``, whose floor is the pixel.
+
+        `context` as in `forward`.
 
         Raises:
             DataError: Wrong shape, type or device, or not finite.
             SolverError: The solve did not reach its end, or is not finite.
         """
         self._check(z, (self.dim,), "latents")
+        c = self._condition(context, z)
         shapes = list(self._latent_shapes())
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
@@ -147,7 +162,7 @@ class TorchFlow(nn.Module):
         for stage in reversed(self.stages):
             if isinstance(stage, Block):
                 index -= 1
-                state, _ = self._integrate(index, stage, state, (stage.end_time, 0.0), divergence=False)
+                state, _ = self._integrate(index, stage, state, c, (stage.end_time, 0.0), divergence=False)
             elif isinstance(stage, FactorOut):
                 state = stage.inverse(state, outs.pop())
             else:
@@ -158,26 +173,34 @@ class TorchFlow(nn.Module):
             state = state * part.levels if isinstance(part, Dequantize) else part.inverse(state)
         return state
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density of samples in nats, ``(batch,)``, in the units of `x`; arguments and errors as in `forward`."""
-        z, log_det = self.forward(x)
+        z, log_det = self.forward(x, context)
         return base_log_prob(z) + log_det
 
     @torch.no_grad()
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
         """Draws `n` samples ``(n, *event)``, as `inverse` gives them; from torch's global generator without a seed.
+
+        For a conditional flow, `n` for a context ``(m,)``, or ``(b, n, *event)`` for each of `b` contexts ``(b, m)``.
 
         Raises:
             ConfigError: `n` is not a positive number.
+            DataError: The context as in `forward`.
         """
         if not _tracing() and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise ConfigError(f"n = {n!r}: expected a positive number of samples")
-        reference = self.reference
+        check_context(context, self.context_dim, None)
+        reference, lead = self.reference, torch.Size() if context is None else context.shape[:-1]
         if seed is None:
-            z = torch.randn(n, self.dim, dtype=reference.dtype)  # no generator argument: its size may be a symbol
+            z = torch.randn(*lead, n, self.dim, dtype=reference.dtype)  # no generator argument: n may be a symbol
         else:
-            z = torch.randn(n, self.dim, dtype=reference.dtype, generator=torch.Generator().manual_seed(seed))
-        return self.inverse(z.to(reference.device))
+            z = torch.randn(*lead, n, self.dim, dtype=reference.dtype, generator=torch.Generator().manual_seed(seed))
+        if not lead:
+            return self.inverse(z.to(reference.device), context)
+        assert context is not None
+        x: Tensor = self.inverse(z.to(reference.device).flatten(0, 1), context.repeat_interleave(n, 0))
+        return x.reshape(*lead, n, *self.event_shape)
 
     def extra_repr(self) -> str:
         trace = self.divergence + (f", probes={self.probes}, seed={self.seed}" if self.probes else "")
@@ -204,6 +227,17 @@ class TorchFlow(nn.Module):
         if high is not None and not _true(((x >= 0) & (x <= high)).all()):
             raise DataError(f"{what} from {float(x.min()):g} to {float(x.max()):g}: expected 0 to {high:g}")
 
+    def _condition(self, context: Tensor | None, like: Tensor) -> Tensor | None:
+        """The context as the blocks see it, one for each of the samples or latents `like`."""
+        check_context(context, self.context_dim, like.shape[0])
+        if context is None:
+            return None
+        context = context.expand(like.shape[0], -1)
+        self._check(context, (self.context_dim,), "the context")
+        for part in self.context_transform.transforms:
+            context, _ = _transform(part, context)
+        return context
+
     def _latent_shapes(self) -> Iterator[tuple[int, ...]]:
         """Shapes of what is factored out, in order, and of the last state."""
         shape = self.event_shape
@@ -216,13 +250,13 @@ class TorchFlow(nn.Module):
         yield shape
 
     def _integrate(
-        self, index: int, block: Block, z: Tensor, span: tuple[float, float], *, divergence: bool
+        self, index: int, block: Block, z: Tensor, c: Tensor | None, span: tuple[float, float], *, divergence: bool
     ) -> tuple[Tensor, Tensor]:
         """One block: the state at the end of `span`, and l (zero where it is not asked for)."""
         if not self.solve.fixed:
-            return self._adaptive(index, block, z, span, divergence=divergence)
+            return self._adaptive(index, block, z, c, span, divergence=divergence)
         probes, weight = self._probes(index, z) if divergence else (None, 1.0)
-        z, l = self._fixed(block, z, span, probes)
+        z, l = self._fixed(block, z, c, span, probes)
         l = l if l is None or weight == 1 else l * weight
         total = z.new_zeros(z.shape[0]) if l is None else l
         if not _true(torch.isfinite(z.sum() + total.sum())):
@@ -241,15 +275,15 @@ class TorchFlow(nn.Module):
         return torch.eye(d, dtype=z.dtype, device=z.device).unflatten(1, z.shape[1:]), 1.0
 
     def _fixed(
-        self, block: Block, z: Tensor, span: tuple[float, float], probes: Tensor | None
+        self, block: Block, z: Tensor, c: Tensor | None, span: tuple[float, float], probes: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The explicit Runge-Kutta method of `Solve`, its steps written out one after the other."""
         assert self.solve.step_size is not None
-        tableau, rates, l = method(self.solve.name).tableau, bind(block.dynamics), None
+        tableau, rates, l = method(self.solve.name).tableau, bind(block.dynamics, c), None
         for t, h in grid(span, self.solve.step_size):
             fs: list[Tensor] = []
-            for c, row, b in zip(tableau.c, tableau.a, tableau.b, strict=True):
-                f, div = rates(t + c * h, combine(z, fs, row, h), probes if b else None)
+            for node, row, b in zip(tableau.c, tableau.a, tableau.b, strict=True):
+                f, div = rates(t + node * h, combine(z, fs, row, h), probes if b else None)
                 fs.append(f)
                 if div is not None:
                     l = h * b * div if l is None else torch.add(l, div, alpha=h * b)
@@ -257,7 +291,7 @@ class TorchFlow(nn.Module):
         return z, l
 
     def _adaptive(
-        self, index: int, block: Block, z: Tensor, span: tuple[float, float], *, divergence: bool
+        self, index: int, block: Block, z: Tensor, c: Tensor | None, span: tuple[float, float], *, divergence: bool
     ) -> tuple[Tensor, Tensor]:
         if _tracing():
             raise unexportable(self.solve)
@@ -270,7 +304,7 @@ class TorchFlow(nn.Module):
             eps, weight = self._probes(index, z)
             probes = Probes(eps.unsqueeze(1).expand(len(eps), *z.shape), weight)
         try:
-            solution = self._engine.integrate(block.dynamics, z, probes, span, solver)
+            solution = self._engine.integrate(block.dynamics, z, probes, span, solver, context=c)
         except SolverError as error:
             raise SolverError(f"block {index}: {error}", status=error.status, block=index) from error
         except RuntimeError as error:
@@ -350,7 +384,7 @@ def to_torch(
         atol = rtol
     chosen = Solve(solver or ("RK4" if rtol is None else "DP5"), step_size, rtol, atol)
     exact = divergence == "exact" or (divergence == "auto" and flow.dim <= EXACT_LIMIT)
-    transform, stages = copy.deepcopy((flow.transform, list(flow.stages)))
+    transform, stages, context_transform = copy.deepcopy((flow.transform, list(flow.stages), flow.context_transform))
     module = TorchFlow(
         transform,
         stages,
@@ -360,5 +394,6 @@ def to_torch(
         divergence="exact" if exact else "hutchinson",
         probes=probes,
         seed=seed,
+        context_transform=context_transform,
     )
     return module.eval()

@@ -22,44 +22,47 @@ from pyrnode.flow import base_log_prob
 
 
 class Encode(nn.Module):
-    """``x -> z, log_det, log_prob``."""
+    """``x -> z, log_det, log_prob``; of a conditional flow ``x, context -> ...``."""
 
-    inputs, outputs = ("x",), ("z", "log_det", "log_prob")
+    inputs, outputs = ("x", "context"), ("z", "log_det", "log_prob")
 
     def __init__(self, flow: TorchFlow) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, log_det = self.flow(x)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        z, log_det = self.flow(x, context)
         return z, log_det, base_log_prob(z) + log_det
 
 
 class Decode(nn.Module):
-    """``z -> x``."""
+    """``z -> x``; of a conditional flow ``z, context -> x``."""
 
-    inputs, outputs = ("z",), ("x",)
+    inputs, outputs = ("z", "context"), ("x",)
 
     def __init__(self, flow: TorchFlow) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.flow.inverse(z)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow.inverse(z, context)
 
 
 class Sample(nn.Module):
-    """``n -> x``, drawn with the runtime's own generator."""
+    """``n -> x``, drawn with the runtime's own generator; of a conditional flow ``n, context -> x``, one context."""
 
-    inputs, outputs = ("n",), ("x",)
+    inputs, outputs = ("n", "context"), ("x",)
 
     def __init__(self, flow: TorchFlow) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, n: int) -> Tensor:
-        return self.flow.inverse(torch.randn(n, self.flow.dim, dtype=self.flow.reference.dtype))
+    def forward(self, n: int, context: Tensor | None = None) -> Tensor:
+        return self.flow.inverse(torch.randn(n, self.flow.dim, dtype=self.flow.reference.dtype), context)
 
+
+Inputs = tuple[Tensor | int, ...]
+"""The example inputs of a program: samples, latents or a number, and contexts where the flow takes them."""
 
 Program = Encode | Decode | Sample
 
@@ -83,7 +86,7 @@ def _prepared(flow: TorchFlow) -> TorchFlow:
     return flow
 
 
-def to_program(flow: TorchFlow, name: str, example: Tensor | int) -> torch.export.ExportedProgram:
+def to_program(flow: TorchFlow, name: str, example: Inputs) -> torch.export.ExportedProgram:
     """A pass of the flow as a `torch.export` program with a batch of any size.
 
     Raises:
@@ -91,18 +94,19 @@ def to_program(flow: TorchFlow, name: str, example: Tensor | int) -> torch.expor
     """
     from torch.export import Dim
 
-    batch: Any = Dim.DYNAMIC if isinstance(example, int) else {0: Dim("batch", min=1)}
+    batch: Any = {0: Dim("batch", min=1)}
+    shapes: Any = tuple(Dim.DYNAMIC if isinstance(e, int) else batch if e.ndim > 1 else None for e in example)
     try:
         with torch.no_grad(), _quiet():
             program = PROGRAMS[name](_prepared(flow)).eval()
-            return torch.export.export(program, (example,), dynamic_shapes=(batch,), strict=False)
+            return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
     except PyrnodeError:
         raise
     except Exception as error:  # whatever torch's tracer raises: its own types change from version to version
         raise ConfigError(f"torch.export cannot trace this flow: {_first_line(error)}") from error
 
 
-def to_onnx(flow: TorchFlow, name: str, example: Tensor | int) -> Any:
+def to_onnx(flow: TorchFlow, name: str, example: Inputs) -> Any:
     """A pass of the flow as an ONNX model (``onnx.ModelProto``) with a batch of any size.
 
     Raises:
@@ -117,9 +121,9 @@ def to_onnx(flow: TorchFlow, name: str, example: Tensor | int) -> Any:
                 program,
                 dynamo=True,
                 verbose=False,
-                input_names=list(PROGRAMS[name].inputs),
+                input_names=list(PROGRAMS[name].inputs[: len(example)]),
                 output_names=list(PROGRAMS[name].outputs),
-                dynamic_shapes=None if isinstance(example, int) else ({0: "batch"},),
+                dynamic_shapes=None if isinstance(example[0], int) else tuple({0: "batch"} for _ in example),
             )
             assert result is not None
             return result.model_proto

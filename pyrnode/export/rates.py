@@ -88,16 +88,20 @@ class Rates(Protocol):
 
 
 class LayeredRates:
-    """The rates of an `MLP` or a `ConvNet`."""
+    """The rates of an `MLP` or a `ConvNet`, for the contexts ``(batch, m)`` of one batch, where it takes any."""
 
-    def __init__(self, dynamics: LayeredDynamics) -> None:
+    def __init__(self, dynamics: LayeredDynamics, context: Tensor | None = None) -> None:
         self.layers = [_bind(layer) for layer in dynamics.layers]  # type: ignore[arg-type]
         self.phi = SMOOTH[dynamics.activation]
         self.times: dict[float, list[tuple[Tensor | None, Tensor]]] = {}
+        self.contexts: list[Tensor | None] = [None] * len(self.layers)
+        if context is not None:
+            widths = [layer.linear.weight.shape[0] * layer.context_parts for layer in self.layers]
+            self.contexts = list(dynamics.embed(context).split(widths, 1))
 
     def _at(self, t: float) -> list[tuple[Tensor | None, Tensor]]:
         if t not in self.times:  # the middle of an RK4 step is asked for twice
-            self.times[t] = [layer.at(t) for layer in self.layers]
+            self.times[t] = [layer.at(t, c) for layer, c in zip(self.layers, self.contexts, strict=True)]
         return self.times[t]
 
     def __call__(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +116,8 @@ class LayeredRates:
         f = _affine(last, h, last_scale, last_shift)
         if p is None or probes is None:
             return f, None
-        q = last.transpose(_scaled(probes, last_scale)).unsqueeze(1)
+        q = _scaled(probes.unsqueeze(1), last_scale)
+        q = last.transpose(q.flatten(0, 1)).unflatten(0, q.shape[:2])
         return f, (p * q).flatten(2).sum((0, 2)).expand(z.shape[0])
 
 
@@ -127,12 +132,12 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 class ModuleRates:
     """The rates of any other dynamics, differentiated by torch."""
 
-    def __init__(self, dynamics: Dynamics) -> None:
-        self.dynamics = dynamics
+    def __init__(self, dynamics: Dynamics, context: Tensor | None = None) -> None:
+        self.dynamics, self.context = dynamics, context
 
     def __call__(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
         times = z.new_full(z.shape[:1], t)
-        return _differentiate(lambda state: self.dynamics(times, state), z, probes)
+        return _differentiate(lambda state: self.dynamics(times, state, self.context), z, probes)
 
 
 def _differentiate(field: Callable[[Tensor], Tensor], z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -161,37 +166,45 @@ class Recorded(nn.Module):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         super().__init__()
-        self.dynamics, self.event_shape = dynamics, dynamics.event_shape
+        self.dynamics, self.event_shape, self.context_dim = dynamics, dynamics.event_shape, dynamics.context_dim
         values = self._values()
         # sizes that are equal when recording are taken to be equal for ever, so the batch's must be like no other
-        sizes = {size for value in values.values() for size in value.shape} | {*self.event_shape, probes}
+        sizes = {size for value in values.values() for size in value.shape}
+        sizes |= {*self.event_shape, probes, dynamics.context_dim}
         batch = next(n for n in itertools.count(5) if n not in sizes)
         like = next(iter(values.values()), torch.zeros(()))
         z, eps = (like.new_ones(count, *self.event_shape) for count in (batch, probes))
+        context = [like.new_ones(batch, dynamics.context_dim)] if dynamics.context_dim else []
 
-        def rates(values: dict[str, Tensor], t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor | None]:
-            return _differentiate(lambda y: torch.func.functional_call(dynamics, values, (t, y)), z, eps)
+        def rates(
+            values: dict[str, Tensor], t: Tensor, z: Tensor, eps: Tensor, *context: Tensor
+        ) -> tuple[Tensor, Tensor | None]:
+            return _differentiate(lambda y: torch.func.functional_call(dynamics, values, (t, y, *context)), z, eps)
 
         with torch.no_grad():
-            self.graph = make_fx(rates, tracing_mode="symbolic")(values, like.new_ones(batch), z, eps)
+            self.graph = make_fx(rates, tracing_mode="symbolic")(values, like.new_ones(batch), z, eps, *context)
 
     def _values(self) -> dict[str, Tensor]:
         return {**dict(self.dynamics.named_parameters()), **dict(self.dynamics.named_buffers())}
 
-    def rates(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As `Rates` has them."""
-        times = z.new_full(z.shape[:1], t)
-        if probes is None:
-            return self.dynamics(times, z), None
-        f, div = self.graph(self._values(), times, z, probes)
-        return f, div
+    def rates(self, context: Tensor | None) -> Rates:
+        """The rates for the contexts of one batch."""
+
+        def rates(t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            times = z.new_full(z.shape[:1], t)
+            if probes is None:
+                return self.dynamics(times, z, context), None
+            f, div = self.graph(self._values(), times, z, probes, *([] if context is None else [context]))
+            return f, div
+
+        return rates
 
 
-def bind(dynamics: nn.Module) -> Rates:
-    """The rates of dynamics with their present parameters."""
+def bind(dynamics: nn.Module, context: Tensor | None) -> Rates:
+    """The rates of dynamics with their present parameters, for the contexts ``(batch, m)`` of one batch."""
     if isinstance(dynamics, LayeredDynamics):
-        return LayeredRates(dynamics)
+        return LayeredRates(dynamics, context)
     if isinstance(dynamics, Recorded):
-        return dynamics.rates
+        return dynamics.rates(context)
     assert isinstance(dynamics, Dynamics)
-    return ModuleRates(dynamics)
+    return ModuleRates(dynamics, context)

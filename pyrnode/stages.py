@@ -1,0 +1,112 @@
+"""What a flow is composed of: ODE blocks, and between them the steps of the multi-scale composition (FFJORD)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrnode.config import Config
+from pyrnode.dynamics import MLP, ConvNet, Dynamics
+from pyrnode.errors import ConfigError
+
+
+class Block(nn.Module):
+    """One ODE block: `dynamics` over ``[0, T]``."""
+
+    def __init__(self, dynamics: Dynamics, end_time: float = 1.0) -> None:
+        super().__init__()
+        self.dynamics, self.end_time = dynamics, end_time
+
+    def extra_repr(self) -> str:
+        return f"end_time={self.end_time}"
+
+
+class Squeeze(nn.Module):
+    """``(C, H, W)`` to ``(4C, H/2, W/2)``: each 2×2 patch becomes channels."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.pixel_unshuffle(z, 2)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(z, 2)
+
+
+class FactorOut(nn.Module):
+    """The second half of the channels leaves the flow here and is normal as it is."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        kept, out = z.chunk(2, dim=1)
+        return kept, out
+
+    def inverse(self, kept: Tensor, out: Tensor) -> Tensor:
+        return torch.cat((kept, out), dim=1)
+
+
+def network(config: Config, event_shape: tuple[int, ...], context_dim: int) -> Callable[[tuple[int, ...]], Dynamics]:
+    """Makes the dynamics of a block from its event shape, as ``config.flow.network`` says.
+
+    Raises:
+        ConfigError: That kind of network does not fit the data's shape.
+    """
+    network = config.flow.network
+    image = len(event_shape) == 3
+    kind = network.kind if network.kind != "auto" else ("conv" if image else "mlp")
+    if kind == "conv" and not image:
+        raise ConfigError(f"network.kind = 'conv' needs images (C, H, W); the data has shape {event_shape}")
+    if kind == "mlp" and image:
+        raise ConfigError(f"network.kind = 'mlp' needs vectors (d,); the data has shape {event_shape}: flatten it")
+
+    def make(shape: tuple[int, ...]) -> Dynamics:
+        if len(shape) == 3:
+            return ConvNet(
+                (shape[0], shape[1], shape[2]),
+                network.hidden,
+                activation=network.activation,
+                time=network.time,
+                kernel_size=network.kernel_size,
+                context_dim=context_dim,
+            )
+        return MLP(shape[0], network.hidden, activation=network.activation, time=network.time, context_dim=context_dim)
+
+    return make
+
+
+def stages(
+    config: Config, event_shape: tuple[int, ...], make: Callable[[tuple[int, ...]], Dynamics]
+) -> Iterator[nn.Module]:
+    """The multi-scale composition of FFJORD: per scale blocks, squeeze, blocks, factor out; the last has blocks."""
+    flow = config.flow
+
+    def blocks(shape: tuple[int, ...]) -> Iterator[nn.Module]:
+        for _ in range(flow.blocks):
+            yield Block(make(shape), flow.end_time)
+
+    if len(event_shape) != 3:
+        if len(event_shape) != 1:
+            raise ConfigError(f"data of shape {event_shape}: expected vectors (d,) or images (C, H, W)")
+        yield from blocks(event_shape)
+        return
+    shape = event_shape
+    scales = _count_scales(shape) if flow.scales == "auto" else flow.scales
+    for scale in range(scales):
+        yield from blocks(shape)
+        if scale == scales - 1:
+            return
+        if shape[1] % 2 or shape[2] % 2:
+            raise ConfigError(f"scales = {scales}: a {shape[1]}x{shape[2]} image cannot be halved; at most {scale + 1}")
+        shape = (shape[0] * 4, shape[1] // 2, shape[2] // 2)
+        yield Squeeze()
+        yield from blocks(shape)
+        shape = (shape[0] // 2, *shape[1:])
+        yield FactorOut()
+
+
+def _count_scales(shape: tuple[int, ...]) -> int:
+    height, width = shape[1:]
+    scales = 1
+    while height % 2 == 0 and width % 2 == 0 and min(height, width) >= 8:
+        height, width, scales = height // 2, width // 2, scales + 1
+    return scales
