@@ -9,6 +9,7 @@ The whole public interface is here. Importing it starts nothing and costs what i
     images = result.flow.sample(16)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyrnode import data, distribution, export, transforms
@@ -45,6 +46,7 @@ from pyrnode.training import TrainingResult, train
 
 if TYPE_CHECKING:
     from pyrnode.estimator import RNODEDensity
+    from pyrnode.paper import reproduce
 
 __version__ = "0.1.0"
 
@@ -87,16 +89,19 @@ __all__ = [
     "export",
     "load",
     "presets",
+    "reproduce",
     "score_file",
     "train",
     "transforms",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`RNODEDensity`, which needs scikit-learn, on first use."""
-    if name == "RNODEDensity":
-        from pyrnode.estimator import RNODEDensity
+_LATE = {"RNODEDensity": "pyrnode.estimator", "reproduce": "pyrnode.paper"}
+"""What needs scikit-learn or SciPy, and is imported on first use."""
 
-        return RNODEDensity
+
+def __getattr__(name: str) -> Any:
+    """What is imported on first use."""
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module 'pyrnode' has no attribute {name!r}")

@@ -211,6 +211,32 @@ def _demo(args: argparse.Namespace) -> int:
     return demo(args.out, progress=not args.quiet)
 
 
+def _reproduce(args: argparse.Namespace) -> int:
+    try:
+        findings = pyrnode.reproduce(
+            args.experiment,
+            scale=args.scale,
+            out=args.out,
+            resume=args.resume,
+            engine=args.engine,
+            device=args.device,
+            data_dir=args.data_dir,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        command = ["pyrnode", "reproduce", args.experiment, "--scale", args.scale, "--out", args.out, "--resume"]
+        print(f"interrupted; go on with: {shlex.join(command)}", file=sys.stderr)
+        return INTERRUPTED
+    if args.json:
+        _print_json([{"name": f.name, "numbers": f.numbers, "claims": [asdict(c) for c in f.claims]} for f in findings])
+        return 0
+    for finding in findings:
+        print(finding, end="\n\n")
+    report = Path(args.out) / ("" if args.experiment == "all" else args.experiment) / "report.html"
+    print(f"{'nothing was left to do; ' if not findings else ''}report in {report}")
+    return 0
+
+
 @dataclass(frozen=True)
 class _Command:
     run: Callable[[argparse.Namespace], int]
@@ -287,6 +313,17 @@ def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda", action="store_true", help="also the Julia packages for NVIDIA GPUs")
 
 
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="fig1 to fig5, table1, steps, classifier, or all")
+    parser.add_argument("--scale", default="cpu", help="cpu: small, for two cores (default); paper: as published; tiny")
+    parser.add_argument("--out", default="runs/reproduce", help="folder to write to (default runs/reproduce)")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    parser.add_argument("--engine", choices=["auto", "torch", "julia"])
+    parser.add_argument("--device", help="torch device, or auto")
+    parser.add_argument("--data-dir", help="folder of downloaded data sets (default: $PYRNODE_DATA)")
+    _output_arguments(parser)
+
+
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="folder to write to (default runs/demo)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -340,6 +377,12 @@ _COMMANDS: dict[str, _Command] = {
         _install_julia_arguments,
     ),
     "doctor": _Command(_doctor, "say what is installed and what to do", "pyrnode doctor", _json_argument),
+    "reproduce": _Command(
+        _reproduce,
+        "repeat a figure, the table or a claim of the paper",
+        "pyrnode reproduce fig2 --scale cpu --out runs/reproduce",
+        _reproduce_arguments,
+    ),
     "demo": _Command(
         _demo, "train on digits and on a 2-D density, and compare", "pyrnode demo --out runs/demo", _demo_arguments
     ),

@@ -293,6 +293,7 @@ class TrainingConfig(_Section):
         validation_limit: Validate on at most this many samples.
         patience: Stop after this many validations without improvement; `None` never stops early.
         checkpoint_every: Interval of checkpoints in steps; 0 means once an epoch.
+        snapshots: Keep the model of every validation, in ``snapshots/`` of the run's folder.
         tensorboard: Write the metrics for TensorBoard too, to ``tensorboard/`` in the run's folder.
         max_restarts: How often a non-finite step is answered by restoring the last good state and halving the
             solver's step before training gives up.
@@ -312,6 +313,7 @@ class TrainingConfig(_Section):
     validation_limit: int | None = None
     patience: int | None = None
     checkpoint_every: int = 0
+    snapshots: bool = False
     tensorboard: bool = False
     max_restarts: int = 3
 
@@ -321,6 +323,15 @@ class TrainingConfig(_Section):
         _at_least(self, 0, "warmup_steps", "weight_decay", "validate_every", "checkpoint_every", "max_restarts")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"ema = {self.ema!r}: expected a decay between 0 and 1")
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Optimiser steps of a pass over that many training samples; what does not fill a batch is left out."""
+        return max(1, samples // self.batch_size)
+
+    def total_steps(self, samples: int) -> int:
+        """Optimiser steps of a whole run on that many training samples."""
+        steps = self.epochs * self.steps_per_epoch(samples)
+        return min(steps, self.max_steps or steps)
 
 
 @dataclass(frozen=True, kw_only=True)

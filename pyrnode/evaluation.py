@@ -227,6 +227,55 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What one solver makes of samples; see `measure`.
+
+    Attributes:
+        log_prob: Nats, ``(draws, samples)``.
+        score: The mean of it.
+        E, n: As in `Report`.
+        nfe: As in `Report`.
+        seconds: Time of the solves.
+    """
+
+    log_prob: Tensor
+    score: Score
+    E: float
+    n: float
+    nfe: float
+    seconds: float
+
+
+@torch.no_grad()
+def measure(
+    flow: Flow,
+    x: Tensor,
+    solver: SolverConfig | None = None,
+    *,
+    config: EvaluationConfig | None = None,
+    seed: int = 0,
+) -> Measurement:
+    """Scores samples with any solver: the noise is the same for all solvers and flows of one seed.
+
+    Args:
+        flow: An unconditional flow.
+        x: Samples, ``(n, *event)``, integers for discrete data.
+        solver: Solver; default the accurate one.
+        config: Divergence, probes, draws and chunk; default those of the flow.
+        seed: Seed of the noise.
+
+    Raises:
+        DataError: `x` does not fit the flow.
+        SolverError: A solve failed.
+    """
+    config = config or flow.config.evaluation
+    scorer = _Scorer(flow, config, seed, None)
+    start = time.perf_counter()
+    log_prob, totals = scorer.score(TensorSamples(x), len(x), solver or flow.solver, config.draws, None)
+    return Measurement(log_prob, Score.of(log_prob, flow.dim), **totals, seconds=time.perf_counter() - start)
+
+
 class _Scorer:
     """Passes data through a flow with noise that depends on the draw and the batch alone."""
 

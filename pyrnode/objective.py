@@ -57,19 +57,42 @@ def objective(
 
     d = solution.z.shape[1]
     nll = -mean(base_log_prob(solution.z) + solution.log_det + log_det) / d
-    E, n = mean(solution.total("E")) / d, mean(solution.total("n")) / d
-    lambda_K, lambda_J, lambda_D = penalties.kinetic, penalties.jacobian, penalties.total_derivative
     if penalties.convention == "paper":
-        loss = nll
-        for weight, value in ((lambda_K, E), (lambda_J, n)):
-            if weight:
-                loss = loss + weight * value
-        if lambda_D:
-            loss = loss + lambda_D * mean(solution.total("D")) / d
-        return Objective(loss, nll.detach(), E.detach(), n.detach())
+        loss, E, n = regularised(nll, solution, penalties, weights)
+        return Objective(loss, nll.detach(), E, n)
+    lambda_K, lambda_J, lambda_D = penalties.kinetic, penalties.jacobian, penalties.total_derivative
     per_block = [
         mean(lambda_K * 0.5 * block.E + lambda_J * block.n + lambda_D * block.D) / block.z[0].numel()
         for block in solution.blocks
     ]
     loss = nll / math.log(2) + torch.stack(per_block).sum()
-    return Objective(loss, nll.detach(), E.detach(), n.detach())
+    E, n = (mean(solution.total(name)).detach() / d for name in ("E", "n"))
+    return Objective(loss, nll.detach(), E, n)
+
+
+def regularised(
+    loss: Tensor, solution: FlowSolution, penalties: PenaltyConfig, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss plus the paper's penalties, ``λ_K E + λ_J n`` (and the total derivative's) per dimension.
+
+    Args:
+        loss: What the penalties are added to: nats per dimension of a density (eq. 17), or any other loss.
+        solution: The pass through the blocks.
+        penalties: The weights; the convention is the paper's.
+        weights: As in `objective`.
+
+    Returns:
+        The sum, and E and n, detached: means over the batch, summed over the blocks, per dimension.
+    """
+    d = solution.z.shape[1]
+
+    def mean(values: Tensor) -> Tensor:
+        return (values.mean() if weights is None else (weights * values).mean()) / d
+
+    E, n = mean(solution.total("E")), mean(solution.total("n"))
+    for weight, value in ((penalties.kinetic, E), (penalties.jacobian, n)):
+        if weight:
+            loss = loss + weight * value
+    if penalties.total_derivative:
+        loss = loss + penalties.total_derivative * mean(solution.total("D"))
+    return loss, E.detach(), n.detach()

@@ -1,7 +1,7 @@
 """Pictures: learning curves, samples, densities in one and two dimensions, and the paths of particles.
 
 Every function gives a matplotlib `Figure` of its own, outside pyplot: no window, no backend and no global state is
-touched. `save` writes it as a PNG.
+touched. `save` writes it as a PNG or a PDF.
 """
 
 from __future__ import annotations
@@ -39,25 +39,28 @@ _TIGHT: dict[str, Any] = {"columnspacing": 1.0, "handlelength": 1.2, "handletext
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as a PNG (150 dots per inch), atomically.
+    """Writes a figure as a PNG (150 dots per inch) or a PDF, by the file's name, atomically.
 
     Raises:
-        ConfigError: The name does not end in ``.png``.
+        ConfigError: The name ends in neither ``.png`` nor ``.pdf``.
         CheckpointError: The file cannot be written.
     """
+    path = _picture(path, ".png", ".pdf")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    write_atomically(_png(path), buffer.getvalue())
+    metadata = {"CreationDate": None} if path.suffix.lower() == ".pdf" else None  # the same picture, the same bytes
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=DPI, metadata=metadata)
+    write_atomically(path, buffer.getvalue())
 
 
-def _png(path: str | Path) -> Path:
+def _picture(path: str | Path, *suffixes: str) -> Path:
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"path = {str(path)!r}: pictures are PNG files, end its name in .png")
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(f"path = {str(path)!r}: end the picture's name in {' or '.join(suffixes)}")
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure outside pyplot, its sides in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -85,7 +88,7 @@ def learning_curves(history: History, *, unit: str) -> Figure:
     if not len(curves["nll"][0]) and not len(curves["validation"][0]):
         raise DataError(f"none of the history's {len(history)} records has a finite 'nll' or 'validation': train first")
     rows = 3 if curves["disagreement"][1].any() else 2
-    figure = _figure(10, 2.0 * rows + 0.6)
+    figure = new_figure(10, 2.0 * rows + 0.6)
     grid = figure.add_gridspec(rows, 2, width_ratios=(1.6, 1))
     main = figure.add_subplot(grid[:, 0])
     _likelihood_panel(main, curves["nll"], curves["validation"], unit)
@@ -189,9 +192,9 @@ def image_grid(images: Tensor, *, levels: int, rows: int | None = None) -> Figur
         DataError: Wrong shape or values.
         ConfigError: `levels` or `rows` does not fit.
     """
-    picture = _tile(images, levels, rows)
+    picture = tile(images, levels=levels, rows=rows)
     height, width = picture.shape[:2]
-    figure = _figure(width / DPI, height / DPI)
+    figure = new_figure(width / DPI, height / DPI)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))  # one pixel of the picture is one of the PNG
     axes.imshow(picture, interpolation="nearest")
@@ -210,12 +213,12 @@ def save_image_grid(images: Tensor, path: str | Path, *, levels: int, rows: int 
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(_tile(images, levels, rows)).save(buffer, "PNG")
-    write_atomically(_png(path), buffer.getvalue())
+    Image.fromarray(tile(images, levels=levels, rows=rows)).save(buffer, "PNG")
+    write_atomically(_picture(path, ".png"), buffer.getvalue())
 
 
-def _tile(images: Tensor, levels: int, rows: int | None) -> Array:
-    """The grid as ``(height, width, 3)`` uint8."""
+def tile(images: Tensor, *, levels: int, rows: int | None = None) -> Array:
+    """The grid of `image_grid` as pixels, ``(height, width, 3)`` uint8; arguments and errors as there."""
     from torchvision.utils import make_grid
 
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
@@ -272,7 +275,7 @@ def density_2d(
         panels = {"true": _density(truth, points, "true").reshape(shape), **panels}
     top = float(panels.get("true", learned).max()) or 1.0  # by the truth: a learned spike does not darken both
     count = len(panels) + (samples is not None)
-    figure = _figure(3.4 * count + 1.0, 4.4 if title else 4.1)
+    figure = new_figure(3.4 * count + 1.0, 4.4 if title else 4.1)
     figure.set_layout_engine("compressed")  # as constrained, for axes of fixed aspect
     axes = figure.subplots(1, count, squeeze=False, sharex=True, sharey=True)[0]
     for panel, (name, density) in zip(axes, panels.items(), strict=False):
@@ -326,7 +329,7 @@ def density_1d(
     x = _centres(low, high, resolution)
     learned = _density(log_prob, x[:, None], "learned")
     peak = learned.max()
-    figure = _figure(6.4, 4)
+    figure = new_figure(6.4, 4)
     axes = figure.add_subplot()
     if samples is not None:
         points = _points(samples, 1)[:, 0]
@@ -478,7 +481,7 @@ def trajectories(flow: Flow, x: Tensor, *, points: int = 33) -> Figure:
         raise DataError(f"a flow of event shape {flow.event_shape}: trajectories are drawn for (1,) or (2,)")
     times, states = particle_paths(flow, x, points)
     z = np.asarray(states.cpu().double())
-    figure = _figure(6.2, 4.6) if flow.dim == 1 else _figure(6.2, 6.4)
+    figure = new_figure(6.2, 4.6) if flow.dim == 1 else new_figure(6.2, 6.4)
     axes = figure.add_subplot()
     if flow.dim == 1:
         _paths_over_time(axes, np.asarray(times), z[..., 0], [block.end_time for block in flow.blocks])

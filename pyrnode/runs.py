@@ -6,6 +6,7 @@
 * ``checkpoint.safetensors``: the state to resume from
 * ``model.safetensors``: the best model on validation
 * ``report.json``, ``report.txt``, ``*.png``: the score, and pictures
+* ``snapshots/``: the model of every validation, if ``training.snapshots`` is on
 * ``tensorboard/``: the metrics once more, if ``training.tensorboard`` is on
 """
 
@@ -28,7 +29,8 @@ from pyrnode.errors import CheckpointError, ConfigError
 Record = dict[str, Any]
 
 _FREE = {"device", "engine"} | {
-    f"training.{key}" for key in ("epochs", "max_steps", "patience", "checkpoint_every", "max_restarts", "tensorboard")
+    f"training.{key}"
+    for key in ("epochs", "max_steps", "patience", "checkpoint_every", "max_restarts", "snapshots", "tensorboard")
 }
 
 
@@ -94,10 +96,29 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            for path in self.snapshots().values():
+                path.unlink()
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; use another out=") from error
         self.write_config(config)
         self.write_text("versions.json", json.dumps(versions(config), indent=2) + "\n")
+
+    def snapshot(self, step: int) -> Path:
+        """The file of the model that was validated after that step; its folder is made.
+
+        Raises:
+            CheckpointError: The folder cannot be made.
+        """
+        folder = self.path / "snapshots"
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
+        return folder / f"{step:08d}.safetensors"
+
+    def snapshots(self) -> dict[int, Path]:
+        """The files of the models that were validated, by step, in order."""
+        return {int(path.stem): path for path in sorted((self.path / "snapshots").glob("[0-9]*.safetensors"))}
 
     def write_config(self, config: Config) -> None:
         """Writes the configuration."""
@@ -120,7 +141,10 @@ class RunFolder:
             raise CheckpointError(f"cannot write {self._metrics}: {error.strerror}") from error
 
     def rewind(self, step: int) -> list[Record]:
-        """Drops the metrics after `step` (they will be computed again), and returns the others."""
+        """Drops metrics and snapshots after `step` (they will be computed again), and returns the other metrics."""
+        for later, path in self.snapshots().items():
+            if later > step:
+                path.unlink()
         records = [r for r in read_metrics(self.path) if r["step"] <= step]
         self.write_text(self._metrics.name, "".join(json.dumps(r) + "\n" for r in records))
         return records

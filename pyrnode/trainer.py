@@ -52,7 +52,7 @@ class _Progress:
     best: float = math.inf  # lowest validation value, nats per dimension
     best_step: int = 0
     stale: int = 0  # validations since then
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent in optimiser steps, without validations and the final save
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,9 @@ class Trainer:
             if folder is None:
                 raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
             require_tensorboard()
+        if config.training.snapshots and (folder is None or dynamics is not None):
+            need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
+            raise ConfigError(f"training.snapshots = true needs {need}")
         self.device = checkpoint.resolve_device(config.device)
         sample = splits.train.tensor() if splits.levels is None and config.flow.standardize else None
         if sample is not None and self.weights is not None:
@@ -118,7 +121,7 @@ class Trainer:
         contexts = None if splits.contexts is None else splits.contexts.train
         self.flow = self._built(config, sample, contexts).to(self.device)
         self.flow.engine.check(self.solver)
-        self.steps_per_epoch = max(1, len(splits.train) // config.training.batch_size)
+        self.steps_per_epoch = config.training.steps_per_epoch(len(splits.train))
         self.optimizer = self._optimizer()
         self.average = self._copy() if config.training.ema is not None else None
         self.best: dict[str, Tensor] = self._copy()
@@ -148,8 +151,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        steps = self.config.training.epochs * self.steps_per_epoch
-        return min(steps, self.config.training.max_steps or steps)
+        return self.config.training.total_steps(len(self.splits.train))
 
     @property
     def solver(self) -> SolverConfig:
@@ -208,10 +210,11 @@ class Trainer:
                     self._validate()
                 if self.finished:
                     self._save()
+                clock = time.perf_counter()
             except (SolverError, _NotFiniteError) as error:
                 self._recover(error)
                 batches = self._batches()
-                bar.n = self.state.step
+                bar.n, clock = self.state.step, time.perf_counter()
         return not self._stop
 
     @property
@@ -357,7 +360,9 @@ class Trainer:
         self.state.stale = 0 if better else self.state.stale + 1
         if better:
             self.state.best, self.state.best_step = value, self.state.step
-            self.best = self._copy() if self.average is None else {k: v.clone() for k, v in self.average.items()}
+            self.best = self._validated()
+        if self.config.training.snapshots and self.folder is not None:
+            self._flow_with(self._validated()).save(self.folder.snapshot(self.state.step))
         self._log(
             {
                 "step": self.state.step,
@@ -365,8 +370,13 @@ class Trainer:
                 "validation_bits": value / math.log(2),
                 "disagreement": disagreement,
                 "step_size": float(self.solver.step_size),
+                "seconds": round(self.state.seconds, 3),
             }
         )
+
+    def _validated(self) -> dict[str, Tensor]:
+        """A copy of the weights that are validated: the averaged ones, where there are any."""
+        return self._copy() if self.average is None else {k: v.clone() for k, v in self.average.items()}
 
     def _refine(self, disagreement: float) -> float:
         """Halves the step until the solver agrees with half its step; returns the disagreement that is left."""
@@ -430,9 +440,11 @@ class Trainer:
 
         Its settings hold the training solver with the step that training arrived at.
         """
+        return self._flow_with(self.best if math.isfinite(self.state.best) else self._validated())
+
+    def _flow_with(self, weights: dict[str, Tensor]) -> Flow:
         flow = self._built(replace(self.config, solver=self.solver))
-        validated = math.isfinite(self.state.best)
-        flow.load_state_dict(self.best if validated else self.average or self.flow.state_dict())
+        flow.load_state_dict(weights)
         return flow.to(self.device).eval()
 
     # -- state -------------------------------------------------------------------------------------------------------

@@ -382,11 +382,18 @@ def test_save_writes_a_whole_png_or_leaves_the_old_one(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_pdf_of_the_same_figure_has_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one.pdf", "two.pdf"):
+        plotting.save(Figure(), tmp_path / name)
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "one.pdf").read_bytes() == (tmp_path / "two.pdf").read_bytes()
+
+
 def test_save_refuses_other_formats(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"picture.pdf': pictures are PNG files"):
-        plotting.save(Figure(), tmp_path / "picture.pdf")
-    with pytest.raises(ConfigError, match=r"end its name in \.png"):
-        plotting.save_image_grid(torch.zeros(1, 1, 8, 8), tmp_path / "picture", levels=2)
+    with pytest.raises(ConfigError, match=r"picture.jpg': end the picture's name in .png or .pdf"):
+        plotting.save(Figure(), tmp_path / "picture.jpg")
+    with pytest.raises(ConfigError, match=r"end the picture's name in \.png"):
+        plotting.save_image_grid(torch.zeros(1, 1, 8, 8), tmp_path / "picture.pdf", levels=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -290,6 +290,48 @@ def test_history_has_a_record_for_every_step_and_validation(tmp_path: Path) -> N
     assert read_metrics(tmp_path) == result.history
 
 
+def test_validation_costs_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate, clock = Trainer._validate, [0.0]
+
+    def slow(trainer: Trainer) -> None:
+        validate(trainer)
+        clock[0] += 1000
+
+    def tick() -> float:
+        clock[0] += 1
+        return clock[0]
+
+    monkeypatch.setattr(Trainer, "_validate", slow)
+    monkeypatch.setattr("pyrnode.trainer.time.perf_counter", tick)
+    history = train(tmp_path).history
+    assert [r["seconds"] for r in steps(history)] == [float(n) for n in range(1, 11)]
+    seconds = {r["step"]: r["seconds"] for r in steps(history)}
+    assert all(r["seconds"] == seconds[r["step"]] for r in validations(history))
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_snapshots_are_the_models_that_were_validated(tmp_path: Path, ema: float | None) -> None:
+    result = train(tmp_path, snapshots=True, ema=ema)
+    files = RunFolder(tmp_path).snapshots()
+    assert list(files) == [r["step"] for r in validations(result.history)] == [4, 8, 10]
+    best = min(validations(result.history), key=lambda r: r["validation"])["step"]
+    assert_same_weights(pyrnode.load(files[best]), result.flow)
+    others = [pyrnode.load(file).state_dict() for step, file in files.items() if step != best]
+    assert not any(all(torch.equal(o[k], v) for k, v in result.flow.state_dict().items()) for o in others)
+    RunFolder(tmp_path).rewind(8)
+    assert list(RunFolder(tmp_path).snapshots()) == [4, 8]
+
+
+def test_snapshots_need_a_folder_and_a_network_that_can_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="snapshots = true needs out="):
+        train(None, snapshots=True)
+    with pytest.raises(ConfigError, match="snapshots = true needs pyrnode's own dynamics"):
+        pyrnode.train(
+            "8gaussians", dynamics=lambda shape: Linear(1.0), out=tmp_path, overrides=SMALL | {"snapshots": True}
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- step_size="auto" ------------------------------------------------------------------------------------------------
 
 

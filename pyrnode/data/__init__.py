@@ -7,7 +7,17 @@ Example:
 """
 
 from pyrnode.data import synthetic
-from pyrnode.data.loading import load, sources
+from pyrnode.data.loading import labels, load, sources
 from pyrnode.data.samples import Contexts, DatasetSamples, Samples, Splits, TensorSamples
 
-__all__ = ["Contexts", "DatasetSamples", "Samples", "Splits", "TensorSamples", "load", "sources", "synthetic"]
+__all__ = [
+    "Contexts",
+    "DatasetSamples",
+    "Samples",
+    "Splits",
+    "TensorSamples",
+    "labels",
+    "load",
+    "sources",
+    "synthetic",
+]

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import check_levels, image_tensor
-from pyrnode.data.samples import DatasetSamples, Samples, Source, TensorSamples
-from pyrnode.errors import DataError
+from pyrnode.data.samples import DatasetSamples, Samples, Source, Splits, TensorSamples
+from pyrnode.errors import DataError, unknown_name
 
 NAMES = {
     "mnist": "handwritten digits, 1×28×28, 60,000 + 10,000 (torchvision)",
@@ -42,6 +42,22 @@ def named_source(name: str, folder: Path, config: DataConfig) -> Source:
     return Source(name, TensorSamples(train), tuple(train.shape[1:]), levels, test=TensorSamples(test))
 
 
+def labels(name: str, folder: Path, config: DataConfig) -> Splits:
+    """The classes of a named set, ``(n, 1)`` integers, split as `named_source` splits its images.
+
+    Raises:
+        DataError: The set has no classes here, or is missing.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        return Source(name, TensorSamples(torch.from_numpy(load_digits().target)[:, None]), ()).split(config)
+    if name not in ("mnist", "fashion-mnist", "cifar10"):
+        raise DataError(unknown_name("data set with classes", name, ("digits", "mnist", "fashion-mnist", "cifar10")))
+    train, test = (torch.as_tensor(_torchvision_set(name, folder, train=p).targets)[:, None] for p in (True, False))
+    return Source(name, TensorSamples(train), (), test=TensorSamples(test)).split(config)
+
+
 def _digits() -> Tensor:
     from sklearn.datasets import load_digits
 
@@ -49,6 +65,14 @@ def _digits() -> Tensor:
 
 
 def _torchvision(name: str, folder: Path, *, train: bool) -> Tensor:
+    """Its images, ``(n, C, H, W)`` uint8."""
+    values = torch.as_tensor(_torchvision_set(name, folder, train=train).data)
+    if name == "cifar10":
+        return values.permute(0, 3, 1, 2).contiguous()
+    return values if values.ndim == 4 else values.unsqueeze(1)
+
+
+def _torchvision_set(name: str, folder: Path, *, train: bool) -> Any:
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -56,7 +80,7 @@ def _torchvision(name: str, folder: Path, *, train: bool) -> Tensor:
     cls = getattr(datasets, _CLASSES[name])
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
-        dataset = _existing(cls, folder, part) or cls(str(folder), download=True, **part)
+        return _existing(cls, folder, part) or cls(str(folder), download=True, **part)
     except DataError:
         raise
     except Exception as error:  # whatever a download raises: network, read-only folder, checksum
@@ -64,10 +88,6 @@ def _torchvision(name: str, folder: Path, *, train: bool) -> Tensor:
             f"{name!r} is not in {folder.resolve()} and could not be downloaded to it ({_told(error)}); put "
             f"torchvision's {_CLASSES[name]} files there, or name their folder with PYRNODE_DATA or --data-dir"
         ) from error
-    values = torch.as_tensor(dataset.data)
-    if name == "cifar10":
-        return values.permute(0, 3, 1, 2).contiguous()
-    return values if values.ndim == 4 else values.unsqueeze(1)
 
 
 def _existing(cls: Any, folder: Path, part: dict[str, Any]) -> Any:

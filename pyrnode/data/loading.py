@@ -126,12 +126,25 @@ def _context(context: Any, source: Source) -> Tensor:
 
 
 def _named(name: str, config: DataConfig) -> Source:
-    folder = Path(config.dir or os.environ.get("PYRNODE_DATA") or "data").expanduser()
+    folder = _folder(config)
     reader: Callable[[str, Path, DataConfig], Source]
     if name in synthetic.DENSITIES:
         return _from_density(synthetic.DENSITIES[name], config)
     reader = images.named_source if name in images.NAMES else tabular.named_source
     return reader(name, folder, config)
+
+
+def _folder(config: DataConfig) -> Path:
+    return Path(config.dir or os.environ.get("PYRNODE_DATA") or "data").expanduser()
+
+
+def labels(name: str, *, config: DataConfig = _DEFAULT) -> Splits:
+    """The classes of the images of a named set, ``(n, 1)`` integers, ordered and split as `load` does.
+
+    Raises:
+        DataError: The set has no classes here, or is missing.
+    """
+    return images.labels(name, _folder(config), config)
 
 
 def _from_path(path: Path, config: DataConfig) -> Source:

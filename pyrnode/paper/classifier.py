@@ -1,0 +1,291 @@
+"""The paper's outlook (§9): the same two penalties on a neural-ODE classifier, an ODE before a linear head."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyrnode import data, plotting
+from pyrnode.checkpoint import resolve_device, write_atomically
+from pyrnode.config import Config
+from pyrnode.engines import Probes
+from pyrnode.errors import CheckpointError, ConfigError, SolverError, TrainingDivergedError
+from pyrnode.flow import Flow, FlowSolution
+from pyrnode.objective import regularised
+from pyrnode.paper.experiment import Experiment
+from pyrnode.paper.report import Claim, Finding, Row, Verdict
+from pyrnode.paper.scales import COLOURS, Scale
+from pyrnode.paper.study import Need, Study, hours, mean_and_spread
+from pyrnode.seeds import generator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METHODS = {"rnode": "regularised", "none": "not regularised"}
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Settings of the classifier, beside those of its ODE.
+
+    Attributes:
+        hidden: Channels of the network's hidden layers.
+        epochs: Passes over the training set.
+        batch_size: Samples per step.
+        learning_rate: Of Adam.
+        limit: Training samples; `None` takes all.
+        test_limit: Test samples.
+        tolerance: Of the adaptive solver (DP5), in training and testing.
+        penalty: ``λ_K`` and ``λ_J`` of the regularised classifier.
+    """
+
+    hidden: tuple[int, ...] = (16, 16)
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    limit: int | None = 2000
+    test_limit: int | None = 1000
+    tolerance: float = 1e-4
+    penalty: float = 0.01
+
+
+class Classifier(nn.Module):
+    """One ODE block over ``[0, 1]`` and a linear head: the block, the engine and the penalties are the flow's.
+
+    Args:
+        config: Settings of the block and its solver.
+        event_shape: ``(C, H, W)`` or ``(d,)``.
+        levels: Grey levels of the images.
+    """
+
+    def __init__(self, config: Config, event_shape: tuple[int, ...], levels: int) -> None:
+        super().__init__()
+        self.flow = Flow.build(config, event_shape)
+        self.levels = levels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.head = nn.Linear(self.flow.dim, CLASSES)
+
+    def forward(self, x: Tensor, random: torch.Generator | None) -> tuple[Tensor, FlowSolution]:
+        """Logits ``(batch, classes)`` of images ``(batch, *event)``, and the pass through the block.
+
+        Args:
+            x: Grey levels.
+            random: Gives the probes of the penalties; `None` solves for the state alone.
+        """
+        y = self.flow.prepare(x.float() / (self.levels - 1) - 0.5)
+
+        def draw(z: Tensor) -> Probes | None:
+            return None if random is None else Probes.draw(z, generator=random)
+
+        solution = self.flow.solve(y, draw, self.flow.config.solver)
+        return self.head(solution.z), solution
+
+
+def settings(name: str, method: str, seed: int, given: ClassifierConfig, study_settings: dict[str, Any]) -> Config:
+    """The settings of the ODE of a classifier."""
+    penalty = given.penalty if method == "rnode" else 0.0
+    return Config().override(
+        {
+            "data.name": name,
+            "data.limit": given.limit,
+            "seed": seed,
+            "flow": {"network": {"hidden": list(given.hidden)}, "blocks": 1, "scales": 1, "standardize": False},
+            "solver": {"name": "DP5", "rtol": given.tolerance, "atol": given.tolerance},
+            "penalties": {"kinetic": penalty, "jacobian": penalty},
+            **study_settings,
+        }
+    )
+
+
+def train_classifier(
+    config: Config, given: ClassifierConfig, *, progress: bool = False
+) -> tuple[Classifier, list[dict[str, float]]]:
+    """Trains a classifier with Adam on the cross-entropy plus the penalties per dimension.
+
+    Returns:
+        The classifier, and a record per step: ``loss, cross_entropy, E, n, nfe, nfe_backward, seconds``.
+
+    Raises:
+        ConfigError: The set has no grey levels.
+        TrainingDivergedError: A loss was not finite, or a solve failed.
+    """
+    splits, labels = data.load(None, config=config.data), data.labels(config.data.name, config=config.data)
+    if splits.levels is None:
+        raise ConfigError(f"data.name = {config.data.name!r}: the classifier takes images")
+    device = resolve_device(config.device)
+    model = Classifier(config, splits.event_shape, splits.levels).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=given.learning_rate)
+    targets = labels.train.tensor()[:, 0].long()
+    records: list[dict[str, float]] = []
+    size = given.batch_size
+    per_epoch = max(1, len(targets) // size)
+    seconds = 0.0
+    for step in tqdm(range(given.epochs * per_epoch), unit="step", disable=not progress):
+        epoch, number = divmod(step, per_epoch)
+        order = torch.randperm(len(targets), generator=generator(config.seed, "order", epoch))
+        rows = order[number * size : (number + 1) * size]
+        x = next(iter(splits.train.batches(rows, len(rows))))
+        start = time.perf_counter()
+        try:
+            logits, solution = model(x, generator(config.seed, "step", step))
+        except SolverError as error:
+            raise TrainingDivergedError(f"step {step}: {error}") from error
+        loss = F.cross_entropy(logits, targets[rows].to(logits.device))
+        total, E, n = regularised(loss, solution, config.penalties)
+        if not bool(torch.isfinite(total)):
+            raise TrainingDivergedError(f"the loss is not finite at step {step} (cross-entropy {float(loss):g})")
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        seconds += time.perf_counter() - start
+        values = {"loss": float(total.detach()), "cross_entropy": float(loss.detach()), "E": float(E), "n": float(n)}
+        backward = sum(block.stats.nfe_backward for block in solution.blocks)
+        records.append({"step": step + 1, **values, "nfe": solution.nfe, "nfe_backward": backward, "seconds": seconds})
+    return model, records
+
+
+@torch.no_grad()
+def score_classifier(model: Classifier, config: Config, limit: int | None) -> dict[str, float]:
+    """Accuracy on the test set, and the solver's evaluations on it."""
+    splits, labels = data.load(None, config=config.data), data.labels(config.data.name, config=config.data)
+    x, y = splits.test.tensor()[:limit], labels.test.tensor()[:limit, 0]
+    right, nfe = 0, 0.0
+    for images, targets in zip(x.split(250), y.split(250), strict=True):
+        logits, solution = model(images, None)
+        right += int((logits.argmax(1).cpu() == targets).sum())
+        nfe += solution.nfe * len(images) / len(x)
+    return {"accuracy": right / len(x), "nfe": nfe}
+
+
+def _needs(scale: Scale) -> list[Need]:
+    return []
+
+
+def _one(study: Study, name: str, method: str, seed: int, given: ClassifierConfig) -> tuple[Config, dict[str, float]]:
+    """Trains and tests one classifier; what came out is kept in the study's folder."""
+    config = settings(name, method, seed, given, study.settings)
+    path = study.out / "classifiers" / f"{name}-{method}-seed{seed}.json"
+    if path.exists():
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["settings"] != json.loads(json.dumps(asdict(given))):
+                raise ConfigError(f"{path} is of other settings ({kept['settings']}): use another out (--out)")
+            return config, kept["result"]
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise CheckpointError(f"{path} is damaged ({error}); delete it and go on with --resume") from error
+    study.say(f"classifier of {name}, {METHODS[method]}, seed {seed}")
+    model, records = train_classifier(config, given, progress=study.progress)
+    tested = score_classifier(model, config, given.test_limit)
+    tail = records[-max(1, len(records) // 10) :]
+    result = {
+        "accuracy": tested["accuracy"],
+        "nfe": tested["nfe"],
+        "nfe in training": sum(r["nfe"] + r["nfe_backward"] for r in records) / len(records),
+        "seconds": records[-1]["seconds"],
+        **{key: sum(r[key] for r in tail) / len(tail) for key in ("E", "n", "cross_entropy")},
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, (json.dumps({"settings": asdict(given), "result": result}, indent=1) + "\n").encode())
+    return config, result
+
+
+def _measure(study: Study) -> Finding:
+    given = replace(ClassifierConfig(), **{k: _tuple(v) for k, v in study.scale.classifier.items()})
+    rows: list[Row] = []
+    claims, configs = list[Claim](), dict[str, Config]()
+    numbers: dict[str, float] = {}
+    for name in study.scale.classifiers:
+        means: dict[str, dict[str, tuple[float, float]]] = {}
+        for method, label in METHODS.items():
+            results = []
+            for seed in study.scale.seeds:
+                configs[f"{name}-{method}-seed{seed}"], result = _one(study, name, method, seed, given)
+                results.append(result)
+                rows.append({"data": name, "classifier": label, "seed": seed, **result})
+            means[method] = {key: mean_and_spread(r[key] for r in results) for key in results[0]}
+            numbers |= {f"{name} {method} {key}": value[0] for key, value in means[method].items()}
+        ours, theirs = means["rnode"], means["none"]
+        claims += [_accuracy(name, ours, theirs), _cost(name, ours, theirs)]
+    return Finding(
+        name=EXPERIMENT.name,
+        title=EXPERIMENT.title,
+        claims=claims,
+        numbers=numbers,
+        tables={"classifier": rows},
+        shown="classifier",
+        figures={"classifier": _draw(study.scale.classifiers, rows)},
+        remarks=[
+            f"One convolutional ODE block, {'-'.join(map(str, given.hidden))} channels, and a linear head; DP5 at "
+            f"{given.tolerance:g} in training and testing, Adam with rate {given.learning_rate:g}, {given.epochs} "
+            "epochs of "
+            f"{given.limit or 'all'} training images, λ_K = λ_J = {given.penalty:g} or 0. Nothing was tuned, for "
+            "either.",
+            "The ODE block, the engine and the penalties are those of the flows (`Flow.solve`, "
+            "`objective.regularised`).",
+        ],
+        configs=configs,
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _accuracy(name: str, ours: dict[str, tuple[float, float]], theirs: dict[str, tuple[float, float]]) -> Claim:
+    (a, spread_a), (b, spread_b) = ours["accuracy"], theirs["accuracy"]
+    verdict: Verdict = "holds" if a >= b - 0.01 else "does not hold"
+    return Claim(
+        f"The penalties do not cost a classifier its accuracy ({name}).",
+        "suggested, not tested",
+        f"{a:.1%} ± {spread_a:.1%} with, {b:.1%} ± {spread_b:.1%} without",
+        verdict,
+        "One percentage point less counts as a cost. ± is the standard deviation over seeds.",
+    )
+
+
+def _cost(name: str, ours: dict[str, tuple[float, float]], theirs: dict[str, tuple[float, float]]) -> Claim:
+    fewer = ours["nfe"][0] < theirs["nfe"][0]
+    return Claim(
+        f"The penalties make it cheaper to solve ({name}).",
+        "suggested, not tested",
+        f"{ours['nfe'][0]:.1f} against {theirs['nfe'][0]:.1f} evaluations in testing; training took "
+        f"{hours(ours['seconds'][0])} against {hours(theirs['seconds'][0])}",
+        "holds" if fewer else "does not hold",
+        "Judged by the evaluations. With penalties, training also integrates the Jacobian's products, which cost "
+        "time of "
+        "their own.",
+    )
+
+
+_PANELS = {"accuracy": "test accuracy", "nfe": "evaluations in testing", "seconds": "training (s)"}
+
+
+def _draw(names: tuple[str, ...], rows: list[Row]) -> Figure:
+    """A bar for the mean over seeds, a point for each seed."""
+    figure = plotting.new_figure(9, 3.6)
+    for axes, (key, label) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
+        for offset, (method, kind) in zip((-0.15, 0.15), METHODS.items(), strict=True):
+            for place, name in enumerate(names):
+                values = [float(r[key]) for r in rows if (r["data"], r["classifier"]) == (name, kind)]
+                x = place + offset
+                axes.bar(x, sum(values) / len(values), 0.28, color=COLOURS[method], alpha=0.5, label=kind)
+                axes.plot([x] * len(values), values, "o", color=COLOURS[method], ms=4)
+        axes.set(ylabel=label, xticks=range(len(names)), xticklabels=names)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))  # one of each
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+EXPERIMENT = Experiment("classifier", "the same penalties on a neural-ODE classifier", _needs, _measure)

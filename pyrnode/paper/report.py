@@ -1,0 +1,228 @@
+"""What an experiment found, and how it is told: pictures, numbers, settings, and a report in Markdown and HTML."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tomli_w
+
+from pyrnode import plotting
+from pyrnode.checkpoint import write_atomically
+from pyrnode.config import Config
+from pyrnode.errors import CheckpointError
+from pyrnode.runs import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+Verdict = Literal["holds", "does not hold", "undecided", "not comparable"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper beside what came out here.
+
+    Attributes:
+        statement: What the paper says.
+        paper: Its number; empty where it gives none.
+        ours: Ours.
+        verdict: Whether the statement holds here; ``"undecided"`` where the spread over seeds is too large to tell.
+        note: What a reader must know to judge that.
+    """
+
+    statement: str
+    paper: str
+    ours: str
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass
+class Finding:
+    """The outcome of one experiment.
+
+    Attributes:
+        name: The experiment, such as ``"fig2"``.
+        title: What it is about.
+        claims: The paper's statements beside ours.
+        numbers: The headline numbers by name, for programs.
+        tables: Rows of numbers by name; each becomes a CSV file.
+        shown: The table that the report prints.
+        figures: Pictures by name.
+        remarks: Sentences on how it was done.
+        configs: The resolved settings by run.
+    """
+
+    name: str
+    title: str
+    claims: list[Claim]
+    numbers: dict[str, float]
+    tables: dict[str, list[Row]]
+    shown: str
+    figures: dict[str, Figure]
+    remarks: list[str]
+    configs: dict[str, Config] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.title}"]
+        for claim in self.claims:
+            paper = f" (paper: {claim.paper})" if claim.paper else ""
+            lines.append(f"  {claim.statement}{paper}\n    here: {claim.ours} -> {claim.verdict}")
+            lines += [f"    {claim.note}"] if claim.note else []
+        return "\n".join(lines)
+
+
+def write(finding: Finding, folder: Path, *, scale: str, published: bool) -> None:
+    """Writes pictures (PNG and PDF), numbers (CSV), settings, versions and both reports; the reports come last.
+
+    Raises:
+        CheckpointError: A file cannot be written.
+    """
+    for name, figure in finding.figures.items():
+        for suffix in ("png", "pdf"):
+            plotting.save(figure, folder / f"{name}.{suffix}")
+    for name, rows in finding.tables.items():
+        write_atomically(folder / f"{name}.csv", _csv(rows).encode())
+    settings = {name: config.to_dict() for name, config in finding.configs.items()}
+    write_atomically(folder / "settings.toml", tomli_w.dumps(settings).encode())
+    config = next(iter(finding.configs.values()), Config())
+    write_atomically(folder / "versions.json", (json.dumps(versions(config), indent=2) + "\n").encode())
+    plain = {
+        "name": finding.name,
+        "title": finding.title,
+        "scale": scale,
+        "claims": [asdict(claim) for claim in finding.claims],
+        "numbers": finding.numbers,
+        "remarks": [*finding.remarks, *scale_remarks(scale, published)],
+        "pictures": list(finding.figures),
+        "table": [{key: _cell(value) for key, value in row.items()} for row in finding.tables[finding.shown]],
+        "tables": list(finding.tables),
+    }
+    write_atomically(folder / "finding.json", (json.dumps(plain, indent=2) + "\n").encode())
+    write_reports(folder, [(plain, folder)])
+
+
+def scale_remarks(scale: str, published: bool) -> list[str]:
+    """What the scale means for the comparison."""
+    if published:
+        return [f"Scale '{scale}': the published configuration."]
+    return [
+        f"Scale '{scale}': smaller networks, fewer steps and fewer samples than the paper's. Bits per dimension and "
+        "times "
+        "are therefore not comparable with the paper's numbers; directions and ratios between methods of one run are."
+    ]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A finding as `write` left it in ``finding.json``.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    path = folder / "finding.json"
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _sections([(plain, folder)], folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete {folder} and run its experiment again") from error
+    return plain
+
+
+def write_reports(folder: Path, findings: Sequence[tuple[dict[str, Any], Path]]) -> None:
+    """Writes ``report.md`` and a ``report.html`` that holds its pictures, of one or more findings and their folders."""
+    sections = _sections(findings, folder)
+    write_atomically(folder / "report.md", "\n".join(part for part, _ in sections).encode())
+    body = "\n".join(part for _, part in sections)
+    write_atomically(folder / "report.html", _PAGE.format(body=body).encode())
+
+
+_COLUMNS = ("statement", "paper", "ours", "verdict")
+_HEADS = ("The paper's statement", "Its number", "Here", "Verdict")
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>How to train your neural ODE, reproduced</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }} th, td {{ border: 1px solid #ccc; padding: .3rem .6rem; }}
+th {{ background: #f3f3f3; text-align: left; }} td {{ vertical-align: top; }} img {{ max-width: 100%; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def _sections(findings: Sequence[tuple[dict[str, Any], Path]], folder: Path) -> list[tuple[str, str]]:
+    """Each finding in Markdown and in HTML."""
+    return [(_markdown(plain, where, folder), _html(plain, where)) for plain, where in findings]
+
+
+def _markdown(plain: dict[str, Any], where: Path, folder: Path) -> str:
+    place = "" if where == folder else f"{where.relative_to(folder).as_posix()}/"
+    lines = [f"# {plain['name']}: {plain['title']}", ""]
+    lines += _markdown_table([dict(zip(_HEADS, (c[key] for key in _COLUMNS), strict=True)) for c in plain["claims"]])
+    lines += [f"* {c['note']}" for c in plain["claims"] if c["note"]] + [""]
+    lines += [f"![{name}]({place}{name}.png)\n" for name in plain["pictures"]]
+    lines += _markdown_table(plain["table"]) + [f"* {remark}" for remark in plain["remarks"]]
+    files = ", ".join(f"[{name}]({place}{name})" for name in _files(plain))
+    return "\n".join([*lines, "", f"Files: {files}", ""])
+
+
+def _files(plain: dict[str, Any]) -> list[str]:
+    pictures = [f"{name}.pdf" for name in plain["pictures"]]
+    return [*(f"{name}.csv" for name in plain["tables"]), *pictures, "settings.toml", "versions.json"]
+
+
+def _markdown_table(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    escaped = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *escaped]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
+
+
+def _html(plain: dict[str, Any], where: Path) -> str:
+    parts = [f"<h1>{html.escape(plain['name'])}: {html.escape(plain['title'])}</h1>"]
+    parts.append(_html_table([dict(zip(_HEADS, (c[key] for key in _COLUMNS), strict=True)) for c in plain["claims"]]))
+    notes = [c["note"] for c in plain["claims"] if c["note"]]
+    parts.append(_html_list(notes))
+    for name in plain["pictures"]:
+        data = base64.b64encode((where / f"{name}.png").read_bytes()).decode()
+        parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>')
+    parts += [_html_table(plain["table"]), _html_list(plain["remarks"])]
+    return "\n".join(parts)
+
+
+def _html_list(items: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>" if items else ""
+
+
+def _html_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,179 @@
+"""How large: the published configuration, one for two cores, or one for a look. The code that runs is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyrnode.config import Config
+from pyrnode.errors import ConfigError, unknown_name
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rnode": {},
+    "ffjord": {
+        "solver.name": "DP5",
+        "solver.rtol": 1e-5,
+        "solver.atol": 1e-5,
+        "penalties.kinetic": 0.0,
+        "penalties.jacobian": 0.0,
+    },
+    "none": {"penalties.kinetic": 0.0, "penalties.jacobian": 0.0},
+    "kinetic": {"penalties.jacobian": 0.0},
+    "jacobian": {"penalties.kinetic": 0.0},
+}
+"""What each method changes in the regularised preset: vanilla FFJORD, and the ablations with the fixed-step solver."""
+
+LABELS = {
+    "rnode": "RNODE",
+    "ffjord": "FFJORD",
+    "none": "no penalty",
+    "kinetic": "kinetic only",
+    "jacobian": "Jacobian only",
+}
+"""What the methods are called in pictures and reports."""
+
+COLOURS = {"rnode": "#0b6bb3", "ffjord": "#d95f0e", "none": "#7a7a7a", "kinetic": "#2f8f4e", "jacobian": "#8e44ad"}
+
+PRESETS = {
+    "mnist": "finlay2020-mnist",
+    "cifar10": "finlay2020-cifar10",
+    "digits": "digits",
+    "two-bumps": "toy",
+}
+"""The regularised preset of each data set."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of all experiments.
+
+    Attributes:
+        name: What it is called.
+        published: Whether the image flows have the paper's own configuration, so that numbers may be compared.
+        images: Sets of images, the one of the ablation first and the one of the timings last.
+        seeds: Seeds of the runs whose spread is shown.
+        overrides: Settings by data set, on top of its preset.
+        learning_rates: Grid over which each method's learning rate is tuned on validation; one is taken as it is.
+        tuning_steps: Optimiser steps of a tuning run.
+        scored: Validation images on which the model of every validation is scored.
+        stepped: Test images on which solvers are compared.
+        classifiers: Sets that are classified.
+        classifier: Settings of the classifier, on top of its defaults.
+    """
+
+    name: str
+    published: bool
+    images: tuple[str, ...]
+    seeds: tuple[int, ...]
+    overrides: Mapping[str, Mapping[str, Any]]
+    learning_rates: tuple[float, ...] = (1e-3,)
+    tuning_steps: int = 0
+    scored: int = 1000
+    stepped: int = 1000
+    classifiers: tuple[str, ...] = ("digits", "mnist")
+    classifier: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, data: str, method: str = "rnode", *, seed: int = 0) -> Config:
+        """The settings of one run, before any tuning."""
+        if data not in PRESETS:
+            raise ConfigError(unknown_name("data set of the experiments", data, PRESETS))
+        config = Config.preset(PRESETS[data]).override({"data.name": data, "seed": seed})
+        return config.override(self.overrides.get(data, {})).override(METHODS[method])
+
+
+_SMALL_IMAGES = {
+    "flow.blocks": 1,
+    "flow.network.hidden": [16, 16],
+    "training.epochs": 1,
+    "training.max_steps": 200,
+    "training.batch_size": 16,
+    "training.warmup_steps": 20,
+    "training.validate_every": 20,
+    "training.validation_limit": 100,
+    "training.checkpoint_every": 20,
+    "training.snapshots": True,
+    "evaluation.test_limit": 250,
+    "evaluation.draws": 2,
+}
+
+SCALES = {
+    "tiny": Scale(
+        name="tiny",
+        published=False,
+        images=("digits",),
+        seeds=(0, 1),
+        overrides={
+            "digits": _SMALL_IMAGES
+            | {
+                "flow.network.hidden": [4],
+                "solver.step_size": 0.25,
+                "penalties.kinetic": 0.1,
+                "penalties.jacobian": 0.1,
+                "training.max_steps": 12,
+                "training.warmup_steps": 0,
+                "training.schedule": "constant",
+                "training.ema": None,
+                "training.validate_every": 3,
+                "training.validation_limit": 20,
+                "training.checkpoint_every": 4,
+                "evaluation.test_limit": 20,
+            },
+            "two-bumps": {
+                "data.samples": 1000,
+                "penalties.kinetic": 0.5,
+                "penalties.jacobian": 0.5,
+                "training.max_steps": 60,
+                "training.validate_every": 20,
+                "training.checkpoint_every": 10,
+            },
+        },
+        learning_rates=(1e-3, 1e-2),
+        tuning_steps=3,
+        scored=20,
+        stepped=10,
+        classifiers=("digits",),
+        classifier={"hidden": [4], "epochs": 2, "batch_size": 32, "limit": 128, "test_limit": 50, "penalty": 1.0},
+    ),
+    "cpu": Scale(
+        name="cpu",
+        published=False,
+        images=("mnist",),
+        seeds=(0, 1, 2),
+        overrides={
+            "mnist": _SMALL_IMAGES,
+            "two-bumps": {
+                "penalties.kinetic": 0.05,
+                "penalties.jacobian": 0.05,
+                "training.max_steps": 1000,
+                "training.validate_every": 200,
+            },
+        },
+        learning_rates=(1e-3, 3e-3, 1e-2),
+        tuning_steps=60,
+        scored=100,
+        stepped=50,
+        classifier={"hidden": [8, 8], "epochs": 8, "limit": 1000},
+    ),
+    "paper": Scale(
+        name="paper",
+        published=True,
+        images=("mnist", "cifar10"),
+        seeds=(0, 1, 2),
+        overrides={
+            "mnist": {"training.snapshots": True},
+            "cifar10": {"training.snapshots": True},
+            "two-bumps": {"penalties.kinetic": 0.05, "penalties.jacobian": 0.05},
+        },
+        classifier={"limit": None, "epochs": 30, "hidden": [64, 64, 64]},
+    ),
+}
+
+
+def scale_of(scale: str | Scale) -> Scale:
+    """The scale of that name; one of the user's own passes through."""
+    if isinstance(scale, Scale):
+        return scale
+    if scale not in SCALES:
+        raise ConfigError(unknown_name("scale", scale, SCALES))
+    return SCALES[scale]
