@@ -23,9 +23,8 @@ def main() -> dict[str, float]:
     (finding,) = pyrnode.reproduce("fig3", scale=scale, out=args.out, progress=False)
     value, low, high = (finding.numbers[key] for key in ("spearman", "low", "high"))
     print(f"Spearman's correlation {value:.2f} (95 % interval {low:.2f} to {high:.2f})")
-    print(
-        f"evaluations at the end: {finding.numbers['nfe ffjord']:.0f}, regularised {finding.numbers['nfe rnode']:.0f}"
-    )
+    plain, regularised = (finding.numbers[f"nfe {method}"] for method in ("ffjord", "rnode"))
+    print(f"evaluations at the end: {plain:.0f}, regularised {regularised:.0f}")
     return finding.numbers
 
 

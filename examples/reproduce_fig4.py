@@ -22,9 +22,8 @@ def main() -> dict[str, float]:
     scale = "tiny" if args.quick else args.scale
     (finding,) = pyrnode.reproduce("fig4", scale=scale, out=args.out, progress=False)
     for method, label in (("none", "neither"), ("kinetic", "kinetic"), ("jacobian", "Jacobian"), ("rnode", "both")):
-        print(
-            f"{label:<10} E {finding.numbers[f'E {method}']:.3g}, n {finding.numbers[f'n {method}']:.3g} per dimension"
-        )
+        E, n = (finding.numbers[f"{key} {method}"] for key in ("E", "n"))
+        print(f"{label:<10} E {E:.3g}, n {n:.3g} per dimension")
     return finding.numbers
 
 

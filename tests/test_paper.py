@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,36 @@ def test_the_classifier_learns() -> None:
     model, records = classifier.train_classifier(config, given)
     assert records[-1]["cross_entropy"] < 0.5 * records[0]["cross_entropy"]
     assert classifier.score_classifier(model, config, 100)["accuracy"] > 0.75
+
+
+# -- the examples ----------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_example(
+    name: str, reproduced: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script asks for its experiment in the tiny form, and tells what that found (it was run by the fixture)."""
+    out, findings = reproduced
+    calls = []
+
+    def reproduce(*arguments: Any, **keywords: Any) -> list[Finding]:
+        calls.append((arguments, keywords))
+        return [findings[name]]
+
+    monkeypatch.setattr(pyrnode, "reproduce", reproduce, raising=False)
+    monkeypatch.setattr("sys.argv", ["example", "--quick", "--out", str(out)])
+    assert runpy.run_path(str(EXAMPLES / f"reproduce_{name}.py"))["main"]() == findings[name].numbers
+    assert calls == [((name,), {"scale": "tiny", "out": str(out), "progress": False})]
+    printed = capsys.readouterr().out
+    assert printed.splitlines()
+    assert "nan" not in printed
+
+
+def test_every_experiment_has_an_example() -> None:
+    assert {path.stem.removeprefix("reproduce_") for path in EXAMPLES.glob("reproduce_*.py")} == set(EXPERIMENTS)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
