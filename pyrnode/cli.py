@@ -86,6 +86,11 @@ def _splits(flow: pyrnode.Flow, args: argparse.Namespace) -> Any:
 
 def _evaluate(args: argparse.Namespace) -> int:
     flow = pyrnode.load(args.run, engine=args.engine)
+    if flow.context_dim:
+        raise ConfigError(
+            f"{args.run} is conditional on {flow.context_dim} features, and the command line takes no contexts to "
+            "score with: call pyrnode.evaluate(pyrnode.load(run), x, context=c) in Python"
+        )
     settings = {f"evaluation.{key.removeprefix('evaluation.')}": v for key, v in _settings(args.set).items()}
     config = flow.config.override(settings).evaluation
     report = pyrnode.evaluate(flow, _splits(flow, args), config=config, progress=not args.quiet)

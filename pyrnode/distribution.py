@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Transform, constraints, register_k
 from pyrnode.config import SolverConfig
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export.module import TorchFlow
-from pyrnode.flow import Flow, base_log_prob, check_context, chunked
+from pyrnode.flow import Flow, base_log_prob, check_context, chunked, context_tensor
 from pyrnode.noise import SampleNoise
 from pyrnode.transforms import Dequantize
 from pyrnode.transforms import Transform as DataTransform
@@ -55,8 +55,9 @@ class _Bijection:
         self.flow, self.solver, self.divergence, self.probes, self.seed = flow, solver, divergence, probes, seed
         self.event_shape = torch.Size(flow.event_shape)
         self.dim = flow.dim
-        context = None if context is None else torch.as_tensor(context)
-        check_context(None if context is None else context.flatten(0, -2), flow.context_dim, None)
+        context = context_tensor(context)
+        rows = context.flatten(0, -2) if context is not None and context.ndim > 2 else context
+        check_context(rows, flow.context_dim, None)
         self.context = None if context is None else context.to(self.like)
         self.batch_shape = torch.Size() if context is None else context.shape[:-1]
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,23 @@ def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Te
         yield x[start : start + size], None if c is None else c[start : start + size]
 
 
+def context_tensor(context: Any) -> Tensor | None:
+    """A context as its user gives it, a tensor or what torch makes one of, as a tensor; `None` stays.
+
+    Raises:
+        DataError: It does not consist of real numbers.
+    """
+    if context is None:
+        return None
+    try:
+        tensor = torch.as_tensor(context)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"context of type {type(context).__name__}: expected numbers, as a tensor or array") from error
+    if tensor.is_complex():
+        raise DataError("the context has complex numbers: pass real and imaginary parts as features")
+    return tensor
+
+
 def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     """Checks the context that a flow is given.
 
@@ -78,7 +95,7 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
         batch: Number of samples; `None` for any.
 
     Raises:
-        DataError: It is missing, superfluous, or of the wrong shape.
+        DataError: It is missing, superfluous, no tensor, or of the wrong shape.
     """
     if dim == 0:
         if context is not None:
@@ -87,6 +104,8 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     wanted = f"({dim},) for one that all samples share, or ({'n' if batch is None else batch}, {dim}) for each its own"
     if context is None:
         raise DataError(f"this flow is conditional on {dim} features: pass their values as context, {wanted}")
+    if not isinstance(context, Tensor):
+        raise DataError(f"context of type {type(context).__name__}: expected a torch tensor, {wanted}")
     shape = tuple(context.shape)
     if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
         remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
@@ -228,7 +247,7 @@ class Flow(nn.Module):
         Raises:
             DataError: It is missing, superfluous, of the wrong shape, or not finite.
         """
-        context = None if context is None else torch.as_tensor(context)
+        context = context_tensor(context)
         check_context(context, self.context_dim, batch)
         if context is None:
             return None
@@ -473,7 +492,7 @@ class Flow(nn.Module):
             raise ConfigError(f"n = {n!r}: expected a positive number of samples")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ConfigError(f"temperature = {temperature!r}: expected a finite number, at least 0")
-        context = None if context is None else torch.as_tensor(context)
+        context = context_tensor(context)
         check_context(context, self.context_dim, None)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         if context is None or context.ndim == 1:

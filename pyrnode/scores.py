@@ -331,6 +331,7 @@ def score_command(args: argparse.Namespace) -> int:
     import pyrnode
 
     flow = pyrnode.load(args.run, engine=args.engine)
+    _unconditional(flow)
     calibration = _calibration(flow, args)
     summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
     if args.json:

@@ -499,7 +499,8 @@ class Trainer:
         self._flush()
         if self.make is None:
             self.best_flow().save(self.folder.model)
-        description = {"progress": vars(state), "samples": len(self.splits.train)}
+        counts = {"samples": len(self.splits.train), "context_dim": self.splits.context_dim}
+        description = {"progress": vars(state), **counts}
         checkpoint.write(self.folder.checkpoint, "checkpoint", tensors, description)
 
     def resume(self) -> None:
@@ -511,8 +512,13 @@ class Trainer:
         assert self.folder is not None
         path = self.folder.checkpoint
         tensors, description = checkpoint.read(path, "checkpoint")
-        samples = len(self.splits.train)
+        samples, given = len(self.splits.train), self.splits.context_dim
         try:
+            if description["context_dim"] != given:
+                raise ValueError(
+                    f"its context has {description['context_dim']} features, the one given {given}: pass that which it "
+                    "was begun with, or take another out="
+                )
             if description["samples"] != samples:
                 raise ValueError(f"it was trained on {description['samples']} samples, not {samples}")
             state = _Progress(**description["progress"])

@@ -20,7 +20,7 @@ from pyrnode.config import Config, DataConfig
 from pyrnode.data import Contexts, Splits, TensorSamples, load
 from pyrnode.distribution import FlowDistribution, FlowTransform
 from pyrnode.dynamics import ConvNet, ModuleDynamics
-from pyrnode.errors import ConfigError, DataError
+from pyrnode.errors import CheckpointError, ConfigError, DataError
 from pyrnode.evaluation import evaluate
 from pyrnode.export import to_torch
 from pyrnode.export.rates import LayeredRates, ModuleRates
@@ -149,17 +149,49 @@ def test_stated_error_holds_the_truth() -> None:
         (torch.zeros(4), r"context of shape \(4,\): expected \(2,\)"),
         (torch.zeros(3, 2), r"context of shape \(3, 2\): expected .* or \(4, 2\)"),
         (torch.zeros(4, 3), r"context of shape \(4, 3\)"),
+        (torch.zeros(4, 2, 1), r"context of shape \(4, 2, 1\)"),
         (torch.full((4, 2), math.nan), "the context.* NaN or infinite values"),
     ],
 )
 def test_contexts_that_do_not_fit(context: Tensor | None, message: str) -> None:
     flow, x = FLOWS["vector"](), torch.zeros(4, 3)
-    for call in (flow.log_prob, flow.encode, flow.decode):
-        with pytest.raises(DataError, match=message):
-            call(x, context)
     module = to_torch(flow)
+    for call in (flow.log_prob, flow.encode, flow.decode, module.log_prob, module.inverse):
+        with pytest.raises(DataError, match=message):
+            call(x.double(), None if context is None else context.double())
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (None, r"conditional on 2 features: .* context, \(2,\) for one .* or \(n, 2\)"),
+        (torch.zeros(3).double(), r"context of shape \(3,\): expected \(2,\)"),
+        (torch.tensor(1.0).double(), r"context of shape \(\): expected \(2,\)"),
+        (torch.full((2,), math.nan).double(), "the context.* NaN or infinite values"),
+    ],
+)
+def test_contexts_that_cannot_be_sampled_for(context: Tensor | None, message: str) -> None:
+    flow = FLOWS["vector"]()
+    for call in (flow.sample, to_torch(flow).sample):
+        with pytest.raises(DataError, match=message):
+            call(3, context)
     with pytest.raises(DataError, match=message):
-        module.log_prob(x.double(), None if context is None else context.double())
+        flow.distribution(context).sample((3,))
+
+
+def test_contexts_that_are_no_tensors() -> None:
+    flow, x = FLOWS["vector"](), torch.zeros(4, 3).double()
+    expected = flow.log_prob(x, torch.tensor([1.0, 2.0]).double())
+    assert error(flow.log_prob(x, [1.0, 2.0]), expected) == 0  # type: ignore[arg-type]
+    assert error(flow.distribution([1.0, 2.0]).log_prob(x), expected) == 0  # type: ignore[arg-type]
+    for bad, message in (("ab", "context of type str: expected numbers"), (torch.zeros(4, 2).cdouble(), "complex")):
+        for call in (flow.log_prob, flow.encode, flow.decode):
+            with pytest.raises(DataError, match=message):
+                call(x, bad)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=message):
+            flow.distribution(bad)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"context of type list: expected a torch tensor, \(2,\) for one"):
+        to_torch(flow).log_prob(x, [1.0, 2.0])  # type: ignore[arg-type]
 
 
 def test_unconditional_flows_refuse_a_context() -> None:
@@ -251,6 +283,9 @@ def test_training_resumes_bit_for_bit_with_a_context(tmp_path: Path) -> None:
     full = pyrnode.train(x, context=c, epochs=10, overrides={**settings, "max_steps": 24}, **whole)  # type: ignore[arg-type]
     pyrnode.train(x, context=c, epochs=10, overrides={**settings, "max_steps": 24, "schedule": "cosine"}, **parts)  # type: ignore[arg-type]
     (tmp_path / "parts" / "model.safetensors").unlink()
+    for given, features in ((None, 0), (c[:, :1], 1)):
+        with pytest.raises(CheckpointError, match=f"context has 2 features, the one given {features}: pass that which"):
+            pyrnode.train(x, context=given, resume=True, **parts)  # type: ignore[arg-type]
     again = pyrnode.train(x, context=c, resume=True, **parts)  # type: ignore[arg-type]
     for (name, a), (_, b) in zip(full.flow.state_dict().items(), again.flow.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
@@ -364,6 +399,20 @@ def test_distributions_need_the_context_that_the_flow_takes() -> None:
         FLOWS["vector"]().distribution(torch.zeros(4, 3))
     with pytest.raises(DataError, match="unconditional"):
         Flow.build(Config(), (3,)).distribution(torch.zeros(4, 3))
+    with pytest.raises(DataError, match="conditional on 2 features"):
+        FlowTransform(to_torch(FLOWS["vector"]()))
+
+
+@torch.no_grad()
+def test_the_distribution_of_one_context() -> None:
+    flow, context = FLOWS["vector"](), contexts_for(1)[0]
+    density, other = flow.distribution(context), flow.distribution(context + 1)
+    assert (density.batch_shape, density.event_shape) == ((), (3,))
+    x = density.sample((4,))
+    assert x.shape == (4, 3)
+    assert error(density.log_prob(x), flow.log_prob(x, context)) < 1e-8
+    assert float(torch.distributions.kl_divergence(density, density)) == 0
+    assert float(torch.distributions.kl_divergence(density, other)) > 0
 
 
 # -- export ----------------------------------------------------------------------------------------------------------
@@ -524,6 +573,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert np.load(out).shape == (5, 2)
     assert main(["sample", str(run), "-n", "5", "--out", str(out)]) != 0
     assert "conditional on 2 features" in capsys.readouterr().err
+    assert main(["sample", str(run), "-n", "5", "--context", "0.5", "--out", str(out)]) != 0
+    assert "context of shape (1,): expected (2,)" in capsys.readouterr().err
+    assert main(["evaluate", str(run)]) != 0
+    assert "pyrnode.evaluate(pyrnode.load(run), x, context=c) in Python" in capsys.readouterr().err
+    assert main(["score", str(run), "x.npy", "--out", str(out)]) != 0
+    assert "scores of files know no context: use flow.log_prob(x, context)" in capsys.readouterr().err
     assert main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "flow.safetensors")]) == 0
     assert main(["verify", str(tmp_path / "flow.safetensors")]) == 0
     np.save(tmp_path / "x.npy", x.numpy())

@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 def test_python_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = blocks("python")
-    assert len(code) == 2
+    assert len(code) == 3
     namespace: dict[str, object] = {}
     for block in code:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -45,15 +45,15 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
         assert (ROOT / target).is_file(), target
 
 
-# See test_julia_examples.py and, for reproduce_*.py, test_paper.py.
-EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - {"julia_engine.py"}
-EXAMPLES = {name for name in EXAMPLES if not name.startswith("reproduce_")}
+# These are run in test_julia_examples.py, test_sbi.py and test_paper.py.
+ELSEWHERE = {"julia_engine.py", "inside_sbi.py"} | {path.name for path in (ROOT / "examples").glob("reproduce_*.py")}
+EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE
+WRITING = {"straight_trajectories.py", "anomaly_scores.py", "export_and_use.py", "simulation_based_inference.py"}
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = name in ("straight_trajectories.py", "anomaly_scores.py", "export_and_use.py")
-    arguments = ["--quick"] + (["--out", str(tmp_path)] if writes else [])
+    arguments = ["--quick"] + (["--out", str(tmp_path)] if name in WRITING else [])
     monkeypatch.setattr("sys.argv", [name, *arguments])
     module = runpy.run_path(str(ROOT / "examples" / name))
     values = module["main"]()
@@ -71,5 +71,15 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert values["ks"] < 1.63 * (2 / 89) ** 0.5  # the 1 % point for as many p-values as calibration scores
         assert values["difference"] < 1e-9
         assert 0.3 < values["detected"] < 1
+    elif name == "simulation_based_inference.py":
+        gaussian, moons = values["linear Gaussian"], values["two moons"]
+        assert -0.02 < gaussian["log-density error"] < 0.25 < gaussian["untrained"]  # Kullback-Leibler divergences
+        assert 0 < moons["log-density error"] < moons["untrained"] - 1
+        assert gaussian["C2ST"] < 0.65 < moons["C2ST"] < 0.98  # few steps do for a Gaussian, not for crescents
+        assert gaussian["calibration p"] > 0.01
+        assert (tmp_path / "posteriors.png").stat().st_size > 20_000
+    elif name == "vae_prior.py":
+        assert values["untrained"] < -500
+        assert -250 < values["standard normal"] < values["RNODE"] < -150
     else:  # the untrained flow is 1.42 nats from the truth; a few steps must not make it worse
         assert all(-0.05 < gap < 1.5 for gap in values.values())

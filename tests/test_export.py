@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import re
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+import pyrnode
 from pyrnode import checkpoint, export
 from pyrnode.cli import main
 from pyrnode.config import Config
@@ -483,6 +485,37 @@ def test_description_is_read_by_the_documentations_reader(
     expected = flow.log_prob(x).detach()
     for row, want in zip(x, expected, strict=True):
         assert float(reader["log_prob"](str(tmp_path / "flow"), row.numpy())) == pytest.approx(float(want), abs=1e-7)
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("julia", marks=pytest.mark.needs_julia)])
+@pytest.mark.parametrize("suffix", ["pt2", "onnx", "safetensors"])
+def test_a_run_of_either_engine_exports_and_agrees(engine: str, suffix: str, tmp_path: Path) -> None:
+    """With a solver of its own; the file's numbers are those of the engine's accurate solver."""
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    x, c = torch.randn(200, 2), torch.randn(200, 1)
+    solver = {"name": "Vern7", "lazy": False} if engine == "julia" else "Tsit5"
+    settings = {"flow.network.hidden": [8], "max_steps": 5, "batch_size": 50, "engine": engine}
+    run, path = tmp_path / "run", tmp_path / f"flow.{suffix}"
+    pyrnode.train(x + c, context=c, solver=solver, overrides=settings, out=run, evaluate=False, progress=False)
+    target = {"pt2": "torch.export"}.get(suffix, suffix)
+    assert (
+        command("export", str(run), "--engine", engine, "--step-size", "0.25", "--to", target, "--out", str(path)) == 0
+    )
+    assert command("verify", str(path)) == 0
+    x, c = x[:7], c[:7]
+    with torch.no_grad():
+        if suffix == "pt2":
+            found = torch.export.load(path).module()(x, c)[2]
+        elif suffix == "onnx":
+            session = importlib.import_module("onnxruntime").InferenceSession(path.read_bytes())
+            found = torch.from_numpy(session.run(["log_prob"], {"x": x.numpy(), "context": c.numpy()})[0])
+        else:
+            found = export.load(path).log_prob(x, c)
+        flow = pyrnode.load(run, engine=engine)
+        assert flow.engine.name == engine
+        assert error(found, flow.log_prob(x, c)) < 1e-4
 
 
 def test_a_file_that_does_not_agree_is_refused(tmp_path: Path) -> None:
