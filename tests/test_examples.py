@@ -31,7 +31,7 @@ def test_python_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = "".join(blocks("console")).splitlines()
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "pyrnode"
