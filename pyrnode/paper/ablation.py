@@ -93,7 +93,7 @@ def _measure(study: Study) -> Finding:
         shown="fig4",
         figures={"fig4": _draw(runs)},
         remarks=[
-            tuning_remark(study, data),
+            tuning_remark(study, data, METHODS),
             "All four runs have RK4 with step 0.25 and differ in the penalties alone. E and n are those of the "
             "training "
             f"batches; the table has their means over the last {_TAIL:.0%} of the steps.",

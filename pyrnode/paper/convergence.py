@@ -114,7 +114,7 @@ def _measure(study: Study) -> Finding:
         shown="fig2",
         figures={"fig2": _draw(curves, target)},
         remarks=[
-            tuning_remark(study, data),
+            tuning_remark(study, data, METHODS),
             "Time is that of the optimiser steps alone: validation, scoring and checkpoints are left out. The runs "
             "followed "
             "one another on the same machine.",

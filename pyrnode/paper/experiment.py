@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyrnode.paper.report import Finding
-from pyrnode.paper.scales import Scale
-from pyrnode.paper.study import Need, Study
+from pyrnode.paper.scales import LABELS, Scale
+from pyrnode.paper.study import TUNED, Need, Study
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Experiment:
     measure: Callable[[Study], Finding]
 
 
-TUNING = (
+SAME = (
     "Data, split, network, initialisation and batches are the same for all methods; models are selected on "
     "validation, and "
     "scored on the same samples with the same noise and the same accurate solver (DP5, tolerances 1e-5)."
 )
 
 
-def tuning_remark(study: Study, data: str) -> str:
-    """How the optimisers were tuned."""
+def tuning_remark(study: Study, data: str, methods: Sequence[str]) -> str:
+    """How the optimisers of the compared methods were tuned."""
     rates = study.scale.learning_rates
     if len(rates) == 1:
-        return f"{TUNING} Both methods have the published learning rate, {rates[0]:g}."
-    chosen = {method: study.learning_rate(data, method) for method in ("ffjord", "rnode")}
+        return f"{SAME} All have the published learning rate, {rates[0]:g}."
+    tuned = [method for method in TUNED if method in methods]
+    chosen = ", ".join(f"{LABELS[method]} {study.learning_rate(data, method):g}" for method in tuned)
+    ablations = "" if set(methods) <= set(TUNED) else " Its ablations have the same."
     return (
-        f"{TUNING} FFJORD and RNODE each had their learning rate chosen from {', '.join(f'{r:g}' for r in rates)}, "
-        "by the "
-        f"validation value after {study.scale.tuning_steps} steps of seed 0: FFJORD {chosen['ffjord']:g}, "
-        f"RNODE {chosen['rnode']:g} (its ablations too)."
+        f"{SAME} The learning rate was chosen from {', '.join(f'{rate:g}' for rate in rates)}, for each method by "
+        f"itself, by the validation value after {study.scale.tuning_steps} steps of seed 0: {chosen}.{ablations}"
     )

@@ -65,7 +65,7 @@ def _measure(study: Study) -> Finding:
         tables={"fig5": rows},
         shown="fig5",
         figures=figures,
-        remarks=[tuning_remark(study, study.scale.images[-1]), "Samples are decoded with DP5 at 1e-5."],
+        remarks=[tuning_remark(study, study.scale.images[-1], METHODS), "Samples are decoded with DP5 at 1e-5."],
         configs=configs,
     )
 

@@ -101,7 +101,7 @@ def _measure(study: Study) -> Finding:
         shown="steps",
         figures={"steps": _draw(rows)},
         remarks=[
-            tuning_remark(study, data),
+            tuning_remark(study, data, METHODS),
             f"Both flows were trained with RK4 at step 0.25; {study.scale.stepped} test images, one dequantisation.",
             f"Engine: {engine}."
             + ("" if engine == "julia" else " With the Julia engine, its solvers are compared too."),

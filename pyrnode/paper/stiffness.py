@@ -97,7 +97,7 @@ def _measure(study: Study) -> Finding:
         shown="fig3",
         figures={"fig3": _draw(of)},
         remarks=[
-            tuning_remark(study, data),
+            tuning_remark(study, data, METHODS),
             f"Every point is the model of a validation, solved on {study.scale.scored} validation images with DP5 at "
             "1e-5. "
             "The norm is the root of the mean over images, blocks and time of ‖∂f/∂z‖_F², estimated with one probe.",
