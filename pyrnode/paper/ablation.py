@@ -95,8 +95,7 @@ def _measure(study: Study) -> Finding:
         remarks=[
             tuning_remark(study, data, METHODS),
             "All four runs have RK4 with step 0.25 and differ in the penalties alone. E and n are those of the "
-            "training "
-            f"batches; the table has their means over the last {_TAIL:.0%} of the steps.",
+            f"training batches; the table has their means over the last {_TAIL:.0%} of the steps.",
         ],
         configs={run.need.name: run.config for run in runs.values()},
     )

@@ -228,9 +228,8 @@ def _measure(study: Study) -> Finding:
         remarks=[
             f"One convolutional ODE block, {'-'.join(map(str, given.hidden))} channels, and a linear head; DP5 at "
             f"{given.tolerance:g} in training and testing, Adam with rate {given.learning_rate:g}, {given.epochs} "
-            "epochs of "
-            f"{given.limit or 'all'} training images, λ_K = λ_J = {given.penalty:g} or 0. Nothing was tuned, for "
-            "either.",
+            f"epochs of {given.limit or 'all'} training images, λ_K = λ_J = {given.penalty:g} or 0. Nothing was "
+            "tuned, for either.",
             "The ODE block, the engine and the penalties are those of the flows (`Flow.solve`, "
             "`objective.regularised`).",
         ],
@@ -263,8 +262,7 @@ def _cost(name: str, ours: dict[str, tuple[float, float]], theirs: dict[str, tup
         f"{hours(ours['seconds'][0])} against {hours(theirs['seconds'][0])}",
         "holds" if fewer else "does not hold",
         "Judged by the evaluations. With penalties, training also integrates the Jacobian's products, which cost "
-        "time of "
-        "their own.",
+        "time of their own.",
     )
 
 

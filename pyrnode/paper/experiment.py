@@ -29,8 +29,8 @@ class Experiment:
 
 SAME = (
     "Data, split, network, initialisation and batches are the same for all methods; models are selected on "
-    "validation, and "
-    "scored on the same samples with the same noise and the same accurate solver (DP5, tolerances 1e-5)."
+    "validation, and scored on the same samples with the same noise and the same accurate solver (DP5, tolerances "
+    "1e-5)."
 )
 
 

@@ -117,8 +117,8 @@ def scale_remarks(scale: str, published: bool) -> list[str]:
         return [f"Scale '{scale}': the published configuration."]
     return [
         f"Scale '{scale}': smaller networks, fewer steps and fewer samples than the paper's. Bits per dimension and "
-        "times "
-        "are therefore not comparable with the paper's numbers; directions and ratios between methods of one run are."
+        "times are therefore not comparable with the paper's numbers; directions and ratios between methods of one "
+        "run are."
     ]
 
 

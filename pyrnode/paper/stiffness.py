@@ -99,8 +99,8 @@ def _measure(study: Study) -> Finding:
         remarks=[
             tuning_remark(study, data, METHODS),
             f"Every point is the model of a validation, solved on {study.scale.scored} validation images with DP5 at "
-            "1e-5. "
-            "The norm is the root of the mean over images, blocks and time of ‖∂f/∂z‖_F², estimated with one probe.",
+            "1e-5. The norm is the root of the mean over images, blocks and time of ‖∂f/∂z‖_F², estimated with one "
+            "probe.",
         ],
         configs={run.need.name: run.config for run in runs},
     )

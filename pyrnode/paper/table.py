@@ -86,10 +86,8 @@ def _measure(study: Study) -> Finding:
         remarks=[
             tuning_remark(study, study.scale.images[-1], METHODS),
             "Ours: mean ± standard deviation over seeds, on the test set, DP5 at 1e-5. Dequantised and bin-centre "
-            "scores are "
-            "different quantities; the published numbers do not say which they are (the reference code prints bin "
-            "centres "
-            "in testing). Time is that of the optimiser steps.",
+            "scores are different quantities; the published numbers do not say which they are (the reference code "
+            "prints bin centres in testing). Time is that of the optimiser steps.",
         ],
         configs=configs,
     )

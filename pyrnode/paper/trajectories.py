@@ -87,10 +87,9 @@ def _measure(study: Study) -> Finding:
         shown="fig1",
         figures={"fig1": _draw(runs, paths)},
         remarks=[
-            "Both flows have the same network, solver (RK4, step 0.25), learning rate, batches and seed; they differ "
-            "in the "
-            f"penalties alone (λ_K = {runs['rnode'].config.penalties.kinetic:g}, "
-            f"λ_J = {runs['rnode'].config.penalties.jacobian:g} against 0).",
+            "Both flows have the same network, solver (RK4, step 0.25), learning rate, batches and seed; they "
+            f"differ in the penalties alone (λ_K = {runs['rnode'].config.penalties.kinetic:g}, λ_J = "
+            f"{runs['rnode'].config.penalties.jacobian:g} against 0).",
             f"Speeds along {PARTICLES} paths at {TIMES} times, solved with DP5 at 1e-5, in standardised units.",
         ],
         configs={run.need.name: run.config for run in runs.values()},
