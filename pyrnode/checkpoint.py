@@ -84,7 +84,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error})") from None
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error}); use another copy") from None
     try:
         header = json.loads(metadata["pyrnode"])
         version, found, digest = header["format"], header["kind"], header["sha256"]

@@ -72,7 +72,7 @@ class _Bijection:
         Raises:
             DataError: Not a floating-point tensor, or of another shape.
         """
-        x, lead = self._flat(x, self.event_shape, "values")
+        x, lead = self.flat(x, self.event_shape, "values")
         if not x.is_floating_point():
             raise DataError(f"values of {x.dtype}: expected floating-point values, for discrete data p + u")
         if not len(x):
@@ -92,7 +92,7 @@ class _Bijection:
 
     def decode(self, z: Tensor) -> Tensor:
         """``x`` ``(..., *event)`` of ``z`` ``(..., d)``, broadcast with the contexts; `DataError` for another shape."""
-        z, lead = self._flat(z, torch.Size([self.dim]), "latents")
+        z, lead = self.flat(z, torch.Size([self.dim]), "latents")
         if not len(z):
             return self.like.new_zeros(*lead, *self.event_shape)
         x = torch.cat([self._decode(*pair) for pair in chunked(z, self._contexts(lead), _CHUNK)])
@@ -119,7 +119,7 @@ class _Bijection:
         values = constraints.real if levels is None else constraints.interval(0.0, float(levels))
         return constraints.independent(values, len(self.event_shape))
 
-    def _flat(self, x: Tensor, shape: torch.Size, what: str) -> tuple[Tensor, torch.Size]:
+    def flat(self, x: Tensor, shape: torch.Size, what: str) -> tuple[Tensor, torch.Size]:
         """``(..., *shape)``, broadcast with the contexts, as ``(n, *shape)``; and the shape that was in front."""
         if not isinstance(x, Tensor) or x.shape[max(0, x.ndim - len(shape)) :] != shape:
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -202,9 +202,10 @@ class FlowDistribution(Distribution):
             DataError: `value` has the wrong shape or is not finite.
             SolverError: A solve failed.
         """
-        z, log_det = self._bijection.encode(value)
+        self._bijection.flat(value, self.event_shape, "values")  # the shape, in our words
         if self._validate_args and value.numel():  # torch's own check fails on no values
             self._validate_sample(value)
+        z, log_det = self._bijection.encode(value)
         log_prob = base_log_prob(z) + log_det
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 

@@ -215,7 +215,7 @@ def test_one_chunk_is_in_memory_at_a_time(suffix: str, tmp_path: Path, monkeypat
     if suffix == ".parquet":
         pd.read_parquet(data).to_parquet(data, row_group_size=1000)
 
-    def cheap(x: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def cheap(x: torch.Tensor, context: None, **settings: Any) -> torch.Tensor:
         sizes.append(len(x))
         return x.sum(1)
 
@@ -342,10 +342,10 @@ def test_bad_targets(tmp_path: Path) -> None:
 def test_a_solve_that_fails_names_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow, original = build(), Flow.log_prob
 
-    def failing(self: Flow, x: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def failing(self: Flow, x: torch.Tensor, context: None, **settings: Any) -> torch.Tensor:
         if float(x.max()) > 50:
             raise SolverError("block 0: too stiff", status="MaxIters", block=0)
-        return original(self, x, **settings)
+        return original(self, x, context, **settings)
 
     monkeypatch.setattr(Flow, "log_prob", failing)
     x = normal(30)

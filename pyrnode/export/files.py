@@ -258,7 +258,9 @@ def _verify_torch(path: Path, content: bytes) -> Verification:
             names = [name for name in archive.namelist() if name.endswith("extra/pyrnode.json")]
             text = archive.read(names[0]) if names else None
     except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated, or not a torch.export file ({error})") from None
+        raise CheckpointError(
+            f"{path} is truncated, or not a torch.export file ({error}); copy or export it again"
+        ) from None
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: {damaged} does not match its checksum; export it again")
     table = _table(path, text)
@@ -292,7 +294,8 @@ def _verify_onnx(path: Path, content: bytes) -> Verification:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own types have no common base
         raise CheckpointError(
-            f"{path} is truncated, or none of what pyrnode exports (torch.export, safetensors, ONNX): {error}"
+            f"{path} is truncated, or none of what pyrnode exports (torch.export, safetensors, ONNX); copy or export "
+            f"it again ({error})"
         ) from None
     table = _table(path, session.get_modelmeta().custom_metadata_map.get("pyrnode"))
     feeds = {
