@@ -9,6 +9,7 @@ import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,16 @@ def test_penalties_lower_what_they_penalise(method: str, reproduced: Any) -> Non
         assert numbers[f"E {method}"] < numbers["E none"]
     if method != "kinetic":
         assert numbers[f"n {method}"] < numbers["n none"]
+
+
+def test_a_step_that_no_longer_resolves_the_dynamics_is_dated(reproduced: Any) -> None:
+    values = [0.0, 0.02, 0.001, 0.5, 0.6]
+    history = [{"step": 10 * i, "validation": 1.0, "disagreement": x} for i, x in enumerate(values)]
+    run = SimpleNamespace(history=[*history, {"step": 41, "loss": 1.0}])
+    assert ablation.unresolved(run) == 30  # type: ignore[arg-type]
+    run.history = history[:3]
+    assert ablation.unresolved(run) is None  # type: ignore[arg-type]
+    assert reproduced[1]["fig4"].tables["fig4"][0]["unresolved from step"] == "never"
 
 
 def test_a_regularised_flow_goes_straighter(reproduced: Any) -> None:
