@@ -98,15 +98,15 @@ def _measure(study: Study) -> Finding:
                 "",
                 f"unstable here: {', '.join(LABELS[m] for m in unstable) or 'none of the runs'}",
                 "holds" if "none" in unstable and "rnode" not in unstable else "does not hold",
-                "Unstable: a loss, gradient or state that is not finite. The paper's runs are far longer than those of a small "
-                "scale.",
+                "Unstable: a loss, gradient or state that is not finite. The paper's runs are far longer than those of "
+                "a small scale.",
             ),
             Claim(
                 "With penalties, the fixed step still resolves the dynamics that training arrives at.",
                 "",
                 f"half a step changes the score by {both[_HALF]:.1e} nats/dim with both, by {none[_HALF]:.1e} without",
-                "holds" if both[_HALF] <= RESOLVED < none[_HALF] else "does not hold",
-                f"Beyond {RESOLVED:g} the solver's result is no longer the ODE's: the training likelihood means nothing. "
+                "holds" if both[_HALF] <= RESOLVED else "does not hold",
+                f"Beyond {RESOLVED:g} the result is no longer the ODE's, and the training likelihood means nothing. "
                 f"Without penalties: from step {none['unresolved from step']}.",
             ),
         ],
