@@ -79,6 +79,7 @@ BAD = [
     ("checkpoint_every", -1, "at least 0"),
     ("max_restarts", -1, "at least 0"),
     ("tensorboard", "yes", "expected bool"),
+    ("snapshots", 1, "expected bool"),
     ("evaluation.rtol", -1e-5, "more than 0"),
     ("evaluation.probes", 0, "at least 1"),
     ("draws", 0, "at least 1"),
