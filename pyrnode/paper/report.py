@@ -168,11 +168,16 @@ def _markdown(plain: dict[str, Any], where: Path, folder: Path) -> str:
     place = "" if where == folder else f"{where.relative_to(folder).as_posix()}/"
     lines = [f"# {plain['name']}: {plain['title']}", ""]
     lines += _markdown_table([dict(zip(_HEADS, (c[key] for key in _COLUMNS), strict=True)) for c in plain["claims"]])
-    lines += [f"* {c['note']}" for c in plain["claims"] if c["note"]] + [""]
+    lines += [f"* {note}" for note in _notes(plain)] + [""]
     lines += [f"![{name}]({place}{name}.png)\n" for name in plain["pictures"]]
     lines += _markdown_table(plain["table"]) + [f"* {remark}" for remark in plain["remarks"]]
     files = ", ".join(f"[{name}]({place}{name})" for name in _files(plain))
     return "\n".join([*lines, "", f"Files: {files}", ""])
+
+
+def _notes(plain: dict[str, Any]) -> list[str]:
+    """The claims' notes, each once."""
+    return list(dict.fromkeys(claim["note"] for claim in plain["claims"] if claim["note"]))
 
 
 def _files(plain: dict[str, Any]) -> list[str]:
@@ -191,8 +196,7 @@ def _markdown_table(rows: Sequence[Row]) -> list[str]:
 def _html(plain: dict[str, Any], where: Path) -> str:
     parts = [f"<h1>{html.escape(plain['name'])}: {html.escape(plain['title'])}</h1>"]
     parts.append(_html_table([dict(zip(_HEADS, (c[key] for key in _COLUMNS), strict=True)) for c in plain["claims"]]))
-    notes = [c["note"] for c in plain["claims"] if c["note"]]
-    parts.append(_html_list(notes))
+    parts.append(_html_list(_notes(plain)))
     for name in plain["pictures"]:
         data = base64.b64encode((where / f"{name}.png").read_bytes()).decode()
         parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>')
