@@ -207,8 +207,7 @@ class LayeredKernel(Kernel):
     def gradients(self) -> list[Tensor]:
         result = []
         for layer, names in zip(self.layers, self.names, strict=True):
-            weight = layer.linear.gradient
-            table = layer.gradients() | {"weight": torch.zeros_like(layer.linear.weight) if weight is None else weight}
+            table = layer.gradients() | {"weight": layer.linear.weight_gradient()}
             result += [table[name] for name in names]
         return result
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrnode.native.conv import Winograd, winograd
+
 Time = float | Tensor
 """A time: one number for the whole batch, or a tensor ``(batch,)`` where every sample has its own."""
 
@@ -37,6 +39,10 @@ class Linear(ABC):
     @abstractmethod
     def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
         """Adds ``alpha Σ g hᵀ`` to the gradient."""
+
+    def weight_gradient(self) -> Tensor:
+        """The accumulated gradient, of the weight's shape."""
+        return torch.zeros_like(self.weight) if self.gradient is None else self.gradient
 
     @abstractmethod
     def constant(self, weight: Tensor) -> Tensor:
@@ -127,6 +133,34 @@ class Conv(Linear):
 
     def gather(self, x: Tensor) -> Tensor:
         return x.sum((-2, -1))
+
+
+class WinogradConv(Conv):
+    """A `Conv` whose sums are found by the kernel in C, `native.conv`, where nothing is recorded by autograd."""
+
+    def __init__(self, weight: Tensor, size: tuple[int, int], kernel: Winograd) -> None:
+        super().__init__(weight, size)
+        self.kernel = kernel
+
+    def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
+        return super().__call__(h, shift) if torch.is_grad_enabled() else self.kernel(channels_last(h), shift)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return super().transpose(g) if torch.is_grad_enabled() else self.kernel.transpose(channels_last(g))
+
+    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
+        self.kernel.accumulate(channels_last(h), channels_last(g), alpha)
+
+    def weight_gradient(self) -> Tensor:
+        return self.kernel.gradient()
+
+
+def _linear(weight: Tensor, size: tuple[int, int] | None, *, detached: bool) -> Linear:
+    """The operator of a weight; a detached convolution is the kernel's in C, where there is one for it."""
+    if size is None:
+        return Dense(weight)
+    kernel = winograd(weight) if detached else None
+    return Conv(weight, size) if kernel is None else WinogradConv(weight, size, kernel)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -334,8 +368,7 @@ class Layer(nn.Module):
         """The operators over the present parameters; with `detach`, invisible to autograd."""
         values = {name: p.detach() if detach else p for name, p in self.named_parameters()}
         weight = values.pop("weight")
-        linear = Dense(weight) if self.size is None else Conv(weight, self.size)
-        return TIME_ENTRIES[self.time](linear, values)
+        return TIME_ENTRIES[self.time](_linear(weight, self.size, detached=detach), values)
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = self.weight.shape

@@ -1,0 +1,231 @@
+/* Same-size 3x3 convolutions of channels-last float32 images by Winograd's F(2x2, 3x3) (Lavin & Gray 2016,
+ * arXiv:1509.09308): 16 multiplications for 2x2 outputs where the direct sum takes 36.
+ *
+ * With d a 4x4 tile of the input, overlapping its neighbours by two, and U = G g G' the transformed kernel (conv.py),
+ *
+ *     y = A' [ U * (B' d B) ] A,    and for the gradient of the kernel    dU += (A dy A') * (B' d B),
+ *
+ * where * is elementwise in the tile and, for each of its 16 elements, a matrix product over channels or tiles. Tiles
+ * are taken in strips that fit the caches; all vectors run over channels, whose numbers are multiples of LANES. */
+
+#include <stdlib.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 12 /* of the block of a matrix product that is kept in registers, two vectors wide */
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 6
+#else
+#define LANES 4
+#define ROWS 6
+#endif
+
+#ifndef STRIP
+#define STRIP 48 /* tiles; a multiple of ROWS */
+#endif
+#define PAD 16   /* floats between the 16 planes of a buffer, whose distance would else be a power of two */
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define V(pointer) (*(vf *)(pointer))
+#define CV(pointer) (*(const vf *)(pointer))
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    long height, width, down, across; /* of an image: pixels, tiles */
+} Grid;
+
+typedef struct {
+    long image, row, column; /* the tile's own pixels begin at (row, column); its input one before */
+} Tile;
+
+static Grid grid_of(long height, long width) {
+    return (Grid){height, width, (height + 1) / 2, (width + 1) / 2};
+}
+
+static Tile tile_of(const Grid *grid, long index) {
+    long each = grid->down * grid->across, within = index % each;
+    return (Tile){index / each, within / grid->across * 2, within % grid->across * 2};
+}
+
+/* Where the pixels of a square of `side` begin; zeros stand for those outside the image. */
+static void pixels(const Grid *grid, const float *x, long channels, long image, long top, long left, int side,
+                   const float *zeros, const float **d) {
+    x += image * grid->height * grid->width * channels;
+    for (long i = top; i < top + side; i++)
+        for (long j = left; j < left + side; j++) {
+            int inside = i >= 0 && i < grid->height && j >= 0 && j < grid->width;
+            *d++ = inside ? x + (i * grid->width + j) * channels : zeros;
+        }
+}
+
+/* Row i of B' d B, for one vector of channels. */
+INLINE void input_row(int i, const float *const *d, long k, float *v, long plane) {
+    static const int first[4] = {0, 1, 2, 1}, second[4] = {2, 2, 1, 3};
+    vf r[4];
+    for (int j = 0; j < 4; j++) {
+        vf a = CV(d[4 * first[i] + j] + k), b = CV(d[4 * second[i] + j] + k);
+        if (i == 1) r[j] = a + b;
+        else r[j] = a - b;
+    }
+    V(v) = r[0] - r[2];
+    V(v + plane) = r[1] + r[2];
+    V(v + 2 * plane) = r[2] - r[1];
+    V(v + 3 * plane) = r[1] - r[3];
+}
+
+/* Row i of A dy A', for one vector of channels. */
+INLINE void cotangent_row(int i, const float *const *dy, long k, float alpha, float *m, long plane) {
+    vf r[2];
+    for (int j = 0; j < 2; j++) {
+        vf a = alpha * CV(dy[j] + k), b = alpha * CV(dy[2 + j] + k);
+        switch (i) {
+        case 0: r[j] = a; break;
+        case 1: r[j] = a + b; break;
+        case 2: r[j] = a - b; break;
+        default: r[j] = -b;
+        }
+    }
+    V(m) = r[0];
+    V(m + plane) = r[0] + r[1];
+    V(m + 2 * plane) = r[0] - r[1];
+    V(m + 3 * plane) = -r[1];
+}
+
+/* c (+)= sum over k of a[r, k] b[k, :] for ROWS rows r and `vectors` vectors, all held in registers. */
+INLINE void block(long depth, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+                  long c_row, int vectors, int add) {
+    vf sum[ROWS][2] = {0};
+    for (long k = 0; k < depth; k++, a += a_step, b += b_step) {
+        vf right[2];
+        for (int j = 0; j < vectors; j++) right[j] = CV(b + j * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int j = 0; j < vectors; j++) sum[r][j] += a[r * a_row] * right[j];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < vectors; j++) {
+            float *target = c + r * c_row + j * LANES;
+            if (add) sum[r][j] += CV(target);
+            V(target) = sum[r][j];
+        }
+}
+
+/* The same for any number of rows and columns; rows beyond the last, up to a multiple of ROWS, are computed too. */
+INLINE void product(long rows, long columns, long depth, const float *a, long a_row, long a_step, const float *b,
+                    long b_step, float *c, long c_row, int add) {
+    long j = 0;
+    for (; j + 2 * LANES <= columns; j += 2 * LANES)
+        for (long r = 0; r < rows; r += ROWS)
+            block(depth, a + r * a_row, a_row, a_step, b + j, b_step, c + r * c_row + j, c_row, 2, add);
+    for (; j < columns; j += LANES)
+        for (long r = 0; r < rows; r += ROWS)
+            block(depth, a + r * a_row, a_row, a_step, b + j, b_step, c + r * c_row + j, c_row, 1, add);
+}
+
+int lanes(void) { return LANES; }
+
+int block_rows(void) { return ROWS; }
+
+/* y = conv(x, U) + shift for the tiles from `start` to `stop` of (n, height, width, inputs) images; `u` is
+ * (16, inputs, outputs); the shift, if there is one, is read by its strides over (image, row, column).
+ * Gives 0, or 1 if there is no memory. */
+int convolve(const float *x, const float *u, const float *shift, const long *strides, float *y, long height,
+             long width, long inputs, long outputs, long start, long stop) {
+    Grid grid = grid_of(height, width);
+    long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD;
+    float *v = malloc(sizeof(float) * (16 * (v_plane + m_plane))), *m = v + 16 * v_plane;
+    float *zeros = calloc(inputs, sizeof(float));
+    if (!v || !zeros) {
+        free(v), free(zeros);
+        return 1;
+    }
+    for (long base = start; base < stop; base += STRIP) {
+        long tiles = stop - base < STRIP ? stop - base : STRIP;
+        for (long t = 0; t < tiles; t++) {
+            Tile at = tile_of(&grid, base + t);
+            const float *d[16];
+            pixels(&grid, x, inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
+            for (long k = 0; k < inputs; k += LANES)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) input_row(i, d, k, v + 4 * i * v_plane + t * inputs + k, v_plane);
+        }
+        for (int e = 0; e < 16; e++)
+            product(tiles, outputs, inputs, v + e * v_plane, inputs, 1, u + e * inputs * outputs, outputs,
+                    m + e * m_plane, outputs, 0);
+        for (long t = 0; t < tiles; t++) {
+            Tile at = tile_of(&grid, base + t);
+            int down = at.row + 1 < height ? 2 : 1, across = at.column + 1 < width ? 2 : 1;
+            for (long k = 0; k < outputs; k += LANES) {
+                const float *from = m + t * outputs + k;
+                vf r[2][4], out[2][2];
+                for (int j = 0; j < 4; j++, from += m_plane) {
+                    vf a = CV(from + 4 * m_plane), b = CV(from + 8 * m_plane);
+                    r[0][j] = CV(from) + a + b;
+                    r[1][j] = a - b - CV(from + 12 * m_plane);
+                }
+                for (int i = 0; i < 2; i++) {
+                    out[i][0] = r[i][0] + r[i][1] + r[i][2];
+                    out[i][1] = r[i][1] - r[i][2] - r[i][3];
+                }
+                for (int i = 0; i < down; i++)
+                    for (int j = 0; j < across; j++) {
+                        long row = at.row + i, column = at.column + j;
+                        vf value = out[i][j];
+                        if (shift)
+                            value += CV(shift + at.image * strides[0] + row * strides[1] + column * strides[2] + k);
+                        V(y + ((at.image * height + row) * width + column) * outputs + k) = value;
+                    }
+            }
+        }
+    }
+    free(v), free(zeros);
+    return 0;
+}
+
+/* The planes of row i of the tiles of one strip, for the gradient: B' d B of all inputs, A dy A' of some outputs. */
+INLINE void gradient_planes(int i, const Grid *grid, const float *x, const float *dy, float alpha, long inputs,
+                            long outputs, long from, long to, long base, long tiles, const float *zeros, float *v,
+                            long v_plane, float *m, long m_plane) {
+    for (long t = 0; t < tiles; t++) {
+        Tile at = tile_of(grid, base + t);
+        const float *d[16];
+        pixels(grid, x, inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
+        for (long k = 0; k < inputs; k += LANES) input_row(i, d, k, v + t * inputs + k, v_plane);
+        pixels(grid, dy, outputs, at.image, at.row, at.column, 2, zeros, d);
+        for (long k = from; k < to; k += LANES) cotangent_row(i, d, k, alpha, m + t * outputs + k, m_plane);
+    }
+}
+
+/* du += alpha sum over all `count` tiles of (A dy A') * (B' d B), for the rows of the tiles from `first` to `last` (of
+ * four) and the outputs between `from` and `to`; `du` is (16, inputs rounded up to ROWS, outputs).
+ * Gives 0, or 1 if there is no memory. */
+int accumulate(const float *x, const float *dy, float alpha, float *du, long height, long width, long inputs,
+               long outputs, long count, int first, int last, long from, long to) {
+    Grid grid = grid_of(height, width);
+    long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD, most = inputs > outputs ? inputs : outputs;
+    long rounded = (inputs + ROWS - 1) / ROWS * ROWS;
+    float *v = malloc(sizeof(float) * (4 * (v_plane + m_plane))), *m = v + 4 * v_plane;
+    float *zeros = calloc(most, sizeof(float));
+    if (!v || !zeros) {
+        free(v), free(zeros);
+        return 1;
+    }
+#define PLANES(i) \
+    gradient_planes(i, &grid, x, dy, alpha, inputs, outputs, from, to, base, tiles, zeros, v, v_plane, m, m_plane)
+    for (long base = 0; base < count; base += STRIP) {
+        long tiles = count - base < STRIP ? count - base : STRIP;
+        for (int i = first; i < last; i++) {
+            switch (i) {
+            case 0: PLANES(0); break;
+            case 1: PLANES(1); break;
+            case 2: PLANES(2); break;
+            default: PLANES(3);
+            }
+            for (int j = 0; j < 4; j++)
+                product(inputs, to - from, tiles, v + j * v_plane, 1, inputs, m + j * m_plane + from, outputs,
+                        du + (4 * i + j) * rounded * outputs + from, outputs, 1);
+        }
+    }
+    free(v), free(zeros);
+    return 0;
+}
