@@ -74,13 +74,10 @@ def _load(name: str) -> ctypes.CDLL | str:
     try:
         source = resources.files(__package__).joinpath(f"{name}.c").read_bytes()
         compiler = _compiler()
-        key = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS).encode(), _target(compiler)])).hexdigest()[:24]
-        file = _folder() / f"{name}-{key}.so"
-        try:
-            return ctypes.CDLL(str(file))
-        except OSError:  # not there yet, or cut off by a full disk
-            _compile(compiler, source, file)
-            return ctypes.CDLL(str(file))
+        key = _digest(b"\0".join([source, " ".join(_FLAGS).encode(), _target(compiler)]))
+        folder = _folder()
+        kept = [file for file in folder.glob(f"{name}-{key}-*.so") if file.stem.endswith(_digest(file.read_bytes()))]
+        return ctypes.CDLL(str(kept[0] if kept else _compile(compiler, source, folder, f"{name}-{key}")))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return str(error)
 
@@ -113,16 +110,23 @@ def _folder() -> Path:
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="pyrnode-"))
 
 
-def _compile(compiler: str, source: bytes, file: Path) -> None:
-    """Compiles to a file of its own and moves it into place, so that no process ever loads half of one."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        code, built = Path(scratch, "kernel.c"), Path(scratch, file.name)
+def _compile(compiler: str, source: bytes, folder: Path, stem: str) -> Path:
+    """Compiles to a file of its own and moves it into place, so that no process ever loads half of one.
+
+    The name ends in the contents' digest: to load a file that a crash or a full disk has cut off kills the process.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        code, built = Path(scratch, "kernel.c"), Path(scratch, "kernel.so")
         code.write_bytes(source)
         command = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(built), str(code), "-lm"]
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise _Unavailable(f"{compiler} does not compile it: {_last_line(done.stderr)}")
-        built.replace(file)
+        return built.replace(folder / f"{stem}-{_digest(built.read_bytes())}.so")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
 
 
 def _last_line(output: bytes) -> str:

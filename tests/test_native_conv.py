@@ -1,0 +1,292 @@
+"""The Winograd kernel in C against torch's convolution and its gradient in double precision."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrnode import native
+from pyrnode.dynamics import layers
+from pyrnode.dynamics.layered import ConvNet
+from pyrnode.dynamics.layers import Conv, WinogradConv, channels_last
+from pyrnode.native.conv import Winograd, winograd
+from pyrnode.native.threads import parallel
+
+_STATUS = native.status("conv")
+_KERNEL = pytest.mark.skipif(not _STATUS.available, reason=f"no compiled convolution: {_STATUS.why}")
+
+SIZES = [(7, 7), (14, 14), (28, 28), (5, 9), (1, 1), (2, 3)]
+CHANNELS = [(16, 16), (64, 64), (24, 64), (64, 24)]
+
+# Largest error over the largest output. Measured: 6e-7 at most for both, where torch's own convolution has up to 1e-6
+# and its gradient of the weight up to 3e-6; float32 rounds at 6e-8.
+TOLERANCE = 2e-6
+
+
+def _case(channels: tuple[int, int], size: tuple[int, int], batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An input, a cotangent, a weight and a shift."""
+    inputs, outputs = channels
+    x, y = torch.randn(batch, inputs, *size), torch.randn(batch, outputs, *size)
+    weight = torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5)
+    return channels_last(x), channels_last(y), weight, torch.randn(outputs, *size)
+
+
+def _bound(weight: Tensor) -> Winograd:
+    kernel = winograd(weight)
+    if kernel is None:
+        pytest.skip(f"the kernel's vectors do not divide the channels {tuple(weight.shape[:2])} on this processor")
+    return kernel
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return float((value - exact).abs().max() / exact.abs().max())
+
+
+def _gradient(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Σ y xᵀ by autograd in double precision."""
+    w = weight.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.conv2d(x.double(), w, padding=1), w, y.double())
+    return gradient
+
+
+@pytest.fixture
+def threads() -> Callable[[int], None]:
+    """Sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads  # type: ignore[misc]
+    torch.set_num_threads(before)
+
+
+@_KERNEL
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_values_and_gradient_are_those_of_double_precision(channels, size, batch):
+    x, y, weight, shift = _case(channels, size, batch)
+    kernel = _bound(weight)
+
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert _error(kernel(x), exact) < TOLERANCE
+    assert _error(kernel(x, shift), exact + shift.double()) < TOLERANCE
+    exact = F.conv_transpose2d(y.double(), weight.double(), padding=1)
+    assert _error(kernel.transpose(y), exact) < TOLERANCE
+
+    kernel.accumulate(x, y, 0.5)
+    kernel.accumulate(y.new_ones(x.shape).contiguous(memory_format=torch.channels_last), y, -2.0)
+    exact = 0.5 * _gradient(x, y, weight) - 2 * _gradient(torch.ones_like(x), y, weight)
+    assert _error(kernel.gradient(), exact) < TOLERANCE
+
+
+@_KERNEL
+def test_it_rounds_no_worse_than_torch():
+    errors, theirs = [], []
+    for size in [(7, 7), (14, 14), (28, 28)]:
+        x, _, weight, _ = _case((64, 64), size, 4)
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        errors.append(_error(_bound(weight)(x), exact))
+        theirs.append(_error(F.conv2d(x, weight, padding=1), exact))
+    assert max(errors) < 2 * max(theirs)
+
+
+@_KERNEL
+@pytest.mark.parametrize(
+    "shift",
+    [
+        torch.randn(64, 1, 1),
+        torch.randn(64, 5, 9),
+        torch.randn(3, 64, 1, 1),
+        torch.randn(3, 64, 5, 9),
+        channels_last(torch.randn(1, 64, 5, 9))[0],
+        channels_last(torch.randn(3, 64, 5, 9)),
+    ],
+    ids=["bias", "map", "bias-of-each", "map-of-each", "map-last", "map-of-each-last"],
+)
+def test_any_shift_that_broadcasts(shift):
+    x, _, weight, _ = _case((64, 64), (5, 9), 3)
+    kernel = _bound(weight)
+    assert torch.equal(kernel(x, shift), kernel(x) + shift)
+
+
+@_KERNEL
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_neighbourhood(value):
+    x, y, weight, _ = _case((16, 16), (9, 9), 3)
+    kernel = _bound(weight)
+    clean = kernel(x)
+    x[1, 3, 4, 4] = value
+    a = kernel(x)
+    assert not a[1, :, 3:6, 3:6].isfinite().any()
+    far = torch.ones(9, 9, dtype=torch.bool)
+    far[2:7, 2:7] = False
+    assert torch.equal(a[1, :, far], clean[1, :, far])
+    assert torch.equal(a[[0, 2]], clean[[0, 2]])
+    kernel.accumulate(x, y, 1.0)
+    gradient = kernel.gradient()
+    assert not gradient[:, 3].isfinite().any()
+    assert gradient[:, [c for c in range(16) if c != 3]].isfinite().all()
+
+
+@_KERNEL
+@pytest.mark.parametrize("size", SIZES)
+def test_the_number_of_threads_changes_no_bit(size, threads):
+    x, y, weight, shift = _case((64, 64), size, 3)
+    results = []
+    for count in (1, 2, 3, 9):
+        threads(count)
+        kernel = _bound(weight)
+        kernel.accumulate(x, y, 1.0)
+        results.append((kernel(x, shift), kernel.transpose(y), kernel.gradient()))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@_KERNEL
+def test_an_empty_batch():
+    kernel = _bound(torch.randn(16, 16, 3, 3))
+    empty = channels_last(torch.empty(0, 16, 4, 4))
+    assert kernel(empty).shape == (0, 16, 4, 4)
+    kernel.accumulate(empty, empty, 1.0)
+    assert not kernel.gradient().any()
+
+
+@_KERNEL
+def test_other_layouts_and_types_are_refused():
+    kernel = _bound(torch.randn(16, 16, 3, 3))
+    with pytest.raises(TypeError, match="channels-last"):
+        kernel(torch.randn(2, 16, 4, 4))
+    with pytest.raises(TypeError, match=r"float64"):
+        kernel(channels_last(torch.randn(2, 16, 4, 4, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(16, 16, 3, 3, dtype=torch.float64),
+        torch.randn(16, 16, 5, 5),
+        torch.randn(16, 1, 3, 3),
+        torch.randn(17, 16, 3, 3),
+    ],
+    ids=["double", "5x5", "one-channel", "17-channels"],
+)
+def test_what_it_does_not_do_is_left_to_torch(weight):
+    assert winograd(weight) is None
+
+
+def _evaluation(net: ConvNet) -> list[Tensor]:
+    """f, εᵀ∂f/∂z and all gradients of the explicit kernel at a fixed point."""
+    generator = torch.Generator().manual_seed(1)
+    z, eps, f_bar = (torch.randn(2, 1, 7, 7, generator=generator) for _ in range(3))
+    with torch.no_grad():
+        kernel = net.kernel()
+        evaluation = kernel.evaluate(0.3, kernel.layout(z), kernel.layout(eps[None]), tape=True)
+        z_bar, _ = kernel.pullback(evaluation, f_bar, eps[None], None, 1.0)
+        return [evaluation.f, evaluation.w, z_bar, *kernel.gradients()]  # type: ignore[attr-defined]
+
+
+def _net() -> ConvNet:
+    net = ConvNet((1, 7, 7), (64, 64))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    return net
+
+
+def _assert_close(values: list[Tensor], expected: list[Tensor]) -> None:
+    for value, exact in zip(values, expected, strict=True):
+        assert _error(value, exact) < 5e-6
+
+
+@_KERNEL
+def test_a_network_uses_it_where_nothing_is_recorded():
+    net = _net()
+    linear = net.kernel().layers[1].linear  # type: ignore[attr-defined]
+    assert isinstance(linear, WinogradConv)
+    x = torch.randn(2, 64, 7, 7, requires_grad=True)
+    assert linear(x).grad_fn is not None  # left to torch
+    assert linear.transpose(x).grad_fn is not None
+    assert type(layers._linear(net.layers[1].weight, (7, 7), detached=False)) is Conv
+
+
+def test_without_it_the_results_are_the_same(monkeypatch):
+    net = _net()
+    with_kernel = _evaluation(net)
+    monkeypatch.setenv(native.VARIABLE, "0")
+    assert type(net.kernel().layers[1].linear) is Conv  # type: ignore[attr-defined]
+    _assert_close(with_kernel, _evaluation(net))
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache folder of its own, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._load.cache_clear()
+    yield tmp_path / "pyrnode"
+    native._load.cache_clear()
+
+
+def test_without_a_compiler_the_results_are_the_same(monkeypatch, fresh):
+    net = _net()
+    with_kernel = _evaluation(net)
+    native._load.cache_clear()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert "no C compiler" in native.status("conv").why
+    assert winograd(net.layers[1].weight.detach()) is None
+    _assert_close(with_kernel, _evaluation(net))
+
+
+@_KERNEL
+def test_a_file_that_was_cut_off_is_compiled_anew(fresh):
+    assert native.status("conv").available
+    (file,) = Path(fresh).glob("conv-*.so")
+    whole = file.read_bytes()
+    for part in (b"", whole[: len(whole) // 2]):
+        file.unlink()  # the process has it loaded
+        file.write_bytes(part)
+        native._load.cache_clear()
+        assert native.status("conv").available
+        assert file.read_bytes() == whole
+
+
+@_KERNEL
+def test_a_cache_folder_that_cannot_be_written(monkeypatch, fresh):
+    fresh.write_text("a file where the folder should be")
+    assert native.status("conv").available
+    fresh.unlink()
+    native._load.cache_clear()
+    monkeypatch.setattr(native.os, "access", lambda path, mode: Path(path) != fresh)
+    assert native.status("conv").available
+    assert not list(fresh.glob("*.so"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_parallel_covers_the_range_once(number, count, threads):
+    threads(number)
+    done: list[int] = []
+    names = set()
+
+    def work(start: int, stop: int) -> None:
+        done.extend(range(start, stop))
+        names.add(threading.current_thread().name)
+
+    parallel(work, count)
+    assert sorted(done) == list(range(count))
+    assert len(names) <= max(1, min(number, count))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_parallel_raises_what_a_thread_raises(failing, threads):
+    threads(3)
+
+    def work(start: int, stop: int) -> None:
+        if start == failing:
+            raise RuntimeError(f"range {start}")
+
+    with pytest.raises(RuntimeError, match=f"range {failing}"):
+        parallel(work, 3)
