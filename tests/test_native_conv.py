@@ -1,4 +1,4 @@
-"""The Winograd kernel in C against torch's convolution and its gradient in double precision."""
+"""The convolutions in C against torch's convolution and its gradient in double precision."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from pyrnode import native
 from pyrnode.dynamics import layers
 from pyrnode.dynamics.layered import ConvNet
-from pyrnode.dynamics.layers import Conv, WinogradConv, channels_last
-from pyrnode.native.conv import Winograd, winograd
+from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
+from pyrnode.native import conv
 from pyrnode.native.threads import parallel
 
 _STATUS = native.status("conv")
 _KERNEL = pytest.mark.skipif(not _STATUS.available, reason=f"no compiled convolution: {_STATUS.why}")
 
 SIZES = [(7, 7), (14, 14), (28, 28), (5, 9), (1, 1), (2, 3)]
-CHANNELS = [(16, 16), (64, 64), (24, 64), (64, 24)]
+CHANNELS = [(16, 16), (64, 64), (24, 64), (64, 24), (1, 64), (64, 1), (2, 16), (64, 3), (8, 64), (16, 8)]
 
 # Largest error over the largest output. Measured: 6e-7 at most for both, where torch's own convolution has up to 1e-6
 # and its gradient of the weight up to 3e-6; float32 rounds at 6e-8.
@@ -37,8 +37,8 @@ def _case(channels: tuple[int, int], size: tuple[int, int], batch: int) -> tuple
     return channels_last(x), channels_last(y), weight, torch.randn(outputs, *size)
 
 
-def _bound(weight: Tensor) -> Winograd:
-    kernel = winograd(weight)
+def _bound(weight: Tensor) -> conv.Convolution:
+    kernel = conv.kernel(weight)
     if kernel is None:
         pytest.skip(f"the kernel's vectors do not divide the channels {tuple(weight.shape[:2])} on this processor")
     return kernel
@@ -169,13 +169,13 @@ def test_other_layouts_and_types_are_refused():
     [
         torch.randn(16, 16, 3, 3, dtype=torch.float64),
         torch.randn(16, 16, 5, 5),
-        torch.randn(16, 1, 3, 3),
+        torch.randn(3, 1, 3, 3),
         torch.randn(17, 16, 3, 3),
     ],
-    ids=["double", "5x5", "one-channel", "17-channels"],
+    ids=["double", "5x5", "few-to-few", "17-channels"],
 )
 def test_what_it_does_not_do_is_left_to_torch(weight):
-    assert winograd(weight) is None
+    assert conv.kernel(weight) is None
 
 
 def _evaluation(net: ConvNet) -> list[Tensor]:
@@ -206,7 +206,7 @@ def _assert_close(values: list[Tensor], expected: list[Tensor]) -> None:
 def test_a_network_uses_it_where_nothing_is_recorded():
     net = _net()
     linear = net.kernel().layers[1].linear  # type: ignore[attr-defined]
-    assert isinstance(linear, WinogradConv)
+    assert isinstance(linear, NativeConv)
     x = torch.randn(2, 64, 7, 7, requires_grad=True)
     assert linear(x).grad_fn is not None  # left to torch
     assert linear.transpose(x).grad_fn is not None
@@ -236,7 +236,7 @@ def test_without_a_compiler_the_results_are_the_same(monkeypatch, fresh):
     native._load.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     assert "no C compiler" in native.status("conv").why
-    assert winograd(net.layers[1].weight.detach()) is None
+    assert conv.kernel(net.layers[1].weight.detach()) is None
     _assert_close(with_kernel, _evaluation(net))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrnode.native.conv import Winograd, winograd
+from pyrnode.native import conv
 
 Time = float | Tensor
 """A time: one number for the whole batch, or a tensor ``(batch,)`` where every sample has its own."""
@@ -135,10 +135,10 @@ class Conv(Linear):
         return x.sum((-2, -1))
 
 
-class WinogradConv(Conv):
-    """A `Conv` whose sums are found by the kernel in C, `native.conv`, where nothing is recorded by autograd."""
+class NativeConv(Conv):
+    """A `Conv` whose sums are found by a kernel in C (`native.conv`) where autograd records nothing."""
 
-    def __init__(self, weight: Tensor, size: tuple[int, int], kernel: Winograd) -> None:
+    def __init__(self, weight: Tensor, size: tuple[int, int], kernel: conv.Convolution) -> None:
         super().__init__(weight, size)
         self.kernel = kernel
 
@@ -159,8 +159,8 @@ def _linear(weight: Tensor, size: tuple[int, int] | None, *, detached: bool) -> 
     """The operator of a weight; a detached convolution is the kernel's in C, where there is one for it."""
     if size is None:
         return Dense(weight)
-    kernel = winograd(weight) if detached else None
-    return Conv(weight, size) if kernel is None else WinogradConv(weight, size, kernel)
+    kernel = conv.kernel(weight) if detached else None
+    return Conv(weight, size) if kernel is None else NativeConv(weight, size, kernel)
 
 
 def channels_last(x: Tensor) -> Tensor:

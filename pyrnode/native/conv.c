@@ -1,4 +1,4 @@
-/* Same-size 3x3 convolutions of channels-last float32 images by Winograd's F(2x2, 3x3) (Lavin & Gray 2016,
+/* Same-size 3x3 convolutions of channels-last float32 images. Between many channels and many by Winograd's F(2x2, 3x3) (Lavin & Gray 2016,
  * arXiv:1509.09308): 16 multiplications for 2x2 outputs where the direct sum takes 36.
  *
  * With d a 4x4 tile of the input, overlapping its neighbours by two, and U = G g G' the transformed kernel (conv.py),
@@ -6,9 +6,12 @@
  *     y = A' [ U * (B' d B) ] A,    and for the gradient of the kernel    dU += (A dy A') * (B' d B),
  *
  * where * is elementwise in the tile and, for each of its 16 elements, a matrix product over channels or tiles. Tiles
- * are taken in strips that fit the caches; all vectors run over channels, whose numbers are multiples of LANES. */
+ * are taken in strips that fit the caches; all vectors run over channels, whose numbers are multiples of LANES.
+ *
+ * Between few channels and many, the direct sum, as products with the 9 few-channel pixels around each pixel. */
 
 #include <stdlib.h>
+#include <string.h>
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -227,5 +230,92 @@ int accumulate(const float *x, const float *dy, float alpha, float *du, long hei
         }
     }
     free(v), free(zeros);
+    return 0;
+}
+
+/* alpha times the 9 pixels around each of the pixels from `base` on: rows of 9 `few` numbers. */
+static void patches(const Grid *grid, const float *x, float alpha, long few, long base, long count,
+                    const float *zeros, float *to) {
+    for (long p = base; p < base + count; p++) {
+        long within = p % (grid->height * grid->width);
+        const float *d[9];
+        pixels(grid, x, few, p / (grid->height * grid->width), within / grid->width - 1, within % grid->width - 1, 3,
+               zeros, d);
+        for (int e = 0; e < 9; e++)
+            for (long k = 0; k < few; k++) *to++ = alpha * d[e][k];
+    }
+}
+
+/* y = conv(x, w) + shift from few channels to many for the pixels from `start` to `stop`; `w` is (9 few, many).
+ * Gives 0, or 1 if there is no memory. */
+int widen(const float *x, const float *w, const float *shift, const long *strides, float *y, long height, long width,
+          long few, long many, long start, long stop) {
+    Grid grid = grid_of(height, width);
+    float *a = calloc(STRIP * (9 * few + many) + few, sizeof(float)), *m = a + STRIP * 9 * few, *zeros = m + STRIP * many;
+    if (!a) return 1;
+    for (long base = start; base < stop; base += STRIP) {
+        long count = stop - base < STRIP ? stop - base : STRIP;
+        patches(&grid, x, 1, few, base, count, zeros, a);
+        product(count, many, 9 * few, a, 9 * few, 1, w, many, m, many, 0);
+        for (long p = 0; p < count; p++) {
+            long image = (base + p) / (height * width), within = (base + p) % (height * width);
+            const float *add = shift;
+            if (shift) add += image * strides[0] + within / width * strides[1] + within % width * strides[2];
+            for (long k = 0; k < many; k += LANES) {
+                vf value = CV(m + p * many + k);
+                if (shift) value += CV(add + k);
+                V(y + (base + p) * many + k) = value;
+            }
+        }
+    }
+    free(a);
+    return 0;
+}
+
+/* y = conv(x, w) + shift from many channels to few for the images from `start` to `stop`; `w` is (many, columns), of
+ * which 9 few are used and the rest are there for the vectors' length. The products of every pixel with the whole
+ * kernel come first, then the sum over the kernel. Gives 0, or 1 if there is no memory. */
+int narrow(const float *x, const float *w, const float *shift, const long *strides, float *y, long height, long width,
+           long many, long few, long columns, long start, long stop) {
+    Grid grid = grid_of(height, width);
+    long size = height * width, whole = size / ROWS * ROWS;
+    float *z = calloc((size + ROWS) * columns + ROWS * many + columns, sizeof(float));
+    float *tail = z + (size + ROWS) * columns, *zeros = tail + ROWS * many;
+    if (!z) return 1;
+    for (long image = start; image < stop; image++) {
+        const float *from = x + image * size * many;
+        product(whole, columns, many, from, many, 1, w, columns, z, columns, 0);
+        if (whole < size) { /* no block may read beyond the last image */
+            memcpy(tail, from + whole * many, sizeof(float) * (size - whole) * many);
+            product(ROWS, columns, many, tail, many, 1, w, columns, z + whole * columns, columns, 0);
+        }
+        for (long p = 0; p < size; p++) {
+            const float *d[9], *add = shift;
+            pixels(&grid, z, columns, 0, p / width - 1, p % width - 1, 3, zeros, d);
+            if (shift) add += image * strides[0] + p / width * strides[1] + p % width * strides[2];
+            for (long k = 0; k < few; k++) {
+                float sum = shift ? add[k] : 0;
+                for (int e = 0; e < 9; e++) sum += d[e][e * few + k];
+                y[(image * size + p) * few + k] = sum;
+            }
+        }
+    }
+    free(z);
+    return 0;
+}
+
+/* dw += alpha sum over `count` pixels of (the 9 pixels of x around it) y, for the channels of y between `from` and `to`; `dw`
+ * is (9 few rounded up to ROWS, many). Gives 0, or 1 if there is no memory. */
+int accumulate_patches(const float *x, const float *y, float alpha, float *dw, long height, long width, long few, long many,
+                       long count, long from, long to) {
+    Grid grid = grid_of(height, width);
+    float *a = calloc(STRIP * 9 * few + ROWS + few, sizeof(float)), *zeros = a + STRIP * 9 * few + ROWS;
+    if (!a) return 1;
+    for (long base = 0; base < count; base += STRIP) {
+        long rows = count - base < STRIP ? count - base : STRIP;
+        patches(&grid, x, alpha, few, base, rows, zeros, a);
+        product(9 * few, to - from, rows, a, 1, 9 * few, y + base * many + from, many, dw + from, many, 1);
+    }
+    free(a);
     return 0;
 }

@@ -1,11 +1,13 @@
-"""3×3 convolutions of float32 images in channels-last layout on the CPU, by the Winograd kernel of ``conv.c``.
+"""3×3 convolutions of float32 images in channels-last layout on the CPU, by the kernels of ``conv.c``.
 
-A convolution takes 2.25 times fewer multiplications than the direct sum; its rounding errors are of the same size.
+Between many channels and many, `Winograd` takes 2.25 times fewer multiplications than the direct sum, with rounding
+errors of the same size; between few channels and many, `Direct` does as many, faster than torch.
 """
 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from ctypes import c_float, c_int, c_long, c_void_p
 
 import torch
@@ -14,106 +16,188 @@ from torch import Tensor
 from pyrnode import native
 from pyrnode.native.threads import parallel
 
+FEW = 8
+"""Up to how many channels on one side a convolution is summed up directly."""
+
 # U = G g Gᵀ for one 3×3 kernel g, as one matrix on the kernel's nine numbers.
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 _GG = torch.kron(_G, _G)  # (16, 9)
 
 
-def winograd(weight: Tensor) -> Winograd | None:
-    """The kernel for a weight ``(out, in, 3, 3)``; `None` where there is none for it on this machine."""
+def kernel(weight: Tensor) -> Convolution | None:
+    """The convolution with a weight ``(out, in, 3, 3)``; `None` where there is no kernel for it on this machine."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
         return None
     library = native.library("conv")
-    if library is None or any(channels % library.lanes() for channels in weight.shape[:2]):
+    if library is None:
         return None
-    return Winograd(library, weight)
+    outputs, inputs = weight.shape[:2]
+    lanes = library.lanes()
+    if inputs <= FEW and outputs % lanes == 0:
+        return Direct(library, weight)
+    if outputs <= FEW and inputs % lanes == 0:
+        return Reversed(Direct(library, _reversed(weight)))
+    return Winograd(library, weight) if inputs % lanes == 0 and outputs % lanes == 0 else None
 
 
-class Winograd:
+class Convolution(ABC):
     """A same-size convolution and its transpose, bound to a weight, and the accumulated gradient of the weight.
 
     Images are float32 on the CPU, contiguous in channels-last layout (``torch.channels_last``); autograd sees nothing.
+    """
+
+    @abstractmethod
+    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """W x (+ shift): ``(batch, in, H, W)`` to ``(batch, out, H, W)``, which `shift` broadcasts to."""
+
+    @abstractmethod
+    def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Wᵀ y (+ shift): ``(batch, out, H, W)`` to ``(batch, in, H, W)``."""
+
+    @abstractmethod
+    def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
+        """Adds ``alpha Σ y xᵀ`` to the gradient, of ``(batch, in, H, W)`` and ``(batch, out, H, W)``."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """The accumulated gradient of the weight, ``(out, in, 3, 3)``."""
+
+
+class Winograd(Convolution):
+    """From many channels to many, multiples of the library's ``lanes()``.
 
     Args:
         library: The compiled ``conv.c``.
-        weight: ``(out, in, 3, 3)``, float32, of channels that are multiples of the library's ``lanes()``.
+        weight: ``(out, in, 3, 3)``, float32.
     """
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor) -> None:
         self._library = library
         self._outputs, self._inputs = weight.shape[:2]
-        self._forward = _transformed(weight)
-        self._backward = _transformed(weight.flip(2, 3).transpose(0, 1))
-        self._gradient: Tensor | None = None  # (16, in rounded up, out), of the transformed weight
+        self._forward, self._backward = _transformed(weight), _transformed(_reversed(weight))
+        rows = library.block_rows()
+        self._gradient = torch.zeros(16, -(-self._inputs // rows) * rows, self._outputs)  # of the transformed weight
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """W x (+ shift): ``(batch, in, H, W)`` to ``(batch, out, H, W)``, which `shift` broadcasts to."""
         return self._convolve(self._forward, x, shift)
 
-    def transpose(self, y: Tensor) -> Tensor:
-        """Wᵀ y: ``(batch, out, H, W)`` to ``(batch, in, H, W)``."""
-        return self._convolve(self._backward, y, None)
+    def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self._convolve(self._backward, y, shift)
 
     def _convolve(self, weight: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
-        batch, inputs, height, width = _checked(x).shape
-        outputs = weight.shape[2]
-        y = torch.empty(batch, height, width, outputs).permute(0, 3, 1, 2)
-        strides = None
-        if shift is not None:
-            shift = shift.expand(y.shape)
-            if shift.stride(1) != 1:
-                shift = shift.contiguous(memory_format=torch.channels_last)
-            strides = (c_long * 3)(shift.stride(0), *shift.stride()[2:])
+        inputs, outputs = weight.shape[1:]
+        y = _empty(x, outputs)
+        shift, strides = _shift(shift, y)
+        operands = _images(x), _pointer(weight), _pointer(shift), strides, _images(y)
+        sizes = _longs(*x.shape[2:], inputs, outputs)
 
         def work(start: int, stop: int) -> None:
-            failed = self._library.convolve(
-                _pointer(x),
-                _pointer(weight),
-                None if shift is None else _pointer(shift),
-                strides,
-                _pointer(y),
-                *map(c_long, (height, width, inputs, outputs, start, stop)),
-            )
-            _check(failed)
+            _check(self._library.convolve(*operands, *sizes, *_longs(start, stop)))
 
         parallel(work, _tiles(x))
         return y
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
-        """Adds ``alpha Σ y xᵀ`` to the gradient, of ``(batch, in, H, W)`` and ``(batch, out, H, W)``."""
-        _, _, height, width = _checked(x).shape
-        _checked(y)
-        inputs, outputs, lanes, rows = self._inputs, self._outputs, self._library.lanes(), self._library.block_rows()
-        if self._gradient is None:
-            self._gradient = torch.zeros(16, -(-inputs // rows) * rows, outputs)
-        gradient = self._gradient
-        # Every number is summed up by one thread, in one order: 4 rows of the tiles, and more than 4 threads share
-        # the outputs of a row.
-        parts = min(outputs // lanes, -(-torch.get_num_threads() // 4))
-        bounds = [outputs // lanes * i // parts * lanes for i in range(parts + 1)]
+        # Every number is summed up by one thread, in one order: the four rows of the tiles are shared out, and with
+        # more than four threads the outputs.
+        bounds = _shares(self._outputs, self._library.lanes(), -(-torch.get_num_threads() // 4))
+        operands = _images(x), _images(y), c_float(alpha), _pointer(self._gradient)
+        sizes = _longs(*x.shape[2:], self._inputs, self._outputs, _tiles(x))
 
         def work(start: int, stop: int) -> None:
             for part in range(start // 4, -(-stop // 4)):
-                failed = self._library.accumulate(
-                    _pointer(x),
-                    _pointer(y),
-                    c_float(alpha),
-                    _pointer(gradient),
-                    *map(c_long, (height, width, inputs, outputs, _tiles(x))),
-                    *map(c_int, (max(start - 4 * part, 0), min(stop - 4 * part, 4))),
-                    *map(c_long, bounds[part : part + 2]),
-                )
-                _check(failed)
+                rows = c_int(max(start - 4 * part, 0)), c_int(min(stop - 4 * part, 4))
+                _check(self._library.accumulate(*operands, *sizes, *rows, *_longs(*bounds[part : part + 2])))
 
-        parallel(work, 4 * parts)
+        parallel(work, 4 * (len(bounds) - 1))
 
     def gradient(self) -> Tensor:
-        """The accumulated gradient of the weight, ``(out, in, 3, 3)``."""
-        if self._gradient is None:
-            return torch.zeros(self._outputs, self._inputs, 3, 3)
         transformed = self._gradient[:, : self._inputs].double().flatten(1)
         kernels = (_GG.T @ transformed).view(3, 3, self._inputs, self._outputs)
         return kernels.permute(3, 2, 0, 1).to(torch.float32)
+
+
+class Direct(Convolution):
+    """From few channels, up to `FEW`, to many, a multiple of the library's ``lanes()``.
+
+    Args:
+        library: The compiled ``conv.c``.
+        weight: ``(out, in, 3, 3)``, float32.
+    """
+
+    def __init__(self, library: ctypes.CDLL, weight: Tensor) -> None:
+        self._library = library
+        self._many, self._few = weight.shape[:2]
+        lanes, rows = library.lanes(), library.block_rows()
+        length = 9 * self._few
+        self._forward = weight.permute(2, 3, 1, 0).reshape(length, self._many).contiguous()
+        self._backward = torch.zeros(self._many, -(-length // lanes) * lanes)
+        self._backward[:, :length] = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(self._many, length)
+        self._gradient = torch.zeros(-(-length // rows) * rows, self._many)
+
+    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = _empty(x, self._many)
+        shift, strides = _shift(shift, y)
+        operands = _images(x), _pointer(self._forward), _pointer(shift), strides, _images(y)
+        sizes = _longs(*x.shape[2:], self._few, self._many)
+
+        def work(start: int, stop: int) -> None:
+            _check(self._library.widen(*operands, *sizes, *_longs(start, stop)))
+
+        batch, _, height, width = x.shape
+        parallel(work, batch * height * width)
+        return y
+
+    def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
+        x = _empty(y, self._few)
+        shift, strides = _shift(shift, x)
+        operands = _images(y), _pointer(self._backward), _pointer(shift), strides, _images(x)
+        sizes = _longs(*y.shape[2:], self._many, self._few, self._backward.shape[1])
+
+        def work(start: int, stop: int) -> None:
+            _check(self._library.narrow(*operands, *sizes, *_longs(start, stop)))
+
+        parallel(work, len(y))
+        return x
+
+    def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
+        bounds = _shares(self._many, self._library.lanes(), torch.get_num_threads())
+        operands = _images(x), _images(y), c_float(alpha), _pointer(self._gradient)
+        batch, _, height, width = x.shape
+        sizes = _longs(height, width, self._few, self._many, batch * height * width)
+
+        def work(start: int, stop: int) -> None:
+            _check(self._library.accumulate_patches(*operands, *sizes, *_longs(bounds[start], bounds[stop])))
+
+        parallel(work, len(bounds) - 1)
+
+    def gradient(self) -> Tensor:
+        kernels = self._gradient[: 9 * self._few].view(3, 3, self._few, self._many)
+        return kernels.permute(3, 2, 0, 1).contiguous()
+
+
+class Reversed(Convolution):
+    """A convolution as the transpose of another."""
+
+    def __init__(self, other: Convolution) -> None:
+        self._other = other
+
+    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self._other.transpose(x, shift)
+
+    def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self._other(y, shift)
+
+    def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
+        self._other.accumulate(y, x, alpha)
+
+    def gradient(self) -> Tensor:
+        return _reversed(self._other.gradient())
+
+
+def _reversed(weight: Tensor) -> Tensor:
+    """The weight ``(in, out, 3, 3)`` of the transpose of the convolution with a weight ``(out, in, 3, 3)``."""
+    return weight.flip(2, 3).transpose(0, 1)
 
 
 def _transformed(weight: Tensor) -> Tensor:
@@ -129,14 +213,45 @@ def _tiles(x: Tensor) -> int:
     return batch * ((height + 1) // 2) * ((width + 1) // 2)
 
 
-def _checked(x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
-        raise TypeError(f"expected float32 images on the CPU in channels-last layout, got {x.dtype} on {x.device}")
-    return x
+def _shares(channels: int, lanes: int, parts: int) -> list[int]:
+    """Bounds of at most `parts` ranges of the channels, multiples of `lanes`."""
+    vectors = channels // lanes
+    parts = min(parts, vectors)
+    return [vectors * i // parts * lanes for i in range(parts + 1)]
 
 
-def _pointer(x: Tensor) -> c_void_p:
+def _empty(x: Tensor, channels: int) -> Tensor:
+    """Images of `channels` channels, as many and as large as `x`, in channels-last layout."""
+    batch, _, height, width = x.shape
+    return torch.empty(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _shift(shift: Tensor | None, y: Tensor) -> tuple[Tensor | None, ctypes.Array[c_long] | None]:
+    """What is added to `y`, its channels side by side, and its strides over images, rows and columns."""
+    if shift is None:
+        return None, None
+    shift = shift.expand(y.shape)
+    if shift.stride(1) != 1:
+        shift = shift.contiguous(memory_format=torch.channels_last)
+    return shift, (c_long * 3)(shift.stride(0), shift.stride(2), shift.stride(3))
+
+
+def _images(x: Tensor) -> c_void_p | None:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise TypeError(f"expected images in channels-last layout, got {tuple(x.shape)} with strides {x.stride()}")
+    return _pointer(x)
+
+
+def _pointer(x: Tensor | None) -> c_void_p | None:
+    if x is None:
+        return None
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
     return c_void_p(x.data_ptr())
+
+
+def _longs(*numbers: int) -> list[c_long]:
+    return [c_long(number) for number in numbers]
 
 
 def _check(failed: int) -> None:
