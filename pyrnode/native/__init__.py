@@ -79,7 +79,7 @@ def _load(name: str) -> ctypes.CDLL | str:
         try:
             return ctypes.CDLL(str(file))
         except OSError:  # not there yet, or cut off by a full disk
-            _compile(compiler, source, file)
+            _compile(compiler, name, source, file)
             return ctypes.CDLL(str(file))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return str(error)
@@ -113,10 +113,10 @@ def _folder() -> Path:
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="pyrnode-"))
 
 
-def _compile(compiler: str, source: bytes, file: Path) -> None:
+def _compile(compiler: str, name: str, source: bytes, file: Path) -> None:
     """Compiles to a file of its own and moves it into place, so that no process ever loads half of one."""
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        code, built = Path(scratch, "kernel.c"), Path(scratch, file.name)
+        code, built = Path(scratch, f"{name}.c"), Path(scratch, file.name)
         code.write_bytes(source)
         command = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(built), str(code), "-lm"]
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
