@@ -91,7 +91,8 @@ def test_equals_the_plain_solve(activation: str, time: str, method: str, count: 
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
 def test_activations_over_their_whole_range(activation: str) -> None:
     """A network that writes φ of the first number to the second; the error in units of float32's rounding."""
-    lowest = -2.0 if activation == "gelu" else -80.0  # in its tail the argument's own rounding counts for more
+    # In gelu's tail the argument's own rounding counts for more (torch's own error is 489 units at -3).
+    lowest, bound = (-3.0, 5) if activation == "gelu" else (-80.0, 3)
     ends = torch.tensor([1e30, -1e-30, 1e-30, 0.0])
     a = torch.cat([torch.linspace(lowest, 100, 4001), torch.linspace(-2, 2, 4001), ends])
     weights = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])]
@@ -100,7 +101,7 @@ def test_activations_over_their_whole_range(activation: str) -> None:
     expected = {**vars(torch.nn.functional), "tanh": torch.tanh}[activation](a.double())
     unit = torch.finfo(torch.float32).eps * expected.abs().clamp(min=1e-30)
     error = (h.double() - expected).abs() / unit
-    assert float(error.max()) < 3, float(a[error.argmax()])
+    assert float(error.max()) < bound, float(a[error.argmax()])
 
 
 @pytest.mark.parametrize("batch", [0, 1, 31, 64, 65, 200])
@@ -166,7 +167,7 @@ def test_without_kernels_torch_does_it(fused: list[str], monkeypatch: pytest.Mon
     assert fused
     fused.clear()
     monkeypatch.setenv(native.VARIABLE, "0")
-    assert native.status("mlp") == (False, "PYRNODE_NATIVE=0 turns it off")
+    assert native.status("mlp") == (False, "PYRNODE_NATIVE=0 turns them off")
     assert largest(results(dynamics, z0, 1, FUSED, (0.0, 1.0)), expected) < 1e-13
     assert not fused
 

@@ -19,6 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+NAMES = ("mlp",)
+"""The kernels that there are."""
+
 VARIABLE = "PYRNODE_NATIVE"
 """The environment variable that turns the kernels off."""
 
@@ -54,6 +57,14 @@ def status(name: str) -> Status:
     return Status(True, f"compiled by {_compiler()}")
 
 
+def compiler() -> str:
+    """The compiler that kernels are made with, or why there are none."""
+    try:
+        return _compiler() if enabled() else f"{VARIABLE}=0 turns them off"
+    except _Unavailable as error:
+        return str(error)
+
+
 def enabled() -> bool:
     """Whether the environment leaves the kernels on."""
     return os.environ.get(VARIABLE, "1") != "0"
@@ -61,7 +72,7 @@ def enabled() -> bool:
 
 def _library(name: str, on: bool) -> ctypes.CDLL:
     if not on:
-        raise _Unavailable(f"{VARIABLE}=0 turns it off")
+        raise _Unavailable(f"{VARIABLE}=0 turns them off")
     found = _load(name)
     if isinstance(found, str):
         raise _Unavailable(found)
