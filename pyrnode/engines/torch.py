@@ -230,7 +230,7 @@ class _Solve:
     def _pieces(self, z: Tensor) -> list[slice]:
         """Slices of the batch whose intermediates have at most `_PIECE` bytes."""
         each = self.kernel.tape_bytes(z[:1], 0 if self.probes is None else len(self.probes.eps))
-        size = max(1, min(len(z), _PIECE // each)) if each else len(z)
+        size = max(1, min(len(z), _PIECE // each) if each else len(z))
         return [slice(start, start + size) for start in range(0, len(z), size)] or [slice(0, 0)]
 
     def _state(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:

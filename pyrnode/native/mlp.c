@@ -102,18 +102,20 @@ INLINE vec NAME(exponential)(vec x, int less) {
     vec shifted = x * 1.44269504088896341f + magic;
     vec n = shifted - magic, power = (vec)(((ivec)shifted << 23) + 0x3f800000);
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
-             + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-    return power * (p * r * r + r) + (power - (float)less);
+    vec s = r * r; /* pairs of terms: a shorter chain than Horner's */
+    vec p = (1.6666665459e-1f * r + 5.0000001201e-1f)
+            + s * ((8.3334519073e-3f * r + 4.1665795894e-2f) + s * (1.9875691500e-4f * r + 1.3981999507e-3f));
+    return power * (p * s + r) + (power - (float)less);
 }
 
 /* log(1 + e) for e in [0, 1], with an error of about one rounding (Cephes). */
 INLINE vec NAME(logarithm)(vec e) {
     ivec large = e > 0.41421356f;
     vec x = NAME(select)(large, e * 0.5f - 0.5f, e), y = x * x;
-    vec p = (((((((7.0376836292e-2f * x - 1.1514610310e-1f) * x + 1.1676998740e-1f) * x - 1.2420140846e-1f) * x
-               + 1.4249322787e-1f) * x - 1.6668057665e-1f) * x + 2.0000714765e-1f) * x - 2.4999993993e-1f) * x
-            + 3.3333331174e-1f;
+    vec p = (-2.4999993993e-1f * x + 3.3333331174e-1f)
+            + y * ((-1.6668057665e-1f * x + 2.0000714765e-1f)
+                   + y * ((-1.2420140846e-1f * x + 1.4249322787e-1f)
+                          + y * ((-1.1514610310e-1f * x + 1.1676998740e-1f) + y * 7.0376836292e-2f)));
     return x - 0.5f * y + p * x * y + NAME(select)(large, NAME(all)(0.693147180559945f), NAME(all)(0));
 }
 #else
