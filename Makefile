@@ -40,9 +40,9 @@ venv: .venv/installed-base
 demo: .venv/installed-base
 	$(BIN)/python -m pyrnode demo --out runs/demo
 
-# ARGS are passed on: make test ARGS="tests/test_packaging.py -x"
+# One process a core, each with the tests of whole files. ARGS are passed on: make test ARGS="tests/test_packaging.py -x"
 test: .venv/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

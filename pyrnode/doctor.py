@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from pyrnode import julia_setup
+from pyrnode import julia_setup, native
 from pyrnode.julia_setup import JuliaStatus
 
 Status = Literal["ok", "note", "problem"]
@@ -58,7 +58,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Looks at everything; takes about a second, and changes nothing."""
+    """Looks at everything; takes about a second, and changes nothing but that kernels are compiled ahead of use."""
     return [
         _python(),
         _torch(),
@@ -66,6 +66,7 @@ def diagnose() -> list[Check]:
         _torchvision(),
         *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
         *_julia(),
+        _kernels(),
         _data(),
         _space(),
         _writable(),
@@ -269,6 +270,16 @@ def data_sets(folder: Path) -> list[str]:
     sets = [name for name, files in _needs().items() if all(any(folder.glob(file)) for file in files)]
     images = [str(f) for f in sorted(folder.iterdir()) if (f / "train").is_dir() and (f / "test").is_dir()]
     return sets + images
+
+
+def _kernels() -> Check:
+    states = {name: native.status(name) for name in native.NAMES}
+    missing = [name for name, state in states.items() if not state.available]
+    if not missing:
+        return Check("kernels", "ok", f"{', '.join(states)}: {states[native.NAMES[0]].why}")
+    detail = f"{', '.join(missing)}: {states[missing[0]].why}; training on a CPU is slower without"
+    remedy = f"export {native.VARIABLE}=1" if not native.enabled() else None
+    return Check("kernels", "note", detail, remedy)
 
 
 def _data() -> Check:

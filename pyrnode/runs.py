@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pyrnode import engines
+from pyrnode import engines, native
 from pyrnode.checkpoint import write_atomically
 from pyrnode.config import Config, flatten
 from pyrnode.errors import CheckpointError, ConfigError
@@ -47,6 +47,7 @@ def versions(config: Config) -> dict[str, Any]:
     return {
         "engine": dict(zip(("name", "why"), engines.choose(config.engine, config.device), strict=True)),
         "packages": packages,
+        "kernels": native.compiler(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),

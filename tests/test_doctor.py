@@ -22,7 +22,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pyrnode import doctor, julia_setup
+from pyrnode import doctor, julia_setup, native
 from pyrnode.doctor import Check, diagnose, format_report
 from pyrnode.julia_setup import JuliaStatus
 
@@ -62,6 +62,11 @@ class Machine:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "juliacall"})
         self.julia(READY)
+        self.kernels(native.Status(True, "compiled by /usr/bin/cc"))
+
+    def kernels(self, status: native.Status) -> None:
+        self.patch.setattr(native, "status", lambda name: status)
+        self.patch.setattr(native, "enabled", lambda: "turns" not in status.why)
 
     def julia(self, status: JuliaStatus) -> None:
         self.patch.setattr(julia_setup, "status", lambda: status)
@@ -133,6 +138,7 @@ def test_a_good_machine(machine: Machine) -> None:
         "Julia threads": "ok",
         "OpenSSL": "ok",
         "import order": "ok",
+        "kernels": "ok",
         "data": "ok",
         "disk": "ok",
         "working folder": "ok",
@@ -152,6 +158,19 @@ def test_a_missing_optional_package_is_a_note(machine: Machine, name: str) -> No
 def test_a_package_without_metadata_is_still_found(machine: Machine) -> None:
     machine.packages({**INSTALLED, "h5py": ""})
     assert _find("h5py") == Check("h5py", "ok", "of unknown version (reads the BSDS300 set)")
+
+
+@pytest.mark.parametrize(
+    ("why", "remedy"),
+    [
+        ("there is no C compiler (cc, gcc or clang)", None),
+        ("PYRNODE_NATIVE=0 turns them off", "export PYRNODE_NATIVE=1"),
+    ],
+)
+def test_without_kernels(machine: Machine, why: str, remedy: str | None) -> None:
+    machine.kernels(native.Status(False, why))
+    detail = f"{', '.join(native.NAMES)}: {why}; training on a CPU is slower without"
+    assert _find("kernels") == Check("kernels", "note", detail, remedy)
 
 
 def test_torch(machine: Machine) -> None:

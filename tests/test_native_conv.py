@@ -16,7 +16,7 @@ from pyrnode.dynamics import layers
 from pyrnode.dynamics.layered import ConvNet
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
 from pyrnode.native import conv
-from pyrnode.native.threads import parallel
+from pyrnode.native.threads import ranges
 
 _STATUS = native.status("conv")
 _KERNEL = pytest.mark.skipif(not _STATUS.available, reason=f"no compiled convolution: {_STATUS.why}")
@@ -266,7 +266,7 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, fresh):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_parallel_covers_the_range_once(number, count, threads):
+def test_ranges_cover_all_once(number, count, threads):
     threads(number)
     done: list[int] = []
     names = set()
@@ -275,13 +275,13 @@ def test_parallel_covers_the_range_once(number, count, threads):
         done.extend(range(start, stop))
         names.add(threading.current_thread().name)
 
-    parallel(work, count)
+    ranges(work, count)
     assert sorted(done) == list(range(count))
     assert len(names) <= max(1, min(number, count))
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_parallel_raises_what_a_thread_raises(failing, threads):
+def test_ranges_raise_what_a_thread_raises(failing, threads):
     threads(3)
 
     def work(start: int, stop: int) -> None:
@@ -289,4 +289,4 @@ def test_parallel_raises_what_a_thread_raises(failing, threads):
             raise RuntimeError(f"range {start}")
 
     with pytest.raises(RuntimeError, match=f"range {failing}"):
-        parallel(work, 3)
+        ranges(work, 3)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrnode.dynamics.activations import ACTIVATIONS, Activation
+from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel, SplitPullback
 from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Time, TimeEntry, channels_last
 
@@ -48,9 +48,9 @@ class _Tape:
 class LayeredKernel(Kernel):
     """The explicit kernel of a `LayeredDynamics`."""
 
-    def __init__(self, layers: list[TimeEntry], activation: Activation, names: list[list[str]], images: bool) -> None:
+    def __init__(self, layers: list[TimeEntry], activation: str, names: list[list[str]], images: bool) -> None:
         self.layers = layers
-        self.phi = activation
+        self.activation, self.phi = activation, ACTIVATIONS[activation]
         self.names = names
         self.images = images
         self.times: dict[float, list[tuple[Tensor | None, Tensor]]] = {}
@@ -238,7 +238,7 @@ class LayeredDynamics(Dynamics):
         layers: list[Any] = list(self.layers)
         names = [[name for name, _ in layer.named_parameters()] for layer in layers]
         bound = [layer.bind(detach=detach) for layer in layers]
-        return LayeredKernel(bound, ACTIVATIONS[self.activation], names, len(self.event_shape) == 3)
+        return LayeredKernel(bound, self.activation, names, len(self.event_shape) == 3)
 
     def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
         return self._bind(detach=False).evaluate(t, z, None, c=c).f

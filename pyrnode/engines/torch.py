@@ -7,11 +7,13 @@ cotangents z̄ of the new state and q̄ = (l̄, Ē, n̄) of the integrals,
 
 and the kernel's pullback gives z̄_i and adds to θ̄. With ``memory="checkpoint"`` only the stages' states are kept, and
 one evaluation's intermediates live at a time. With ``"store"`` all are kept, and a step's stages are one batch wherever
-their order does not matter: only f, forward, and the transposed Jacobian, backward, have to go stage by stage.
+their order does not matter: only f, forward, and the transposed Jacobian, backward, have to go stage by stage. With
+``"auto"`` a compiled kernel does the whole solve where there is one (fused.py).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.base import Engine, Probes, Solution, Stats, embedded, run
+from pyrnode.engines.fused import FusedSolve, fuse
 from pyrnode.engines.runge_kutta import (
     ErrorNorm,
     OnStep,
@@ -114,8 +117,8 @@ class _Solve:
     evaluations: list[Evaluation] = field(default_factory=list)  # of the present step's stages, until they are joined
     joints: list[_Joint] = field(default_factory=list)  # of every step, where intermediates are stored
     context_bar: Tensor | None = None
-
     bound: Kernel | None = None
+    fused: FusedSolve | None = None
 
     @property
     def kernel(self) -> Kernel:
@@ -128,6 +131,8 @@ class _Solve:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
         self.versions = self._versions()
         backprop = record and self.solver.sensealg == "Backprop"
+        if (backprop or not record) and (solved := self._fused(z0, record)) is not None:
+            return solved
         store = backprop and self._fits(z0)
         system: System = self._state if store else self._augmented
         on_step: OnStep = self._join if store else self.steps.append
@@ -141,6 +146,23 @@ class _Solve:
         vars(self.stats).update(vars(stats))
         if record and not backprop:
             self.end = z.detach()  # not z itself: it will own the node that owns this solve
+        return z, q
+
+    @torch.no_grad()
+    def _fused(self, z0: Tensor, record: bool) -> tuple[Tensor, Tensor] | None:
+        """`forward` by a compiled kernel; `None` where there is none, or where its result is not finite.
+
+        Then the solve is done again by torch's operations, which find the step and name it.
+        """
+        fused = fuse(self.kernel, z0, self.probes, self.context, self.t_span, self.solver)
+        if fused is None:
+            return None
+        z, q = fused.forward(record=record)
+        if not math.isfinite(float(z.sum() + q.sum())):
+            return None
+        self.fused = fused if record else None
+        nfe = fused.evaluations
+        vars(self.stats).update(vars(Stats(nfe=nfe, nfe_max=nfe, accepted=nfe // len(fused.solve.grid.b))))
         return z, q
 
     def _fits(self, z0: Tensor) -> bool:
@@ -208,7 +230,7 @@ class _Solve:
     def _pieces(self, z: Tensor) -> list[slice]:
         """Slices of the batch whose intermediates have at most `_PIECE` bytes."""
         each = self.kernel.tape_bytes(z[:1], 0 if self.probes is None else len(self.probes.eps))
-        size = max(1, min(len(z), _PIECE // each)) if each else len(z)
+        size = max(1, min(len(z), _PIECE // each) if each else len(z))
         return [slice(start, start + size) for start in range(0, len(z), size)] or [slice(0, 0)]
 
     def _state(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
@@ -256,7 +278,10 @@ class _Solve:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
         z_bar = self.kernel.layout(z_bar)
         self.context_bar = None if self.context is None else torch.zeros_like(self.context)
-        if self.joints:
+        if self.fused is not None:
+            z_bar = self.fused.backward(self.kernel, z_bar, q_bar)
+            self.stats.nfe_backward += self.fused.evaluations
+        elif self.joints:
             for step in reversed(self.steps):
                 z_bar = self._joint_back(step, self.joints.pop(), z_bar, q_bar)
         elif self.solver.sensealg == "Backprop":

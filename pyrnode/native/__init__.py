@@ -19,6 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+NAMES = ("mlp", "conv")
+"""The kernels that there are."""
+
 VARIABLE = "PYRNODE_NATIVE"
 """The environment variable that turns the kernels off."""
 
@@ -54,6 +57,14 @@ def status(name: str) -> Status:
     return Status(True, f"compiled by {_compiler()}")
 
 
+def compiler() -> str:
+    """The compiler that kernels are made with, or why there are none."""
+    try:
+        return _compiler() if enabled() else f"{VARIABLE}=0 turns them off"
+    except _Unavailable as error:
+        return str(error)
+
+
 def enabled() -> bool:
     """Whether the environment leaves the kernels on."""
     return os.environ.get(VARIABLE, "1") != "0"
@@ -61,7 +72,7 @@ def enabled() -> bool:
 
 def _library(name: str, on: bool) -> ctypes.CDLL:
     if not on:
-        raise _Unavailable(f"{VARIABLE}=0 turns it off")
+        raise _Unavailable(f"{VARIABLE}=0 turns them off")
     found = _load(name)
     if isinstance(found, str):
         raise _Unavailable(found)
@@ -77,7 +88,7 @@ def _load(name: str) -> ctypes.CDLL | str:
         key = _digest(b"\0".join([source, " ".join(_FLAGS).encode(), _target(compiler)]))
         folder = _folder()
         kept = [file for file in folder.glob(f"{name}-{key}-*.so") if file.stem.endswith(_digest(file.read_bytes()))]
-        return ctypes.CDLL(str(kept[0] if kept else _compile(compiler, source, folder, f"{name}-{key}")))
+        return ctypes.CDLL(str(kept[0] if kept else _compile(compiler, name, source, folder / f"{name}-{key}")))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return str(error)
 
@@ -110,19 +121,19 @@ def _folder() -> Path:
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="pyrnode-"))
 
 
-def _compile(compiler: str, source: bytes, folder: Path, stem: str) -> Path:
+def _compile(compiler: str, name: str, source: bytes, stem: Path) -> Path:
     """Compiles to a file of its own and moves it into place, so that no process ever loads half of one.
 
     The name ends in the contents' digest: to load a file that a crash or a full disk has cut off kills the process.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        code, built = Path(scratch, "kernel.c"), Path(scratch, "kernel.so")
+    with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
+        code, built = Path(scratch, f"{name}.c"), Path(scratch, f"{name}.so")
         code.write_bytes(source)
         command = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(built), str(code), "-lm"]
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise _Unavailable(f"{compiler} does not compile it: {_last_line(done.stderr)}")
-        return built.replace(folder / f"{stem}-{_digest(built.read_bytes())}.so")
+        return built.replace(f"{stem}-{_digest(built.read_bytes())}.so")
 
 
 def _digest(content: bytes) -> str:

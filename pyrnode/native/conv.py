@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrnode import native
-from pyrnode.native.threads import parallel
+from pyrnode.native.threads import ranges
 
 FEW = 8
 """Up to how many channels on one side a convolution is summed up directly."""
@@ -94,7 +94,7 @@ class Winograd(Convolution):
         def work(start: int, stop: int) -> None:
             _check(self._library.convolve(*operands, *sizes, *_longs(start, stop)))
 
-        parallel(work, _tiles(x))
+        ranges(work, _tiles(x))
         return y
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
@@ -109,7 +109,7 @@ class Winograd(Convolution):
                 rows = c_int(max(start - 4 * part, 0)), c_int(min(stop - 4 * part, 4))
                 _check(self._library.accumulate(*operands, *sizes, *rows, *_longs(*bounds[part : part + 2])))
 
-        parallel(work, 4 * (len(bounds) - 1))
+        ranges(work, 4 * (len(bounds) - 1))
 
     def gradient(self) -> Tensor:
         transformed = self._gradient[:, : self._inputs].double().flatten(1)
@@ -145,7 +145,7 @@ class Direct(Convolution):
             _check(self._library.widen(*operands, *sizes, *_longs(start, stop)))
 
         batch, _, height, width = x.shape
-        parallel(work, batch * height * width)
+        ranges(work, batch * height * width)
         return y
 
     def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -157,7 +157,7 @@ class Direct(Convolution):
         def work(start: int, stop: int) -> None:
             _check(self._library.narrow(*operands, *sizes, *_longs(start, stop)))
 
-        parallel(work, len(y))
+        ranges(work, len(y))
         return x
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
@@ -169,7 +169,7 @@ class Direct(Convolution):
         def work(start: int, stop: int) -> None:
             _check(self._library.accumulate_patches(*operands, *sizes, *_longs(bounds[start], bounds[stop])))
 
-        parallel(work, len(bounds) - 1)
+        ranges(work, len(bounds) - 1)
 
     def gradient(self) -> Tensor:
         kernels = self._gradient[: 9 * self._few].view(3, 3, self._few, self._many)

@@ -1,6 +1,6 @@
-"""Threads for the kernels: Python's own, which run while a call into C has given up the interpreter's lock.
+"""Threads for kernels: Python's own, since a call of C leaves the interpreter to others.
 
-OpenMP in a kernel would be a second runtime beside torch's, and the threads of each would wait for the other's.
+A second OpenMP runtime beside torch's would make the two wait for each other.
 """
 
 from __future__ import annotations
@@ -13,31 +13,28 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def parallel(work: Callable[[int, int], None], count: int) -> None:
-    """Calls ``work(start, stop)`` for ranges that together are ``range(count)``, in as many threads as torch uses.
-
-    Args:
-        work: Does its range of the items; what it raises is raised here, once all have ended.
-        count: Number of items.
-    """
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        work(0, count)
-        return
-    bounds = [count * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(work, *bounds[i : i + 2]) for i in range(1, threads)]
+def parallel(function: Callable[[int], None], count: int) -> None:
+    """Calls ``function(0) ... function(count - 1)``, side by side; raises what one raises, once all have ended."""
+    others = [_pool(count - 1).submit(function, i) for i in range(1, count)]
     try:
-        work(*bounds[:2])
+        function(0)
     finally:
-        errors = [other.exception() for other in others]  # waits
+        errors = [other.exception() for other in others]
     for error in errors:
         if error is not None:
             raise error
 
 
+def ranges(function: Callable[[int, int], None], count: int) -> None:
+    """Calls ``function(start, stop)`` for ranges that make up ``range(count)``, in as many threads as torch uses."""
+    threads = max(1, min(torch.get_num_threads(), count))
+    bounds = [count * i // threads for i in range(threads + 1)]
+    parallel(lambda i: function(bounds[i], bounds[i + 1]), threads)
+
+
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="pyrnode-native")
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="pyrnode")
 
 
 if hasattr(os, "register_at_fork"):  # the threads do not survive a fork

@@ -149,7 +149,7 @@ SCALES = {
                 "training.validate_every": 200,
             },
         },
-        learning_rates=(1e-3, 3e-3, 1e-2),
+        learning_rates=(3e-3, 1e-2, 3e-2),
         tuning_steps=40,
         scored=100,
         stepped=50,

@@ -1,0 +1,181 @@
+"""The compiled solves of a multilayer perceptron, against the same solves by torch's operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrnode import native
+from pyrnode.config import SolverConfig
+from pyrnode.dynamics import MLP
+from pyrnode.engines.base import Probes
+from pyrnode.engines.torch import TorchEngine
+from pyrnode.errors import SolverError
+from pyrnode.native import mlp
+
+pytestmark = pytest.mark.skipif(
+    not native.status("mlp").available, reason=f"no compiled kernel: {native.status('mlp').why}"
+)
+
+FUSED = SolverConfig(step_size=0.25, sensealg="Backprop")
+PLAIN = replace(FUSED, memory="checkpoint")
+
+
+def make(activation: str = "softplus", time: str = "concat", dtype: torch.dtype = torch.float64) -> MLP:
+    """A small network with widths that fill no vector, and no parameter at zero."""
+    dynamics = MLP(3, (7, 16, 5), activation=activation, time=time).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in dynamics.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return dynamics
+
+
+def states(batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+def probes(z: Tensor, count: int) -> Probes | None:
+    """`count` random probes; -1 for the exact trace, 0 for none."""
+    if count <= 0:
+        return Probes.exact(z) if count else None
+    return Probes.draw(z, count, generator=torch.Generator().manual_seed(3))
+
+
+def results(dynamics: MLP, z0: Tensor, count: int, solver: SolverConfig, span: tuple[float, float]) -> list[Tensor]:
+    """z, l, E, n, and the gradients of a loss in which all take part, of the start state and every parameter."""
+    dynamics.zero_grad()
+    z0 = z0.clone().requires_grad_()
+    solution = TorchEngine().integrate(dynamics, z0, probes(z0, count), span, solver)
+    loss = solution.z.square().sum() + (solution.l.sin() + 0.1 * solution.E + 0.01 * solution.n.square()).sum()
+    loss.backward()
+    outputs = [solution.z, solution.l, solution.E, solution.n, z0.grad, *(p.grad for p in dynamics.parameters())]
+    return [x.detach().clone() for x in outputs if x is not None]
+
+
+def largest(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, relative to the largest number of its tensor."""
+    assert len(found) == len(expected)
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the C functions that are called."""
+    called: list[str] = []
+    function = mlp._function
+    monkeypatch.setattr(mlp, "_function", lambda name, dtype: (called.append(name), function(name, dtype))[1])
+    return called
+
+
+@pytest.mark.parametrize(("method", "count"), [("RK4", 1), ("Euler", 0), ("Heun", 3), ("SSPRK33", -1), ("Midpoint", 2)])
+@pytest.mark.parametrize("time", ["concat", "none", "concatsquash"])
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_equals_the_plain_solve(activation: str, time: str, method: str, count: int, fused: list[str]) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
+        dynamics, z0 = make(activation, time, dtype), states(70, dtype)
+        for span in ((0.0, 1.0), (0.9, 0.1)):  # the last step is shorter
+            expected = results(dynamics, z0, count, replace(PLAIN, name=method), span)
+            assert not fused
+            found = results(dynamics, z0, count, replace(FUSED, name=method), span)
+            assert largest(found, expected) < tolerance
+            assert fused == ["forward", "backward"]
+            fused.clear()
+
+
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_activations_over_their_whole_range(activation: str) -> None:
+    """A network that writes φ of the first number to the second; the error in units of float32's rounding."""
+    # In gelu's tail the argument's own rounding counts for more (torch's own error is 489 units at -3).
+    lowest, bound = (-3.0, 5) if activation == "gelu" else (-80.0, 3)
+    ends = torch.tensor([1e30, -1e-30, 1e-30, 0.0])
+    a = torch.cat([torch.linspace(lowest, 100, 4001), torch.linspace(-2, 2, 4001), ends])
+    weights = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])]
+    solve = mlp.Solve(weights, torch.zeros(1, 3), None, activation, mlp.Grid([[]], [1.0], [1.0]))
+    h = solve.forward(torch.stack([a, torch.zeros_like(a)], 1), None, 1.0, record=False)[0][:, 1]
+    expected = {**vars(torch.nn.functional), "tanh": torch.tanh}[activation](a.double())
+    unit = torch.finfo(torch.float32).eps * expected.abs().clamp(min=1e-30)
+    error = (h.double() - expected).abs() / unit
+    assert float(error.max()) < bound, float(a[error.argmax()])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 31, 64, 65, 200])
+def test_any_batch(batch: int) -> None:
+    dynamics, z0 = make(), states(batch)
+    found, expected = (results(dynamics, z0, 1, solver, (0.0, 1.0)) for solver in (FUSED, PLAIN))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_sample_is_independent_of_its_batch() -> None:
+    dynamics, z0 = make(dtype=torch.float32), states(100, torch.float32)
+    everyone = TorchEngine().integrate(dynamics, z0, probes(z0, -1), (0.0, 1.0), FUSED)
+    alone = TorchEngine().integrate(dynamics, z0[70:73], probes(z0[70:73], -1), (0.0, 1.0), FUSED)
+    assert torch.equal(everyone.z[70:73], alone.z)
+    assert torch.equal(everyone.l[70:73], alone.l)
+
+
+def test_threads_change_nothing_but_the_order_of_a_sum() -> None:
+    dynamics, z0, before = make(), states(300), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(dynamics, z0, 1, FUSED, (0.0, 1.0)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0][:5], other[:5], strict=True))
+        assert largest(other, found[0]) < 1e-13
+
+
+def test_twice_through_one_graph() -> None:
+    dynamics, z0 = make(), states(5)
+    solution = TorchEngine().integrate(dynamics, z0, probes(z0, 1), (0.0, 1.0), FUSED)
+    loss = (solution.z.square().sum(1) + solution.l).sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in dynamics.parameters() if p.grad is not None]
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(dynamics.parameters(), first, strict=True))
+
+
+def test_the_statistics_are_the_plain_solves() -> None:
+    dynamics, z0 = make(), states(5)
+    stats = []
+    for solver in (FUSED, PLAIN):
+        solution = TorchEngine().integrate(dynamics, z0, probes(z0, 1), (0.0, 0.9), solver)
+        (solution.z.sum() + solution.l.sum()).backward()
+        stats.append(solution.stats)
+    assert stats[0] == stats[1]
+
+
+def test_what_is_not_finite_is_named_as_by_the_plain_solve() -> None:
+    dynamics, z0 = make(), states(70)
+    z0[3, 1] = float("nan")
+    with pytest.raises(SolverError, match=r"not finite after step 1 of 4 .* in 1 of 70 samples"):
+        TorchEngine().integrate(dynamics, z0, probes(z0, 1), (0.0, 1.0), FUSED)
+
+
+def test_without_kernels_torch_does_it(fused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamics, z0 = make(), states(70)
+    expected = results(dynamics, z0, 1, FUSED, (0.0, 1.0))
+    assert fused
+    fused.clear()
+    monkeypatch.setenv(native.VARIABLE, "0")
+    assert native.status("mlp") == (False, "PYRNODE_NATIVE=0 turns them off")
+    assert largest(results(dynamics, z0, 1, FUSED, (0.0, 1.0)), expected) < 1e-13
+    assert not fused
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "DP5"}, {"sensealg": "BacksolveAdjoint"}, {"memory": "store"}, {"memory": "checkpoint"}]
+)
+def test_what_it_leaves_to_torch(changes: dict[str, str], fused: list[str]) -> None:
+    solver = replace(FUSED, **changes)
+    results(make(), states(4), 1, solver, (0.0, 1.0))
+    assert not fused
