@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrnode.native import softplus
+
 
 class Activation(ABC):
     """An elementwise function with two derivatives; `a` is the input and `h = φ(a)` the output.
@@ -37,6 +39,19 @@ class Activation(ABC):
     def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
         """φ''(a) r, where ``g = φ'(a) r``; `a` and `r` may be anything where they are not kept."""
 
+    def activate(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope; may overwrite `a` where it is not kept."""
+        h = self.value(a)
+        return h, self.slope(a, h)
+
+    def pull(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor, g_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """``φ''(a) r ⊙ ḡ`` and ``φ'(a) ⊙ ḡ``, the cotangents of a and of r; may overwrite `g_bar`.
+
+        Shapes ``(probes, batch, *hidden)`` of g, r, `g_bar` and both results, without probes of the rest.
+        """
+        bend = self.bend(a, h, slope, g, r).mul_(g_bar)
+        return bend, g_bar.mul_(slope)
+
 
 class Softplus(Activation):
     """log(1 + eᵃ); φ' = 1 − e⁻ʰ, φ'' = φ'(1 − φ')."""
@@ -54,6 +69,14 @@ class Softplus(Activation):
 
     def bend(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor) -> Tensor:
         return torch.addcmul(g, g, slope, value=-1)
+
+    def activate(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        slope = softplus.activate(a)
+        return super().activate(a) if slope is None else (a, slope)
+
+    def pull(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor, g_bar: Tensor) -> tuple[Tensor, Tensor]:
+        bend = softplus.pull(g_bar[0], slope, g[0]) if len(g_bar) == 1 else None
+        return super().pull(a, h, slope, g, r, g_bar) if bend is None else (bend.unsqueeze(0), g_bar)
 
 
 class Tanh(Activation):

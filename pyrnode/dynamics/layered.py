@@ -85,7 +85,11 @@ class LayeredKernel(Kernel):
             record.h.append(h)
             record.y.append(y)
             if i < last:
-                h = self.phi.value(a)
+                if eps is None:
+                    h = self.phi.value(a)
+                else:
+                    h, slope = self.phi.activate(a)
+                    record.slope.append(slope)
                 record.a.append(a if self.phi.keeps_input else h)
         w = None if eps is None else self._product(record, eps)
         return Evaluation(a, w, None, record if tape else None)
@@ -138,7 +142,7 @@ class LayeredKernel(Kernel):
             r: Tensor = self.layers[i].linear.transpose(g).unflatten(0, (k, batch))
             record.g.append(g)
             if i:
-                g = r * record.slope[i - 1]
+                g = r * record.slope[i - 1] if self.phi.keeps_r else r.mul_(record.slope[i - 1])
                 record.r.append(r if self.phi.keeps_r else g)
         return r
 
@@ -170,9 +174,8 @@ class LayeredKernel(Kernel):
                 record.s_bar.append((g_bar * g).sum(0))
                 g_bar = g_bar * scale
             if i < last:
-                bend = self.phi.bend(record.a[i], record.h[i + 1], record.slope[i], g, record.r.pop()).mul_(g_bar)
+                bend, p = self.phi.pull(record.a[i], record.h[i + 1], record.slope[i], g, record.r.pop(), g_bar)
                 record.a_bar.append(bend[0] if k == 1 else bend.sum(0))
-                p = g_bar.mul_(record.slope[i])
 
     def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
         record: _Tape = evaluation.tape

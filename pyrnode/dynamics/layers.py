@@ -175,6 +175,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x
 
 
+def _batch_sum(x: Tensor) -> Tensor:
+    """``x.sum(0)``, which on channels-last images takes ten times as long as in the order of their memory."""
+    return x.permute(0, 2, 3, 1).sum(0).permute(2, 0, 1) if x.ndim == 4 else x.sum(0)
+
+
 def _conv_weight_gradient(h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
     padding = weight.shape[-1] // 2
     _, gradient, _ = torch.ops.aten.convolution_backward(
@@ -253,7 +258,7 @@ class ConcatTime(TimeEntry):
         return None, shift if c is None else shift + self.linear.spread(c)
 
     def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
-        total = a_bar.sum(0)
+        total = _batch_sum(a_bar)
         timed = torch.tensordot(t, a_bar, 1) if isinstance(t, Tensor) else total
         beta = alpha if isinstance(t, Tensor) else alpha * t
         if self.shift_bar is None or self.time_bar is None:

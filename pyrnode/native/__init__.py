@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-NAMES = ("mlp", "conv")
+NAMES = ("mlp", "conv", "softplus")
 """The kernels that there are."""
 
 VARIABLE = "PYRNODE_NATIVE"
