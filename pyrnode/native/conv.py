@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from pyrnode.native.threads import ranges
 FEW = 8
 """Up to how many channels on one side a convolution is summed up directly."""
 
+_ARGUMENTS = {
+    "convolve": [c_void_p, c_void_p, c_void_p, POINTER(c_long), c_void_p, *[c_long] * 6],
+    "accumulate": [c_void_p, c_void_p, c_float, c_void_p, *[c_long] * 5, c_int, c_int, c_long, c_long],
+    "widen": [c_void_p, c_void_p, c_void_p, POINTER(c_long), c_void_p, *[c_long] * 6],
+    "narrow": [c_void_p, c_void_p, c_void_p, POINTER(c_long), c_void_p, *[c_long] * 7],
+    "accumulate_patches": [c_void_p, c_void_p, c_float, c_void_p, *[c_long] * 7],
+}
+
 # U = G g Gᵀ for one 3×3 kernel g, as one matrix on the kernel's nine numbers.
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 _GG = torch.kron(_G, _G)  # (16, 9)
@@ -28,7 +36,7 @@ def kernel(weight: Tensor) -> Convolution | None:
     """The convolution with a weight ``(out, in, 3, 3)``; `None` where there is no kernel for it on this machine."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
         return None
-    library = native.library("conv")
+    library = _library()
     if library is None:
         return None
     outputs, inputs = weight.shape[:2]
@@ -38,6 +46,14 @@ def kernel(weight: Tensor) -> Convolution | None:
     if outputs <= FEW and inputs % lanes == 0:
         return Reversed(Direct(library, _reversed(weight)))
     return Winograd(library, weight) if inputs % lanes == 0 and outputs % lanes == 0 else None
+
+
+def _library() -> ctypes.CDLL | None:
+    library = native.library("conv")
+    if library is not None:
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+    return library
 
 
 class Convolution(ABC):
@@ -87,12 +103,12 @@ class Winograd(Convolution):
     def _convolve(self, weight: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
         inputs, outputs = weight.shape[1:]
         y = _empty(x, outputs)
-        shift, strides = _shift(shift, y)
-        operands = _images(x), _pointer(weight), _pointer(shift), strides, _images(y)
-        sizes = _longs(*x.shape[2:], inputs, outputs)
+        shift, address, strides = _shift(shift, y)
+        operands = _images(x), weight.data_ptr(), address, strides, _images(y)
+        sizes = (*x.shape[2:], inputs, outputs)
 
         def work(start: int, stop: int) -> None:
-            _check(self._library.convolve(*operands, *sizes, *_longs(start, stop)))
+            _check(self._library.convolve(*operands, *sizes, start, stop))
 
         ranges(work, _tiles(x))
         return y
@@ -101,13 +117,13 @@ class Winograd(Convolution):
         # Every number is summed up by one thread, in one order: the four rows of the tiles are shared out, and with
         # more than four threads the outputs.
         bounds = _shares(self._outputs, self._library.lanes(), -(-torch.get_num_threads() // 4))
-        operands = _images(x), _images(y), c_float(alpha), _pointer(self._gradient)
-        sizes = _longs(*x.shape[2:], self._inputs, self._outputs, _tiles(x))
+        operands = _images(x), _images(y), alpha, self._gradient.data_ptr()
+        sizes = (*x.shape[2:], self._inputs, self._outputs, _tiles(x))
 
         def work(start: int, stop: int) -> None:
             for part in range(start // 4, -(-stop // 4)):
-                rows = c_int(max(start - 4 * part, 0)), c_int(min(stop - 4 * part, 4))
-                _check(self._library.accumulate(*operands, *sizes, *rows, *_longs(*bounds[part : part + 2])))
+                rows = max(start - 4 * part, 0), min(stop - 4 * part, 4)
+                _check(self._library.accumulate(*operands, *sizes, *rows, *bounds[part : part + 2]))
 
         ranges(work, 4 * (len(bounds) - 1))
 
@@ -137,12 +153,12 @@ class Direct(Convolution):
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         y = _empty(x, self._many)
-        shift, strides = _shift(shift, y)
-        operands = _images(x), _pointer(self._forward), _pointer(shift), strides, _images(y)
-        sizes = _longs(*x.shape[2:], self._few, self._many)
+        shift, address, strides = _shift(shift, y)
+        operands = _images(x), self._forward.data_ptr(), address, strides, _images(y)
+        sizes = (*x.shape[2:], self._few, self._many)
 
         def work(start: int, stop: int) -> None:
-            _check(self._library.widen(*operands, *sizes, *_longs(start, stop)))
+            _check(self._library.widen(*operands, *sizes, start, stop))
 
         batch, _, height, width = x.shape
         ranges(work, batch * height * width)
@@ -150,24 +166,24 @@ class Direct(Convolution):
 
     def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
         x = _empty(y, self._few)
-        shift, strides = _shift(shift, x)
-        operands = _images(y), _pointer(self._backward), _pointer(shift), strides, _images(x)
-        sizes = _longs(*y.shape[2:], self._many, self._few, self._backward.shape[1])
+        shift, address, strides = _shift(shift, x)
+        operands = _images(y), self._backward.data_ptr(), address, strides, _images(x)
+        sizes = (*y.shape[2:], self._many, self._few, self._backward.shape[1])
 
         def work(start: int, stop: int) -> None:
-            _check(self._library.narrow(*operands, *sizes, *_longs(start, stop)))
+            _check(self._library.narrow(*operands, *sizes, start, stop))
 
         ranges(work, len(y))
         return x
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
         bounds = _shares(self._many, self._library.lanes(), torch.get_num_threads())
-        operands = _images(x), _images(y), c_float(alpha), _pointer(self._gradient)
+        operands = _images(x), _images(y), alpha, self._gradient.data_ptr()
         batch, _, height, width = x.shape
-        sizes = _longs(height, width, self._few, self._many, batch * height * width)
+        sizes = (height, width, self._few, self._many, batch * height * width)
 
         def work(start: int, stop: int) -> None:
-            _check(self._library.accumulate_patches(*operands, *sizes, *_longs(bounds[start], bounds[stop])))
+            _check(self._library.accumulate_patches(*operands, *sizes, bounds[start], bounds[stop]))
 
         ranges(work, len(bounds) - 1)
 
@@ -226,32 +242,24 @@ def _empty(x: Tensor, channels: int) -> Tensor:
     return torch.empty(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _shift(shift: Tensor | None, y: Tensor) -> tuple[Tensor | None, ctypes.Array[c_long] | None]:
-    """What is added to `y`, its channels side by side, and its strides over images, rows and columns."""
+def _shift(shift: Tensor | None, y: Tensor) -> tuple[Tensor | None, int | None, ctypes.Array[c_long] | None]:
+    """What is added to `y`, its channels side by side; its address, and its strides over images, rows and columns."""
     if shift is None:
-        return None, None
+        return None, None, None
     shift = shift.expand(y.shape)
     if shift.stride(1) != 1:
         shift = shift.contiguous(memory_format=torch.channels_last)
-    return shift, (c_long * 3)(shift.stride(0), shift.stride(2), shift.stride(3))
+    return shift, shift.data_ptr(), (c_long * 3)(shift.stride(0), shift.stride(2), shift.stride(3))
 
 
-def _images(x: Tensor) -> c_void_p | None:
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        raise TypeError(f"expected images in channels-last layout, got {tuple(x.shape)} with strides {x.stride()}")
-    return _pointer(x)
-
-
-def _pointer(x: Tensor | None) -> c_void_p | None:
-    if x is None:
-        return None
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
-    return c_void_p(x.data_ptr())
-
-
-def _longs(*numbers: int) -> list[c_long]:
-    return [c_long(number) for number in numbers]
+def _images(x: Tensor) -> int:
+    """Where the images begin in memory."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+        layout = f"{tuple(x.shape)} with strides {x.stride()}"
+        raise TypeError(
+            f"expected float32 images on the CPU in channels-last layout, got {x.dtype}, {x.device}, {layout}"
+        )
+    return x.data_ptr()
 
 
 def _check(failed: int) -> None:

@@ -51,7 +51,11 @@ def _library(*tensors: Tensor) -> ctypes.CDLL | None:
     for x in tensors:
         if x.dtype != first.dtype or x.shape != first.shape or not x.is_contiguous(memory_format=layout):
             return None
-    return native.library("softplus")
+    library = native.library("softplus")
+    if library is not None:
+        library.activate.argtypes = [c_void_p] * 2 + [c_long]
+        library.pull.argtypes = [c_void_p] * 4 + [c_long]
+    return library
 
 
 def _each(function: Callable[..., None], *tensors: Tensor) -> None:
@@ -59,6 +63,6 @@ def _each(function: Callable[..., None], *tensors: Tensor) -> None:
 
     def work(start: int, stop: int) -> None:
         first, last = start * _BLOCK, min(stop * _BLOCK, count)
-        function(*(c_void_p(address + 4 * first) for address in addresses), c_long(last - first))
+        function(*(address + 4 * first for address in addresses), last - first)
 
     ranges(work, -(-count // _BLOCK))
