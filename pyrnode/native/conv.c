@@ -125,6 +125,9 @@ INLINE void product(long rows, long columns, long depth, const float *a, long a_
             block(depth, a + r * a_row, a_row, a_step, b + j, b_step, c + r * c_row + j, c_row, 1, add);
 }
 
+/* Room for `count` floats, from the beginning of a cache line, so that few vectors lie across two. */
+static float *room(long count) { return aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64); }
+
 int lanes(void) { return LANES; }
 
 int block_rows(void) { return ROWS; }
@@ -136,7 +139,7 @@ int convolve(const float *x, const float *u, const float *shift, const long *str
              long width, long inputs, long outputs, long start, long stop) {
     Grid grid = grid_of(height, width);
     long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD;
-    float *v = malloc(sizeof(float) * (16 * (v_plane + m_plane))), *m = v + 16 * v_plane;
+    float *v = room(16 * (v_plane + m_plane)), *m = v + 16 * v_plane;
     float *zeros = calloc(inputs, sizeof(float));
     if (!v || !zeros) {
         free(v), free(zeros);
@@ -207,7 +210,7 @@ int accumulate(const float *x, const float *dy, float alpha, float *du, long hei
     Grid grid = grid_of(height, width);
     long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD, most = inputs > outputs ? inputs : outputs;
     long rounded = (inputs + ROWS - 1) / ROWS * ROWS;
-    float *v = malloc(sizeof(float) * (4 * (v_plane + m_plane))), *m = v + 4 * v_plane;
+    float *v = room(4 * (v_plane + m_plane)), *m = v + 4 * v_plane;
     float *zeros = calloc(most, sizeof(float));
     if (!v || !zeros) {
         free(v), free(zeros);
