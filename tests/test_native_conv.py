@@ -16,6 +16,7 @@ from pyrnode.dynamics import layers
 from pyrnode.dynamics.layered import ConvNet
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
 from pyrnode.native import conv
+from pyrnode.native import threads as native_threads
 from pyrnode.native.threads import ranges
 
 _STATUS = native.status("conv")
@@ -264,6 +265,16 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, fresh):
     assert not list(fresh.glob("*.so"))
 
 
+@pytest.fixture(params=["openmp", "python"])
+def kind(request, monkeypatch):
+    """Both kinds of threads."""
+    if request.param == "python":
+        monkeypatch.setattr(native_threads, "_openmp", lambda: None)
+    elif native_threads._openmp() is None:
+        pytest.skip("no OpenMP runtime with GNU's entry points in this process")
+
+
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_ranges_cover_all_once(number, count, threads):
@@ -280,6 +291,7 @@ def test_ranges_cover_all_once(number, count, threads):
     assert len(names) <= max(1, min(number, count))
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_ranges_raise_what_a_thread_raises(failing, threads):
     threads(3)
