@@ -25,8 +25,8 @@ _KERNEL = pytest.mark.skipif(not _STATUS.available, reason=f"no compiled convolu
 SIZES = [(7, 7), (14, 14), (28, 28), (5, 9), (1, 1), (2, 3)]
 CHANNELS = [(16, 16), (64, 64), (24, 64), (64, 24), (1, 64), (64, 1), (2, 16), (64, 3), (8, 64), (16, 8)]
 
-# Largest error over the largest output. Measured: 6e-7 at most for both, where torch's own convolution has up to 1e-6
-# and its gradient of the weight up to 3e-6; float32 rounds at 6e-8.
+# Largest error over the largest output. Measured over these cases: 5e-7 at most, in values as in gradients, where
+# torch's own convolution has up to 1.3e-6 and its gradient of the weight up to 4e-6; float32 rounds at 6e-8.
 TOLERANCE = 2e-6
 
 
