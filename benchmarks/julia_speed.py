@@ -1,11 +1,12 @@
 """Times a training step of the Julia engine beside the PyTorch engine, and beside the flows of Julia.
 
     python -m benchmarks.julia_speed              all of it, a table
-    python -m benchmarks.julia_speed --json out.json
+    python -m benchmarks.julia_speed --json out.json --parts crossing peers --pairs 3
 
 Between the engines steps alternate in one process: the same flow, batch, probes and RK4 grid of step 0.25, both with
 ``Backprop``, and Julia's default adjoint beside them. `peers.jl` does the same for DiffEqFlux's FFJORD layer and
-ContinuousNormalizingFlows.jl (where the Julia environment has it), in one Julia process.
+ContinuousNormalizingFlows.jl (where the Julia environment has it), each in a Julia process of its own, which
+is given up when a first step takes longer than ``--limit`` seconds.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.speed import Step, _milliseconds, _perturb
 from pyrnode import julia_setup
 from pyrnode.config import Config
+from pyrnode.engines import Engine
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
 from pyrnode.runs import versions
@@ -35,16 +41,20 @@ CASES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 }
 SIDES = (("torch", "Backprop"), ("julia", "Backprop"), ("julia", "InterpolatingAdjoint"))
 PAIRS = {"mlp-512": 60, "conv-16": 5}
+REPEATS = {"mlp-512": 30, "conv-16": 5}
+PARTS = ("first", "engines", "crossing", "peers")
+PEERS = ("tsit5-loose", "rk4-backsolve", "tsit5", "rk4", "icnf")
 
 
-def engine_step(case: str, engine: str, sensealg: str) -> Step:
-    """A training step with one engine."""
+def engine_step(case: str, engine: str, sensealg: str, instance: Engine | None = None) -> Step:
+    """A training step with one engine, or with this instance of it."""
     batch, shape, hidden = CASES[case]
     config = Config().override(
         {"engine": engine, "sensealg": sensealg, "flow.network.hidden": hidden, "standardize": False, "blocks": 1}
     )
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
     flow = Flow.build(config, shape)
+    flow.engine = instance or flow.engine
     _perturb(flow)
     log_det = torch.zeros(batch)
     draw = flow.draw("hutchinson", generator=torch.Generator().manual_seed(2))
@@ -69,35 +79,51 @@ def engines(case: str, pairs: int) -> dict[str, float]:
     return {side: statistics.median(values) for side, values in times.items()}
 
 
-def crossing(case: str, repeats: int = 30) -> float:
-    """Share of a step's time in the Julia engine that is not spent inside Julia's solves.
+@cache
+def _timers() -> Any:
+    """The bridge, with `crossing.jl` in it."""
+    from pyrnode.engines import julia
 
-    What is above the engine (the loss, autograd, `zero_grad`) counts as outside too.
+    bridge = julia._start()
+    bridge.include(str(Path(__file__).with_name("crossing.jl")))
+    return bridge
+
+
+def crossing(case: str, sensealg: str, repeats: int = 30) -> float:
+    """Share of the engine's time, forward and backward, that is not spent in Julia's solves and pullbacks themselves.
+
+    That is what crossing costs: the views of the arrays, the calls, the copy of the results into torch's memory. What
+    is above the engine (the loss, autograd) does not count at all.
     """
     from pyrnode.engines import julia
 
-    inside = 0.0
-    call = julia._call
+    engine = julia.JuliaEngine()
+    bridge = _timers()
+    seconds = 0.0
 
-    def timed(function: Any, *args: Any) -> Any:
-        nonlocal inside
-        start = time.perf_counter()
-        try:
-            return call(function, *args)
-        finally:
-            inside += time.perf_counter() - start
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **keywords: Any) -> Any:
+            nonlocal seconds
+            start = time.perf_counter()
+            result = work(*args, **keywords)
+            seconds += time.perf_counter() - start
+            return result
 
-    step = engine_step(case, "julia", "Backprop")
+        return wrapped
+
+    step = engine_step(case, "julia", sensealg, engine)
     step()
-    julia._call = timed
-    try:
-        start = time.perf_counter()
+    engine._networks = {key: bridge.wrap(network) for key, network in engine._networks.items()}
+    with (
+        mock.patch.object(engine, "integrate", timed(engine.integrate)),
+        mock.patch.object(julia._Solve, "backward", timed(julia._Solve.backward)),
+    ):
+        step()
+        bridge.seconds_inside()
+        seconds = 0.0
         for _ in range(repeats):
             step()
-        total = time.perf_counter() - start
-    finally:
-        julia._call = call
-    return 1 - inside / total
+    return 1 - float(bridge.seconds_inside()) / seconds
 
 
 def first_gradient() -> float:
@@ -111,18 +137,43 @@ def first_gradient() -> float:
     return time.perf_counter() - start
 
 
-def peers(pairs: int) -> dict[str, Any]:
-    """`peers.jl`'s results, from the Julia and the project that the engine uses."""
+def peer(name: str, pairs: int, limit: float) -> dict[str, Any]:
+    """`peers.jl`'s results for one peer, from the Julia and the project that the engine uses.
+
+    Where a first step does not end within `limit` seconds, or fails, there is a ``"note"`` instead.
+    """
     status = julia_setup.status()
     assert status.executable is not None
     assert status.project is not None
     paths = [str(julia_setup.sources()), "@", os.environ.get("PYRNODE_PEERS", ""), "@stdlib"]
     environment = os.environ | {"JULIA_LOAD_PATH": ":".join(filter(None, paths))}
-    script = Path(__file__).with_name("peers.jl")
-    command = [status.executable, f"--project={status.project}", "--threads", str(torch.get_num_threads()), str(script)]
-    done = subprocess.run([*command, str(pairs)], check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    *notes, last = done.stdout.strip().splitlines()
-    print("\n".join(notes), file=sys.stderr)
+    command = [status.executable, f"--project={status.project}", "--threads", str(torch.get_num_threads())]
+    script = str(Path(__file__).with_name("peers.jl"))
+    process = subprocess.Popen([*command, script, name, str(pairs)], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    last, expired = "the start of Julia", threading.Event()
+
+    def give_up() -> None:
+        expired.set()
+        process.kill()
+
+    def watch() -> threading.Timer:
+        timer = threading.Timer(limit, give_up)
+        timer.start()
+        return timer
+
+    timer = watch()
+    for line in process.stdout:
+        timer.cancel()
+        last = line.strip()
+        print(f"{name}: {last}", file=sys.stderr)
+        timer = watch()
+    timer.cancel()
+    code = process.wait()
+    if expired.is_set():
+        return {"note": f"nothing for {limit:g} s after: {last}"}
+    if code:
+        return {"note": f"exit code {code} after: {last}"}
     result: dict[str, Any] = json.loads(last)
     return result
 
@@ -131,25 +182,38 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="beside whom (default: all)")
     parser.add_argument("--pairs", type=int, help="steps of each side (default: by case)")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for a peer's first step (default: 300)")
     args = parser.parse_args()
     julia_setup.require()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; Julia {julia_setup.status().version}")
-    results: dict[str, Any] = {"first gradient, s": first_gradient()}
-    print(f"first gradient in a new process: {results['first gradient, s']:.1f} s")
-    for case in CASES:
-        results[case] = engines(case, args.pairs or PAIRS[case])
-        base = results[case]["torch Backprop"]
-        for side, ms in results[case].items():
-            print(f"{case:<10}{side:<28}{ms:>9.1f} ms{base / ms:>8.2f} times PyTorch's speed", flush=True)
-        results[f"outside Julia, {case}"] = crossing(case)
-        print(f"{case:<10}outside Julia's solves: {results[f'outside Julia, {case}']:.1%}")
-    results["peers"] = peers(args.pairs or 15)
-    ours = results["peers"]["milliseconds"]["RNODE"]
-    for name, ms in sorted(results["peers"]["milliseconds"].items(), key=lambda item: item[1]):
-        print(f"{'mlp-512':<10}{name:<28}{ms:>9.1f} ms{ms / ours:>8.2f} times RNODE's time")
-    for name in ("step", "evaluation"):
-        print(f"RNODE allocates {results['peers'][f'allocated_per_{name}']:,} bytes per {name}")
+    results: dict[str, Any] = {}
+    if "first" in args.parts:
+        results["first gradient, s"] = first_gradient()
+        print(f"first gradient in a new process: {results['first gradient, s']:.1f} s", flush=True)
+    if "engines" in args.parts:
+        for case in CASES:
+            results[case] = engines(case, args.pairs or PAIRS[case])
+            base = results[case]["torch Backprop"]
+            for side, ms in results[case].items():
+                print(f"{case:<10}{side:<28}{ms:>9.1f} ms{base / ms:>8.2f} times PyTorch's speed", flush=True)
+    if "crossing" in args.parts:
+        for case in CASES:
+            for _, sensealg in SIDES[1:]:
+                share = crossing(case, sensealg, repeats=REPEATS[case])
+                results[f"crossing, {case}, {sensealg}"] = share
+                print(f"{case:<10}{sensealg:<28}{share:>9.2%} of the engine's time is crossing", flush=True)
+    if "peers" in args.parts:
+        results["peers"] = {name: peer(name, args.pairs or 5, args.limit) for name in args.peers}
+        for name, found in results["peers"].items():
+            if "note" in found:
+                print(f"{name}: {found['note']}")
+                continue
+            for side, ms in found["milliseconds"].items():
+                print(f"{name:<16}{side:<44}{ms:>11.1f} ms{found['bytes'][side]:>16,} bytes a step")
+            print(f"RNODE allocates {found['bytes per evaluation']:,} bytes per evaluation")
     if args.json:
         document = {"versions": versions(Config().override({"engine": "julia"})), "results": results}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

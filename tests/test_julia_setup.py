@@ -14,8 +14,9 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+import torch
 
-from pyrnode import julia_setup
+from pyrnode import engines, julia_setup
 from pyrnode.errors import EngineUnavailableError
 from pyrnode.julia_setup import JuliaStatus
 from tests.fake_julia import GPU_VERSIONS, VERSIONS, FakeJulia
@@ -58,6 +59,18 @@ def test_an_own_julia_is_ready(julia: FakeJulia) -> None:
         own=True,
     )
     assert not julia.status().has_cuda
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_takes_julia_where_it_is_ready(julia: FakeJulia, monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    julia.write(VERSIONS)
+    julia.named()
+    assert julia.status().ready
+    monkeypatch.delenv("PYRNODE_ENGINE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert engines.choose("auto", "cpu") == ("julia", julia.status().detail)
+    assert engines.choose("auto", "auto")[0] == ("torch" if gpu else "julia")  # without CUDA.jl
+    assert engines.choose("auto", "cuda")[0] == "torch"
     assert julia_setup.require() == julia.status()
 
 

@@ -168,6 +168,15 @@ def test_the_julia_project_has_what_its_sources_load_and_nothing_else() -> None:
     assert loaded - {"Base", "Core", *(path.stem for path in files)} == julia_setup.needs().keys()
 
 
+@pytest.mark.parametrize("folder", ["tests/julia", "examples"])
+def test_julia_scripts_load_only_what_the_julia_project_names(folder: str) -> None:
+    """A package that another one brings into the Manifest cannot be loaded by its own name."""
+    named = {*julia_setup.needs(), "JLArrays", "Printf", "RNODE"}
+    for path in (ROOT / folder).glob("*.jl"):
+        lines = re.findall(r"^\s*(?:using|import) ([^:\n]*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert {name.strip() for line in lines for name in line.split(",")} <= named, path
+
+
 @pytest.mark.parametrize("versions", [VERSIONS | GPU_VERSIONS, NEWEST], ids=["tested", "newest"])
 def test_bounds_of_julia_packages_admit(versions: dict[str, str]) -> None:
     compat = pytest.importorskip("juliapkg.compat", reason="juliacall is not installed (the extra `julia`)")

@@ -179,6 +179,30 @@ def test_solvers_converge_to_the_accurate_one(reproduced: Any) -> None:
         assert findings["steps"].numbers["nfe rnode" if flow == "regularised" else "nfe none"] == right
 
 
+@pytest.mark.needs_julia
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_solvers_of_julia_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "FIXED", ("RK4",))
+    monkeypatch.setattr(steps, "ADAPTIVE", ())
+    (finding,) = pyrnode.reproduce("steps", scale="tiny", out=tmp_path, engine="julia", progress=False)
+    table = rows(tmp_path / "steps" / "steps.csv")
+    assert "Engine: julia." in (tmp_path / "steps" / "report.md").read_text()
+    labels = [label.partition(",")[0] for label in finding.figures["steps"].axes[0].get_legend_handles_labels()[1]]
+    for flow in ("regularised", "not regularised"):
+        found = {row["solver"]: row for row in table if row["flow"] == flow}
+        assert not any(row["failed"] for row in found.values())
+        off = {solver: float(row["off by (bits/dim)"]) for solver, row in found.items()}
+        for name, bound in (("Vern7", 1e-5), ("VCABM", 2e-3), ("ROCK2", 2e-4)):
+            assert labels.count(name) == 2
+            assert off[f"{name}, tolerance 0.0001"] < bound
+            assert off[f"{name}, tolerance 0.01"] < 0.05
+        # A method of order 7, one of many steps, and a stabilised one of low order, which pays with evaluations.
+        nfe = {solver: float(row["nfe"]) for solver, row in found.items()}
+        at = "tolerance 0.0001"
+        assert nfe[f"VCABM, {at}"] < nfe[f"Vern7, {at}"] < nfe[f"ROCK2, {at}"]
+
+
 def test_the_table_has_a_row_for_each_method_and_no_published_number_for_other_data(reproduced: Any) -> None:
     table = rows(reproduced[0] / "table1" / "table1.csv")
     assert [row["method"] for row in table] == ["FFJORD (here, 2 seed(s))", "RNODE (here, 2 seed(s))"]

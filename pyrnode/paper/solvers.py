@@ -116,6 +116,7 @@ def _compared(
 ) -> dict[str, Any]:
     """Score, difference to the accurate solver, evaluations and time of one solver; a solve that fails says so."""
     try:
+        evaluation.measure(flow, x[:1], solver, config=config)  # Julia compiles a solver on its first use: not timed
         found = evaluation.measure(flow, x, solver, config=config)
     except SolverError as error:
         return dict(zip(_CELLS, (None, math.inf, None, None, error.status), strict=True))

@@ -2,8 +2,7 @@
 # little. Prints "<what> <number>"; tests/test_julia_native.py knows what to expect.
 pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
 
-using Lux: Lux
-using Optimisers: Optimisers
+using Lux: Lux, Optimisers
 using Random: MersenneTwister, randn!
 using RNODE
 using Zygote: Zygote
