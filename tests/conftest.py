@@ -9,7 +9,9 @@ from typing import Any
 
 # Before torch and matplotlib are imported anywhere: OpenMP reads its variable once. Beside another process that
 # computes, a second thread makes everything slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # it has the environment of the first process, whose default is below
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # What does not name its engine is tested with PyTorch's, whether Julia is there or not.
 os.environ["PYRNODE_ENGINE"] = "torch"
