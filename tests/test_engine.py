@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -411,6 +412,25 @@ def test_what_the_engine_lacks(engine: Engine, case: int) -> None:
     solver, error, message = LACKS[engine.name][case]
     with pytest.raises(error, match=message):
         engine.integrate(MLP(2), torch.zeros(1, 2), None, (0.0, 1.0), solver)
+
+
+@pytest.mark.parametrize("memory", ["auto", "checkpoint"])
+@pytest.mark.parametrize(
+    ("state", "eps", "message"),
+    [
+        ((5, 4), (1, 5, 4), r"state of shape \(5, 4\): expected \(batch, 3\)"),
+        ((5, 3, 1), (1, 5, 3, 1), r"state of shape \(5, 3, 1\): expected \(batch, 3\)"),
+        ((5, 3), (1, 4, 3), r"probes \(1, 4, 3\) .* expected \(k, 5, 3\)"),
+        ((5, 3), (5, 3), r"probes \(5, 3\) .* expected \(k, 5, 3\)"),
+    ],
+)
+def test_what_does_not_fit_the_dynamics(engine: Engine, state: Any, eps: Any, message: str, memory: Any) -> None:
+    probes, solver = Probes(torch.ones(eps), 1.0), SolverConfig(memory=memory)
+    with pytest.raises(ConfigError, match=message):
+        engine.integrate(MLP(3), torch.zeros(state), probes, (0.0, 1.0), solver)
+    if eps == (1, 5, 4):
+        with pytest.raises(ConfigError, match=r"of torch.float64 .* of torch.float32"):
+            engine.integrate(MLP(4), torch.zeros(state), Probes(probes.eps.double(), 1.0), (0.0, 1.0), solver)
 
 
 def test_storing_needs_an_explicit_product() -> None:

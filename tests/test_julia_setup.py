@@ -59,6 +59,7 @@ def test_an_own_julia_is_ready(julia: FakeJulia) -> None:
         own=True,
     )
     assert not julia.status().has_cuda
+    assert julia_setup.require() == julia.status()
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -71,7 +72,6 @@ def test_auto_takes_julia_where_it_is_ready(julia: FakeJulia, monkeypatch: pytes
     assert engines.choose("auto", "cpu") == ("julia", julia.status().detail)
     assert engines.choose("auto", "auto")[0] == ("torch" if gpu else "julia")  # without CUDA.jl
     assert engines.choose("auto", "cuda")[0] == "torch"
-    assert julia_setup.require() == julia.status()
 
 
 def test_julia_is_asked_for_its_version_once_and_nothing_else(julia: FakeJulia) -> None:

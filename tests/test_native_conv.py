@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pyrnode import native
 from pyrnode.dynamics import layers
-from pyrnode.dynamics.layered import ConvNet
+from pyrnode.dynamics.layered import ConvNet, LayeredKernel
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
 from pyrnode.native import conv
 from pyrnode.native import threads as native_threads
@@ -57,10 +58,10 @@ def _gradient(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def threads() -> Callable[[int], None]:
+def threads() -> Iterator[Callable[[int], None]]:
     """Sets torch's number of threads for one test."""
     before = torch.get_num_threads()
-    yield torch.set_num_threads  # type: ignore[misc]
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
@@ -163,6 +164,11 @@ def test_other_layouts_and_types_are_refused():
         kernel(torch.randn(2, 16, 4, 4))
     with pytest.raises(TypeError, match=r"float64"):
         kernel(channels_last(torch.randn(2, 16, 4, 4, dtype=torch.float64)))
+    with pytest.raises(TypeError, match=r"expected float32 images \(2, 16, 4, 4\)"):
+        kernel(channels_last(torch.randn(2, 8, 4, 4)))
+    x, y = channels_last(torch.randn(2, 16, 4, 4)), channels_last(torch.randn(1, 16, 4, 4))
+    with pytest.raises(TypeError, match=r"expected float32 images \(2, 16, 4, 4\)"):
+        kernel.accumulate(x, y, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,15 @@ def _evaluation(net: ConvNet) -> list[Tensor]:
         kernel = net.kernel()
         evaluation = kernel.evaluate(0.3, kernel.layout(z), kernel.layout(eps[None]), tape=True)
         z_bar, _ = kernel.pullback(evaluation, f_bar, eps[None], None, 1.0)
-        return [evaluation.f, evaluation.w, z_bar, *kernel.gradients()]  # type: ignore[attr-defined]
+        assert evaluation.w is not None
+        return [evaluation.f, evaluation.w, z_bar, *kernel.gradients()]
+
+
+def _second_linear(net: ConvNet) -> layers.Linear:
+    """The operator of the layer from 64 channels to 64, as a solve has it."""
+    kernel = net.kernel()
+    assert isinstance(kernel, LayeredKernel)
+    return kernel.layers[1].linear
 
 
 def _net() -> ConvNet:
@@ -206,7 +220,7 @@ def _assert_close(values: list[Tensor], expected: list[Tensor]) -> None:
 @_KERNEL
 def test_a_network_uses_it_where_nothing_is_recorded():
     net = _net()
-    linear = net.kernel().layers[1].linear  # type: ignore[attr-defined]
+    linear = _second_linear(net)
     assert isinstance(linear, NativeConv)
     x = torch.randn(2, 64, 7, 7, requires_grad=True)
     assert linear(x).grad_fn is not None  # left to torch
@@ -218,7 +232,7 @@ def test_without_it_the_results_are_the_same(monkeypatch):
     net = _net()
     with_kernel = _evaluation(net)
     monkeypatch.setenv(native.VARIABLE, "0")
-    assert type(net.kernel().layers[1].linear) is Conv  # type: ignore[attr-defined]
+    assert type(_second_linear(net)) is Conv
     _assert_close(with_kernel, _evaluation(net))
 
 
@@ -261,8 +275,10 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, fresh):
     fresh.unlink()
     native._load.cache_clear()
     monkeypatch.setattr(native.os, "access", lambda path, mode: Path(path) != fresh)
+    before = set(Path(tempfile.gettempdir()).glob("pyrnode-*"))
     assert native.status("conv").available
     assert not list(fresh.glob("*.so"))
+    assert set(Path(tempfile.gettempdir()).glob("pyrnode-*")) == before
 
 
 @pytest.fixture(params=["openmp", "python"])

@@ -68,8 +68,8 @@ def largest(found: list[Tensor], expected: list[Tensor]) -> float:
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the C functions that are called."""
     called: list[str] = []
-    function = mlp._function
-    monkeypatch.setattr(mlp, "_function", lambda name, dtype: (called.append(name), function(name, dtype))[1])
+    run = mlp.Solve._run
+    monkeypatch.setattr(mlp.Solve, "_run", lambda self, name, *args: (called.append(name), run(self, name, *args))[1])
     return called
 
 
@@ -96,7 +96,9 @@ def test_activations_over_their_whole_range(activation: str) -> None:
     ends = torch.tensor([1e30, -1e-30, 1e-30, 0.0])
     a = torch.cat([torch.linspace(lowest, 100, 4001), torch.linspace(-2, 2, 4001), ends])
     weights = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])]
-    solve = mlp.Solve(weights, torch.zeros(1, 3), None, activation, mlp.Grid([[]], [1.0], [1.0]))
+    library = mlp.library(torch.float32)
+    assert library is not None
+    solve = mlp.Solve(library, weights, torch.zeros(1, 3), None, activation, mlp.Grid([[]], [1.0], [1.0]))
     h = solve.forward(torch.stack([a, torch.zeros_like(a)], 1), None, 1.0, record=False)[0][:, 1]
     expected = {**vars(torch.nn.functional), "tanh": torch.tanh}[activation](a.double())
     unit = torch.finfo(torch.float32).eps * expected.abs().clamp(min=1e-30)

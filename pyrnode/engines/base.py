@@ -141,6 +141,19 @@ def embedded(dynamics: Dynamics, context: Tensor | None, batch: int) -> Tensor |
     return None if context is None else dynamics.embed(context).contiguous()
 
 
+def check_state(dynamics: Dynamics, z0: Tensor, probes: Probes | None) -> None:
+    """Raises `ConfigError` where the state or the probes do not fit the dynamics; kernels read memory unasked."""
+    if tuple(z0.shape[1:]) != dynamics.event_shape or not z0.ndim:
+        expected = f"(batch, {', '.join(map(str, dynamics.event_shape))})"
+        raise ConfigError(f"state of shape {tuple(z0.shape)}: expected {expected}, as the dynamics have it")
+    if probes is None:
+        return
+    eps = probes.eps
+    if eps.shape[1:] != z0.shape or eps.dtype != z0.dtype or eps.device != z0.device:
+        expected = f"(k, {', '.join(map(str, z0.shape))}) of {z0.dtype} on {z0.device}, as the state is"
+        raise ConfigError(f"probes {tuple(eps.shape)} of {eps.dtype} on {eps.device}: expected {expected}")
+
+
 def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:
     """The error of a fixed-step solve whose `step`-th of `steps` steps, from `t` by `h`, left non-finite values."""
     return SolverError(
@@ -202,7 +215,7 @@ class Engine(ABC):
             total_derivative: Also integrate ``D`` (eq. 7).
 
         Raises:
-            ConfigError: The context does not fit the dynamics.
+            ConfigError: State, probes or context do not fit the dynamics.
             EngineUnavailableError: The engine lacks the solver or the sensitivity algorithm.
             SolverError: The solve did not reach its end time, or is not finite.
         """

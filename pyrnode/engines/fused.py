@@ -6,6 +6,8 @@ begins, so that it stays in the cache, and Python is asked twice a solve instead
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import torch
 from torch import Tensor
 
@@ -27,42 +29,39 @@ def fuse(
     solver: SolverConfig,
 ) -> FusedSolve | None:
     """The compiled solve; `None` where there is none for this kernel, solver or machine."""
-    if (
-        isinstance(kernel, LayeredKernel)
-        and not kernel.images
-        and context is None
-        and z0.device.type == "cpu"
-        and all(layer.linear.weight.dtype == z0.dtype for layer in kernel.layers)
-        and not solvers.method(solver.name).adaptive
-        and not isinstance(solver.step_size, str)
-        and solver.memory == "auto"
-        and mlp.supports(z0.dtype)
-    ):
-        return FusedSolve(kernel, z0, probes, t_span, solver)
-    return None
+    if not isinstance(kernel, LayeredKernel) or kernel.images or context is not None or z0.device.type != "cpu":
+        return None
+    if solvers.method(solver.name).adaptive or isinstance(solver.step_size, str) or solver.memory != "auto":
+        return None
+    types = {p.dtype for layer in kernel.layers for p in (layer.linear.weight, *layer.parameters.values())}
+    library = mlp.library(z0.dtype)
+    if types != {z0.dtype} or library is None:
+        return None
+    return FusedSolve(library, kernel, probes, t_span, solver, z0.dtype)
 
 
 class FusedSolve:
-    """A solve with the parameters that `kernel` is bound to."""
+    """A solve with the parameters that `kernel` is bound to, in numbers of the type `dtype`."""
 
     def __init__(
         self,
+        library: CDLL,
         kernel: LayeredKernel,
-        z0: Tensor,
         probes: Probes | None,
         t_span: tuple[float, float],
         solver: SolverConfig,
+        dtype: torch.dtype,
     ) -> None:
         tableau, steps = solvers.method(solver.name).tableau, grid(t_span, float(solver.step_size))
-        self.z0 = z0
         self.eps = None if probes is None else probes.eps
         self.weight = 1.0 if probes is None else probes.weight
-        self.times = z0.new_tensor([t + c * h for t, h in steps for c in tableau.c])
+        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=dtype)
         entries = [layer.at(self.times) for layer in kernel.layers]
         self.widths = [len(layer.linear.weight) for layer in kernel.layers]
         shift = torch.cat([shift.expand(len(self.times), -1) for _, shift in entries], 1)
         scales = [scale for scale, _ in entries if scale is not None]
         self.solve = mlp.Solve(
+            library,
             [layer.linear.weight for layer in kernel.layers],
             shift,
             torch.cat(scales, 1) if scales else None,
@@ -75,9 +74,9 @@ class FusedSolve:
         """Evaluations of the dynamics, forward; the backward pass makes as many."""
         return len(self.times)
 
-    def forward(self, *, record: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
-        return self.solve.forward(self.z0, self.eps, self.weight, record=record)
+        return self.solve.forward(z0, self.eps, self.weight, record=record)
 
     def backward(self, kernel: Kernel, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         """The cotangent of the start state; the parameters' gradients go into `kernel`, bound to the same ones."""

@@ -29,6 +29,7 @@ from pyrnode.engines.base import (
     Probes,
     Solution,
     Stats,
+    check_state,
     embedded,
     not_finite_at_start,
     run,
@@ -208,6 +209,7 @@ class JuliaEngine(Engine):
         total_derivative: bool = False,
     ) -> Solution:
         handle = self._solver(solver)
+        check_state(dynamics, z0, probes)
         if z0.dtype not in (torch.float32, torch.float64) or z0.device.type not in _DEVICES:
             raise ConfigError(
                 f"a state of {z0.dtype} on {z0.device}: the Julia engine takes float32 and float64, CPU or CUDA"

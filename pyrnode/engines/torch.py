@@ -24,7 +24,7 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.base import Engine, Probes, Solution, Stats, embedded, run
+from pyrnode.engines.base import Engine, Probes, Solution, Stats, check_state, embedded, run
 from pyrnode.engines.fused import FusedSolve, fuse
 from pyrnode.engines.runge_kutta import (
     ErrorNorm,
@@ -79,6 +79,7 @@ class TorchEngine(Engine):
         total_derivative: bool = False,
     ) -> Solution:
         self.check(solver)
+        check_state(dynamics, z0, probes)
         if solver.sensealg == "auto":
             solver = replace(solver, sensealg="Backprop")
         total_derivative = total_derivative and probes is not None
@@ -157,7 +158,7 @@ class _Solve:
         fused = fuse(self.kernel, z0, self.probes, self.context, self.t_span, self.solver)
         if fused is None:
             return None
-        z, q = fused.forward(record=record)
+        z, q = fused.forward(z0, record=record)
         if not math.isfinite(float(z.sum() + q.sum())):
             return None
         self.fused = fused if record else None

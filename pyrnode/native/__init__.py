@@ -7,6 +7,7 @@ processor, so that it is done once a machine.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -83,12 +84,16 @@ def _library(name: str, on: bool) -> ctypes.CDLL:
 def _load(name: str) -> ctypes.CDLL | str:
     """The loaded library, or why there is none; asked once a process."""
     try:
-        source = resources.files(__package__).joinpath(f"{name}.c").read_bytes()
+        sources = {
+            file: resources.files(__package__).joinpath(file).read_bytes() for file in (f"{name}.c", "vectors.h")
+        }
         compiler = _compiler()
-        key = _digest(b"\0".join([source, " ".join(_FLAGS).encode(), _target(compiler)]))
-        folder = _folder()
-        kept = [file for file in folder.glob(f"{name}-{key}-*.so") if file.stem.endswith(_digest(file.read_bytes()))]
-        return ctypes.CDLL(str(kept[0] if kept else _compile(compiler, name, source, folder / f"{name}-{key}")))
+        made_of = [*sources.values(), " ".join(_FLAGS).encode(), _target(compiler)]
+        stem = f"{name}-{_digest(bytes(1).join(made_of))}"
+        with contextlib.ExitStack() as stack:
+            folder = _folder() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyrnode-")))
+            kept = [file for file in folder.glob(f"{stem}-*.so") if file.stem.endswith(_digest(file.read_bytes()))]
+            return ctypes.CDLL(str(kept[0] if kept else _compile(compiler, sources, folder / stem)))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return str(error)
 
@@ -111,25 +116,37 @@ def _target(compiler: str) -> bytes:
     return done.stdout
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
+    """Where compiled files are kept; `None` where nothing can be written."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(cache).expanduser() / "pyrnode"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="pyrnode-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="pyrnode-"))
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
-def _compile(compiler: str, name: str, source: bytes, stem: Path) -> Path:
-    """Compiles to a file of its own and moves it into place, so that no process ever loads half of one.
+def _compile(compiler: str, sources: dict[str, bytes], stem: Path) -> Path:
+    """Compiles the first of the sources, which includes the others; gives the file.
 
-    The name ends in the contents' digest: to load a file that a crash or a full disk has cut off kills the process.
+    It is moved into place, so that no process ever loads half of one. Its name ends in its contents' digest: to load
+    one that a crash or a full disk has cut off kills the process.
     """
     with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
-        code, built = Path(scratch, f"{name}.c"), Path(scratch, f"{name}.so")
-        code.write_bytes(source)
-        command = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(built), str(code), "-lm"]
+        for file, source in sources.items():
+            Path(scratch, file).write_bytes(source)
+        built = Path(scratch, "kernel.so")
+        command = [
+            compiler,
+            *_FLAGS,
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(built),
+            str(Path(scratch, next(iter(sources)))),
+            "-lm",
+        ]
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise _Unavailable(f"{compiler} does not compile it: {_last_line(done.stderr)}")

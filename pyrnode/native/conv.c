@@ -13,26 +13,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define LANES 16
-#define ROWS 12 /* of the block of a matrix product that is kept in registers, two vectors wide */
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 6
-#else
-#define LANES 4
-#define ROWS 6
-#endif
+#include "vectors.h"
 
-#ifndef STRIP
-#define STRIP 48 /* tiles; a multiple of ROWS */
-#endif
-#define PAD 16   /* floats between the 16 planes of a buffer, whose distance would else be a power of two */
-
-typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define V(pointer) (*(vf *)(pointer))
-#define CV(pointer) (*(const vf *)(pointer))
-#define INLINE static inline __attribute__((always_inline))
+#define LANES (VECTOR_BYTES / 4)
+#define ROWS (VECTOR_BYTES == 64 ? 12 : 6) /* of the block of a product that is kept in registers, two vectors wide */
+#define STRIP 48                           /* tiles; a multiple of ROWS */
+#define PAD 16 /* floats between the 16 planes of a buffer, whose distance would else be a power of two */
 
 typedef struct {
     long height, width, down, across; /* of an image: pixels, tiles */

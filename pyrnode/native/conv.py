@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 
 import torch
@@ -102,22 +103,13 @@ class Winograd(Convolution):
 
     def _convolve(self, weight: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
         inputs, outputs = weight.shape[1:]
-        y = _empty(x, outputs)
-        shift, address, strides = _shift(shift, y)
-        operands = _images(x), weight.data_ptr(), address, strides, _images(y)
-        sizes = (*x.shape[2:], inputs, outputs)
-
-        def work(start: int, stop: int) -> None:
-            _check(self._library.convolve(*operands, *sizes, start, stop))
-
-        ranges(work, _tiles(x))
-        return y
+        return _convolved(self._library.convolve, x, weight, shift, (inputs, outputs), _tiles(x))
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
         # Every number is summed up by one thread, in one order: the four rows of the tiles are shared out, and with
         # more than four threads the outputs.
         bounds = _shares(self._outputs, self._library.lanes(), -(-torch.get_num_threads() // 4))
-        operands = _images(x), _images(y), alpha, self._gradient.data_ptr()
+        operands = *_images((x, self._inputs), (y, self._outputs)), alpha, self._gradient.data_ptr()
         sizes = (*x.shape[2:], self._inputs, self._outputs, _tiles(x))
 
         def work(start: int, stop: int) -> None:
@@ -152,33 +144,17 @@ class Direct(Convolution):
         self._gradient = torch.zeros(-(-length // rows) * rows, self._many)
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        y = _empty(x, self._many)
-        shift, address, strides = _shift(shift, y)
-        operands = _images(x), self._forward.data_ptr(), address, strides, _images(y)
-        sizes = (*x.shape[2:], self._few, self._many)
-
-        def work(start: int, stop: int) -> None:
-            _check(self._library.widen(*operands, *sizes, start, stop))
-
         batch, _, height, width = x.shape
-        ranges(work, batch * height * width)
-        return y
+        count, channels = batch * height * width, (self._few, self._many)
+        return _convolved(self._library.widen, x, self._forward, shift, channels, count)
 
     def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
-        x = _empty(y, self._few)
-        shift, address, strides = _shift(shift, x)
-        operands = _images(y), self._backward.data_ptr(), address, strides, _images(x)
-        sizes = (*y.shape[2:], self._many, self._few, self._backward.shape[1])
-
-        def work(start: int, stop: int) -> None:
-            _check(self._library.narrow(*operands, *sizes, start, stop))
-
-        ranges(work, len(y))
-        return x
+        channels, columns = (self._many, self._few), self._backward.shape[1]
+        return _convolved(self._library.narrow, y, self._backward, shift, channels, len(y), columns)
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
         bounds = _shares(self._many, self._library.lanes(), torch.get_num_threads())
-        operands = _images(x), _images(y), alpha, self._gradient.data_ptr()
+        operands = *_images((x, self._few), (y, self._many)), alpha, self._gradient.data_ptr()
         batch, _, height, width = x.shape
         sizes = (height, width, self._few, self._many, batch * height * width)
 
@@ -236,10 +212,28 @@ def _shares(channels: int, lanes: int, parts: int) -> list[int]:
     return [vectors * i // parts * lanes for i in range(parts + 1)]
 
 
-def _empty(x: Tensor, channels: int) -> Tensor:
-    """Images of `channels` channels, as many and as large as `x`, in channels-last layout."""
+def _convolved(
+    function: Callable[..., int],
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    channels: tuple[int, int],
+    count: int,
+    *sizes: int,
+) -> Tensor:
+    """W x (+ shift) by a C function over ranges of its `count` items; `sizes` are what it takes beyond the images'."""
+    inputs, outputs = channels
     batch, _, height, width = x.shape
-    return torch.empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    y = torch.empty(batch, height, width, outputs).permute(0, 3, 1, 2)
+    shift, address, strides = _shift(shift, y)  # kept until the function is done with its memory
+    (images,) = _images((x, inputs))
+
+    def work(start: int, stop: int) -> None:
+        operands = images, weight.data_ptr(), address, strides, y.data_ptr()
+        _check(function(*operands, height, width, inputs, outputs, *sizes, start, stop))
+
+    ranges(work, count)
+    return y
 
 
 def _shift(shift: Tensor | None, y: Tensor) -> tuple[Tensor | None, int | None, ctypes.Array[c_long] | None]:
@@ -252,14 +246,16 @@ def _shift(shift: Tensor | None, y: Tensor) -> tuple[Tensor | None, int | None, 
     return shift, shift.data_ptr(), (c_long * 3)(shift.stride(0), shift.stride(2), shift.stride(3))
 
 
-def _images(x: Tensor) -> int:
-    """Where the images begin in memory."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
-        layout = f"{tuple(x.shape)} with strides {x.stride()}"
-        raise TypeError(
-            f"expected float32 images on the CPU in channels-last layout, got {x.dtype}, {x.device}, {layout}"
-        )
-    return x.data_ptr()
+def _images(*given: tuple[Tensor, int]) -> tuple[int, ...]:
+    """Where images begin in memory, each given with its number of channels; all of one number and size."""
+    batch, _, *size = given[0][0].shape
+    for x, channels in given:
+        laid = x.is_contiguous(memory_format=torch.channels_last)
+        if x.dtype != torch.float32 or x.device.type != "cpu" or not laid or x.shape != (batch, channels, *size):
+            expected = f"float32 images {(batch, channels, *size)} on the CPU in channels-last layout"
+            layout = f"{tuple(x.shape)} with strides {x.stride()}"
+            raise TypeError(f"expected {expected}, got {x.dtype}, {x.device}, {layout}")
+    return tuple(x.data_ptr() for x, _ in given)
 
 
 def _check(failed: int) -> None:

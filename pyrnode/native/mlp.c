@@ -13,17 +13,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
+#include "vectors.h"
+
 #define ROW_BYTES 256                     /* of one feature of a block */
 #define VECTORS (ROW_BYTES / VECTOR_BYTES) /* of one feature of a block */
 #define PADDING_BYTES 128                 /* a row of a weight's gradient is a multiple of this */
-#define INLINE static inline __attribute__((always_inline))
 
 enum activation { SOFTPLUS, TANH, SILU, GELU, ELU };
 
@@ -39,8 +33,7 @@ struct job {
     const void *shift;      /* (T, sum) */
     const void *scale;      /* (T, sum), or none */
     const void *z0;         /* (batch, d) */
-    const void *eps;        /* (probes, batch, d), or (probes, d) for all samples alike */
-    int64_t alike;
+    const void *eps;        /* (probes, batch, d) */
     void *z1;               /* (batch, d) */
     void *q;                /* (batch, 4): l, E, n, 0 */
     void *record;           /* states of all stages, (blocks, T, d, LANES); or none */
@@ -95,29 +88,9 @@ INLINE vec NAME(magnitude)(vec x) {
 }
 
 #if SINGLE
-/* exp(x) - less, for x of at most 0, with an error of about one rounding (Cephes); below -87 as at -87. */
-INLINE vec NAME(exponential)(vec x, int less) {
-    x = NAME(select)(x < -87.0f, NAME(all)(-87.0f), x);
-    const float magic = 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the rounded integer */
-    vec shifted = x * 1.44269504088896341f + magic;
-    vec n = shifted - magic, power = (vec)(((ivec)shifted << 23) + 0x3f800000);
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec s = r * r; /* pairs of terms: a shorter chain than Horner's */
-    vec p = (1.6666665459e-1f * r + 5.0000001201e-1f)
-            + s * ((8.3334519073e-3f * r + 4.1665795894e-2f) + s * (1.9875691500e-4f * r + 1.3981999507e-3f));
-    return power * (p * s + r) + (power - (float)less);
-}
+INLINE vec NAME(exponential)(vec x, int less) { return exponential(x, less); }
 
-/* log(1 + e) for e in [0, 1], with an error of about one rounding (Cephes). */
-INLINE vec NAME(logarithm)(vec e) {
-    ivec large = e > 0.41421356f;
-    vec x = NAME(select)(large, e * 0.5f - 0.5f, e), y = x * x;
-    vec p = (-2.4999993993e-1f * x + 3.3333331174e-1f)
-            + y * ((-1.6668057665e-1f * x + 2.0000714765e-1f)
-                   + y * ((-1.2420140846e-1f * x + 1.4249322787e-1f)
-                          + y * ((-1.1514610310e-1f * x + 1.1676998740e-1f) + y * 7.0376836292e-2f)));
-    return x - 0.5f * y + p * x * y + NAME(select)(large, NAME(all)(0.693147180559945f), NAME(all)(0));
-}
+INLINE vec NAME(logarithm)(vec e) { return logarithm(e); }
 #else
 INLINE vec NAME(exponential)(vec x, int less) {
     for (int i = 0; i < WIDTH; i++) x[i] = less ? expm1(x[i]) : exp(x[i]);
@@ -291,16 +264,16 @@ static void NAME(close)(struct work *w) {
 }
 
 /* Rows (d, LANES) from samples (LANES, d), zero where there are none, and back. */
-static void NAME(load)(vec *rows, const REAL *samples, int64_t count, int64_t d, int64_t stride) {
+static void NAME(load)(vec *rows, const REAL *samples, int64_t count, int64_t d) {
     REAL *to = (REAL *)rows;
     for (int64_t j = 0; j < d; j++)
-        for (int64_t i = 0; i < LANES; i++) to[j * LANES + i] = i < count ? samples[i * stride + j] : 0;
+        for (int64_t i = 0; i < LANES; i++) to[j * LANES + i] = i < count ? samples[i * d + j] : 0;
 }
 
 static void NAME(load_probe)(const struct work *w, int64_t probe, int64_t start, int64_t count) {
     const struct job *job = w->job;
-    int64_t d = job->widths[0], at = job->alike ? probe : probe * job->batch + start;
-    NAME(load)(w->eps, (const REAL *)job->eps + at * d, count, d, job->alike ? 0 : d);
+    int64_t d = job->widths[0];
+    NAME(load)(w->eps, (const REAL *)job->eps + (probe * job->batch + start) * d, count, d);
 }
 
 static void NAME(store)(REAL *samples, const vec *rows, int64_t count, int64_t d) {
@@ -457,7 +430,7 @@ int NAME(forward)(const struct job *job, int64_t first, int64_t last) {
     int64_t d = job->widths[0], rows = d * VECTORS, all = job->stages * job->steps;
     for (int64_t block = first; block < last; block++) {
         int64_t start = block * LANES, count = job->batch - start < LANES ? job->batch - start : LANES;
-        NAME(load)(w.state, (const REAL *)job->z0 + start * d, count, d, d);
+        NAME(load)(w.state, (const REAL *)job->z0 + start * d, count, d);
         memset(w.integrals, 0, 4 * ROW_BYTES);
         for (int64_t step = 0; step < job->steps; step++) {
             for (int64_t i = 0; i < job->stages; i++) {
@@ -499,8 +472,8 @@ int NAME(backward)(const struct job *job, int64_t first, int64_t last, REAL *w_b
     vec *f_bar = w.a_bar + w.offset[layers];
     for (int64_t block = first; block < last; block++) {
         int64_t start = block * LANES, count = job->batch - start < LANES ? job->batch - start : LANES;
-        NAME(load)(z_bar, (const REAL *)job->z1_bar + start * d, count, d, d);
-        if (job->probes) NAME(load)(w.integrals, (const REAL *)job->q_bar + start * 4, count, 4, 4);
+        NAME(load)(z_bar, (const REAL *)job->z1_bar + start * d, count, d);
+        if (job->probes) NAME(load)(w.integrals, (const REAL *)job->q_bar + start * 4, count, 4);
         for (int64_t step = job->steps - 1; step >= 0; step--) {
             memcpy(total, z_bar, (size_t)(d * ROW_BYTES));
             for (int64_t i = job->stages - 1; i >= 0; i--) {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +32,18 @@ class _Job(ctypes.Structure):
         *((name, _DOUBLES) for name in ("a", "b", "h")),
         *((name, _ARRAYS) for name in ("w", "wt")),
         *((name, ctypes.c_void_p) for name in ("shift", "scale", "z0", "eps")),
-        ("alike", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("z1", "q", "record", "z1_bar", "q_bar", "z0_bar")),
     )
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for numbers of this type on this machine."""
-    return dtype in _SUFFIX and native.library("mlp") is not None
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels, if there are some for numbers of this type on this machine."""
+    loaded = native.library("mlp") if dtype in _SUFFIX else None
+    if loaded is not None:
+        part = [ctypes.POINTER(_Job), ctypes.c_int64, ctypes.c_int64]
+        getattr(loaded, f"forward_{_SUFFIX[dtype]}").argtypes = part
+        getattr(loaded, f"backward_{_SUFFIX[dtype]}").argtypes = [*part, *[ctypes.c_void_p] * 3]
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ class Grid:
 
 
 class Solve:
-    """Forward and reverse solves of the augmented system, over one set of parameters.
+    """Forward and reverse solves of the augmented system, over one set of parameters; all tensors are of one type.
 
     Args:
+        library: `library` of that type.
         weights: ``(out, in)`` of every layer.
         shift: What is added in every layer, at every stage: ``(stages, Σ out)``.
         scale: What W h is multiplied by first, of the same shape; `None` for 1.
@@ -68,7 +72,16 @@ class Solve:
         grid: Method and steps.
     """
 
-    def __init__(self, weights: list[Tensor], shift: Tensor, scale: Tensor | None, activation: str, grid: Grid) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        weights: list[Tensor],
+        shift: Tensor,
+        scale: Tensor | None,
+        activation: str,
+        grid: Grid,
+    ) -> None:
+        self._library = library
         self.weights = [weight.contiguous() for weight in weights]
         self.transposed = [weight.t().contiguous() for weight in weights]
         self.shift = shift.contiguous()
@@ -123,9 +136,7 @@ class Solve:
     ) -> Tensor:
         """Calls the C function for the whole batch, in as many threads as torch has; the sum of their gradients."""
         stages = len(self.grid.b)
-        alike = eps is not None and eps.stride(1) == 0
-        if eps is not None:
-            eps = (eps[:, 0] if alike else eps).contiguous()
+        eps = None if eps is None else eps.contiguous()
         a = [row[j] if j < len(row) else 0.0 for row in self.grid.a for j in range(stages)]
         layers = len(self.weights)
         job = _Job(
@@ -145,10 +156,9 @@ class Solve:
             shift=self.shift.data_ptr(),
             scale=_pointer(self.scale),
             eps=_pointer(eps),
-            alike=alike,
             **{key: _pointer(array) for key, array in arrays.items()},
         )
-        function = _function(name, z.dtype)
+        function = getattr(self._library, f"{name}_{_SUFFIX[z.dtype]}")
         blocks = _blocks(z)
         count = max(1, min(torch.get_num_threads(), blocks))
         bars = [self.shift.new_zeros(sum(gradients or [0])) for _ in range(count)]
@@ -171,12 +181,3 @@ def _blocks(z: Tensor) -> int:
 
 def _pointer(array: Tensor | None) -> int | None:
     return None if array is None else array.data_ptr()
-
-
-def _function(name: str, dtype: torch.dtype) -> Any:
-    library = native.library("mlp")
-    assert library is not None
-    function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
-    pointers = [ctypes.c_void_p] * (3 if name == "backward" else 0)
-    function.argtypes = [ctypes.POINTER(_Job), ctypes.c_int64, ctypes.c_int64, *pointers]
-    return function
