@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,13 +19,15 @@ from pyrnode.dynamics.layered import ConvNet, LayeredKernel
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
 from pyrnode.native import conv
 from pyrnode.native import threads as native_threads
-from pyrnode.native.threads import ranges
+from pyrnode.native.threads import WORK, ranges
 
 _STATUS = native.status("conv")
 _KERNEL = pytest.mark.skipif(not _STATUS.available, reason=f"no compiled convolution: {_STATUS.why}")
 
 SIZES = [(7, 7), (14, 14), (28, 28), (5, 9), (1, 1), (2, 3)]
 CHANNELS = [(16, 16), (64, 64), (24, 64), (64, 24), (1, 64), (64, 1), (2, 16), (64, 3), (8, 64), (16, 8)]
+
+JOB = conv._Job()  # for kernels that read none
 
 # Largest error over the largest output. Measured over these cases: 5e-7 at most, in values as in gradients, where
 # torch's own convolution has up to 1.3e-6 and its gradient of the weight up to 4e-6; float32 rounds at 6e-8.
@@ -285,8 +288,8 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, fresh):
 def kind(request, monkeypatch):
     """Both kinds of threads."""
     if request.param == "python":
-        monkeypatch.setattr(native_threads, "_openmp", lambda: None)
-    elif native_threads._openmp() is None:
+        monkeypatch.setattr(native_threads, "_team", lambda: None)
+    elif native_threads._team() is None:
         pytest.skip("no OpenMP runtime with GNU's entry points in this process")
 
 
@@ -296,25 +299,32 @@ def kind(request, monkeypatch):
 def test_ranges_cover_all_once(number, count, threads):
     threads(number)
     done: list[int] = []
-    names = set()
+    names, jobs = set(), set()
 
-    def work(start: int, stop: int) -> None:
+    @WORK
+    def work(job: int, start: int, stop: int) -> int:
+        jobs.add(job)
         done.extend(range(start, stop))
-        names.add(threading.current_thread().name)
+        names.add(threading.get_ident())
+        return 0
 
-    ranges(work, count)
+    ranges(work, JOB, count)
     assert sorted(done) == list(range(count))
     assert len(names) <= max(1, min(number, count))
+    assert jobs == {ctypes.addressof(JOB)}
 
 
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_ranges_raise_what_a_thread_raises(failing, threads):
+def test_ranges_say_that_a_thread_had_no_memory(failing, threads):
     threads(3)
+    done = []
 
-    def work(start: int, stop: int) -> None:
-        if start == failing:
-            raise RuntimeError(f"range {start}")
+    @WORK
+    def work(_: int, start: int, stop: int) -> int:
+        done.extend(range(start, stop))
+        return int(start == failing)
 
-    with pytest.raises(RuntimeError, match=f"range {failing}"):
-        ranges(work, 3)
+    with pytest.raises(MemoryError):
+        ranges(work, JOB, 3)
+    assert sorted(done) == [0, 1, 2]  # none is still at work

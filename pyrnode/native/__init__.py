@@ -20,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-NAMES = ("mlp", "conv", "softplus")
-"""The kernels that there are."""
+NAMES = ("mlp", "conv", "softplus", "threads")
+"""The libraries that there are: kernels, and what shares their work among threads."""
 
 VARIABLE = "PYRNODE_NATIVE"
 """The environment variable that turns the kernels off."""

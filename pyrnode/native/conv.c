@@ -20,6 +20,17 @@
 #define STRIP 48                           /* tiles; a multiple of ROWS */
 #define PAD 16 /* floats between the 16 planes of a buffer, whose distance would else be a power of two */
 
+/* What a function below works on; conv.py has the same. Images are (n, height, width, channels). */
+typedef struct {
+    const float *x, *weight, *shift; /* the shift, if there is one, is read by its strides over (image, row, column) */
+    float *y, *gradient;
+    long strides[3], height, width, inputs, outputs;
+    long columns; /* of the weight of `narrow` */
+    long count;   /* of the tiles or pixels that a gradient sums over */
+    long parts;   /* into which the gradients' outputs are divided */
+    double alpha;
+} Job;
+
 typedef struct {
     long height, width, down, across; /* of an image: pixels, tiles */
 } Grid;
@@ -28,9 +39,16 @@ typedef struct {
     long image, row, column; /* the tile's own pixels begin at (row, column); its input one before */
 } Tile;
 
-static Grid grid_of(long height, long width) {
-    return (Grid){height, width, (height + 1) / 2, (width + 1) / 2};
+static Grid grid_of(const Job *job) {
+    return (Grid){job->height, job->width, (job->height + 1) / 2, (job->width + 1) / 2};
 }
+
+static const float *shift_at(const Job *job, long image, long row, long column) {
+    return job->shift + image * job->strides[0] + row * job->strides[1] + column * job->strides[2];
+}
+
+/* Where part i of the outputs begins, at a whole vector. */
+static long bound(const Job *job, long i) { return job->outputs / LANES * i / job->parts * LANES; }
 
 static Tile tile_of(const Grid *grid, long index) {
     long each = grid->down * grid->across, within = index % each;
@@ -118,12 +136,13 @@ int lanes(void) { return LANES; }
 
 int block_rows(void) { return ROWS; }
 
-/* y = conv(x, U) + shift for the tiles from `start` to `stop` of (n, height, width, inputs) images; `u` is
- * (16, inputs, outputs); the shift, if there is one, is read by its strides over (image, row, column).
- * Gives 0, or 1 if there is no memory. */
-int convolve(const float *x, const float *u, const float *shift, const long *strides, float *y, long height,
-             long width, long inputs, long outputs, long start, long stop) {
-    Grid grid = grid_of(height, width);
+/* The functions below are for threads.c: they do the units of work from `start` to `stop`, and give 0, or 1 if there is
+ * no memory. */
+
+/* y = conv(x, U) + shift for tiles; the weight U is (16, inputs, outputs). */
+int convolve(const Job *job, long start, long stop) {
+    Grid grid = grid_of(job);
+    long inputs = job->inputs, outputs = job->outputs;
     long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD;
     float *v = room(16 * (v_plane + m_plane)), *m = v + 16 * v_plane;
     float *zeros = calloc(inputs, sizeof(float));
@@ -136,17 +155,17 @@ int convolve(const float *x, const float *u, const float *shift, const long *str
         for (long t = 0; t < tiles; t++) {
             Tile at = tile_of(&grid, base + t);
             const float *d[16];
-            pixels(&grid, x, inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
+            pixels(&grid, job->x, inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
             for (long k = 0; k < inputs; k += LANES)
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) input_row(i, d, k, v + 4 * i * v_plane + t * inputs + k, v_plane);
         }
         for (int e = 0; e < 16; e++)
-            product(tiles, outputs, inputs, v + e * v_plane, inputs, 1, u + e * inputs * outputs, outputs,
+            product(tiles, outputs, inputs, v + e * v_plane, inputs, 1, job->weight + e * inputs * outputs, outputs,
                     m + e * m_plane, outputs, 0);
         for (long t = 0; t < tiles; t++) {
             Tile at = tile_of(&grid, base + t);
-            int down = at.row + 1 < height ? 2 : 1, across = at.column + 1 < width ? 2 : 1;
+            int down = at.row + 1 < grid.height ? 2 : 1, across = at.column + 1 < grid.width ? 2 : 1;
             for (long k = 0; k < outputs; k += LANES) {
                 const float *from = m + t * outputs + k;
                 vf r[2][4], out[2][2];
@@ -163,9 +182,8 @@ int convolve(const float *x, const float *u, const float *shift, const long *str
                     for (int j = 0; j < across; j++) {
                         long row = at.row + i, column = at.column + j;
                         vf value = out[i][j];
-                        if (shift)
-                            value += CV(shift + at.image * strides[0] + row * strides[1] + column * strides[2] + k);
-                        V(y + ((at.image * height + row) * width + column) * outputs + k) = value;
+                        if (job->shift) value += CV(shift_at(job, at.image, row, column) + k);
+                        V(job->y + ((at.image * grid.height + row) * grid.width + column) * outputs + k) = value;
                     }
             }
         }
@@ -175,26 +193,26 @@ int convolve(const float *x, const float *u, const float *shift, const long *str
 }
 
 /* The planes of row i of the tiles of one strip, for the gradient: B' d B of all inputs, A dy A' of some outputs. */
-INLINE void gradient_planes(int i, const Grid *grid, const float *x, const float *dy, float alpha, long inputs,
-                            long outputs, long from, long to, long base, long tiles, const float *zeros, float *v,
-                            long v_plane, float *m, long m_plane) {
+INLINE void gradient_planes(int i, const Grid *grid, const Job *job, long from, long to, long base, long tiles,
+                            const float *zeros, float *v, long v_plane, float *m, long m_plane) {
     for (long t = 0; t < tiles; t++) {
         Tile at = tile_of(grid, base + t);
         const float *d[16];
-        pixels(grid, x, inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
-        for (long k = 0; k < inputs; k += LANES) input_row(i, d, k, v + t * inputs + k, v_plane);
-        pixels(grid, dy, outputs, at.image, at.row, at.column, 2, zeros, d);
-        for (long k = from; k < to; k += LANES) cotangent_row(i, d, k, alpha, m + t * outputs + k, m_plane);
+        pixels(grid, job->x, job->inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
+        for (long k = 0; k < job->inputs; k += LANES) input_row(i, d, k, v + t * job->inputs + k, v_plane);
+        pixels(grid, job->y, job->outputs, at.image, at.row, at.column, 2, zeros, d);
+        for (long k = from; k < to; k += LANES)
+            cotangent_row(i, d, k, (float)job->alpha, m + t * job->outputs + k, m_plane);
     }
 }
 
-/* du += alpha sum over all `count` tiles of (A dy A') * (B' d B), for the rows of the tiles from `first` to `last` (of
- * four) and the outputs between `from` and `to`; `du` is (16, inputs rounded up to ROWS, outputs).
- * Gives 0, or 1 if there is no memory. */
-int accumulate(const float *x, const float *dy, float alpha, float *du, long height, long width, long inputs,
-               long outputs, long count, int first, int last, long from, long to) {
-    Grid grid = grid_of(height, width);
-    long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD, most = inputs > outputs ? inputs : outputs;
+/* gradient += alpha sum over all tiles of (A y A') * (B' d B), y being the cotangent; the gradient of U is (16, inputs
+ * rounded up to ROWS, outputs). Every number is summed up by one thread, in one order: a unit of work is one of the four
+ * rows of the tiles, for one part of the outputs. */
+int accumulate(const Job *job, long start, long stop) {
+    Grid grid = grid_of(job);
+    long inputs = job->inputs, outputs = job->outputs, most = inputs > outputs ? inputs : outputs;
+    long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD;
     long rounded = (inputs + ROWS - 1) / ROWS * ROWS;
     float *v = room(4 * (v_plane + m_plane)), *m = v + 4 * v_plane;
     float *zeros = calloc(most, sizeof(float));
@@ -202,20 +220,23 @@ int accumulate(const float *x, const float *dy, float alpha, float *du, long hei
         free(v), free(zeros);
         return 1;
     }
-#define PLANES(i) \
-    gradient_planes(i, &grid, x, dy, alpha, inputs, outputs, from, to, base, tiles, zeros, v, v_plane, m, m_plane)
-    for (long base = 0; base < count; base += STRIP) {
-        long tiles = count - base < STRIP ? count - base : STRIP;
-        for (int i = first; i < last; i++) {
-            switch (i) {
-            case 0: PLANES(0); break;
-            case 1: PLANES(1); break;
-            case 2: PLANES(2); break;
-            default: PLANES(3);
+#define PLANES(i) gradient_planes(i, &grid, job, from, to, base, tiles, zeros, v, v_plane, m, m_plane)
+    for (long part = start / 4; 4 * part < stop; part++) {
+        long first = start > 4 * part ? start - 4 * part : 0, last = stop - 4 * part < 4 ? stop - 4 * part : 4;
+        long from = bound(job, part), to = bound(job, part + 1);
+        for (long base = 0; base < job->count; base += STRIP) {
+            long tiles = job->count - base < STRIP ? job->count - base : STRIP;
+            for (long i = first; i < last; i++) {
+                switch (i) {
+                case 0: PLANES(0); break;
+                case 1: PLANES(1); break;
+                case 2: PLANES(2); break;
+                default: PLANES(3);
+                }
+                for (int j = 0; j < 4; j++)
+                    product(inputs, to - from, tiles, v + j * v_plane, 1, inputs, m + j * m_plane + from, outputs,
+                            job->gradient + (4 * i + j) * rounded * outputs + from, outputs, 1);
             }
-            for (int j = 0; j < 4; j++)
-                product(inputs, to - from, tiles, v + j * v_plane, 1, inputs, m + j * m_plane + from, outputs,
-                        du + (4 * i + j) * rounded * outputs + from, outputs, 1);
         }
     }
     free(v), free(zeros);
@@ -235,25 +256,23 @@ static void patches(const Grid *grid, const float *x, float alpha, long few, lon
     }
 }
 
-/* y = conv(x, w) + shift from few channels to many for the pixels from `start` to `stop`; `w` is (9 few, many).
- * Gives 0, or 1 if there is no memory. */
-int widen(const float *x, const float *w, const float *shift, const long *strides, float *y, long height, long width,
-          long few, long many, long start, long stop) {
-    Grid grid = grid_of(height, width);
+/* y = conv(x, w) + shift from few channels to many, for pixels; the weight is (9 few, many). */
+int widen(const Job *job, long start, long stop) {
+    Grid grid = grid_of(job);
+    long few = job->inputs, many = job->outputs;
     float *a = calloc(STRIP * (9 * few + many) + few, sizeof(float)), *m = a + STRIP * 9 * few, *zeros = m + STRIP * many;
     if (!a) return 1;
     for (long base = start; base < stop; base += STRIP) {
         long count = stop - base < STRIP ? stop - base : STRIP;
-        patches(&grid, x, 1, few, base, count, zeros, a);
-        product(count, many, 9 * few, a, 9 * few, 1, w, many, m, many, 0);
+        patches(&grid, job->x, 1, few, base, count, zeros, a);
+        product(count, many, 9 * few, a, 9 * few, 1, job->weight, many, m, many, 0);
         for (long p = 0; p < count; p++) {
-            long image = (base + p) / (height * width), within = (base + p) % (height * width);
-            const float *add = shift;
-            if (shift) add += image * strides[0] + within / width * strides[1] + within % width * strides[2];
+            long image = (base + p) / (grid.height * grid.width), within = (base + p) % (grid.height * grid.width);
+            const float *shift = job->shift ? shift_at(job, image, within / grid.width, within % grid.width) : NULL;
             for (long k = 0; k < many; k += LANES) {
                 vf value = CV(m + p * many + k);
-                if (shift) value += CV(add + k);
-                V(y + (base + p) * many + k) = value;
+                if (shift) value += CV(shift + k);
+                V(job->y + (base + p) * many + k) = value;
             }
         }
     }
@@ -261,31 +280,31 @@ int widen(const float *x, const float *w, const float *shift, const long *stride
     return 0;
 }
 
-/* y = conv(x, w) + shift from many channels to few for the images from `start` to `stop`; `w` is (many, columns), of
- * which 9 few are used and the rest are there for the vectors' length. The products of every pixel with the whole
- * kernel come first, then the sum over the kernel. Gives 0, or 1 if there is no memory. */
-int narrow(const float *x, const float *w, const float *shift, const long *strides, float *y, long height, long width,
-           long many, long few, long columns, long start, long stop) {
-    Grid grid = grid_of(height, width);
-    long size = height * width, whole = size / ROWS * ROWS;
+/* y = conv(x, w) + shift from many channels to few, for images; the weight is (many, columns), of which 9 few are used
+ * and the rest are there for the vectors' length. The products of every pixel with the whole kernel come first, then
+ * the sum over the kernel. */
+int narrow(const Job *job, long start, long stop) {
+    Grid grid = grid_of(job);
+    long many = job->inputs, few = job->outputs, columns = job->columns;
+    long size = grid.height * grid.width, whole = size / ROWS * ROWS;
     float *z = calloc((size + ROWS) * columns + ROWS * many + columns, sizeof(float));
     float *tail = z + (size + ROWS) * columns, *zeros = tail + ROWS * many;
     if (!z) return 1;
     for (long image = start; image < stop; image++) {
-        const float *from = x + image * size * many;
-        product(whole, columns, many, from, many, 1, w, columns, z, columns, 0);
+        const float *from = job->x + image * size * many;
+        product(whole, columns, many, from, many, 1, job->weight, columns, z, columns, 0);
         if (whole < size) { /* no block may read beyond the last image */
             memcpy(tail, from + whole * many, sizeof(float) * (size - whole) * many);
-            product(ROWS, columns, many, tail, many, 1, w, columns, z + whole * columns, columns, 0);
+            product(ROWS, columns, many, tail, many, 1, job->weight, columns, z + whole * columns, columns, 0);
         }
         for (long p = 0; p < size; p++) {
-            const float *d[9], *add = shift;
-            pixels(&grid, z, columns, 0, p / width - 1, p % width - 1, 3, zeros, d);
-            if (shift) add += image * strides[0] + p / width * strides[1] + p % width * strides[2];
+            const float *d[9];
+            pixels(&grid, z, columns, 0, p / grid.width - 1, p % grid.width - 1, 3, zeros, d);
+            const float *shift = job->shift ? shift_at(job, image, p / grid.width, p % grid.width) : NULL;
             for (long k = 0; k < few; k++) {
-                float sum = shift ? add[k] : 0;
+                float sum = shift ? shift[k] : 0;
                 for (int e = 0; e < 9; e++) sum += d[e][e * few + k];
-                y[(image * size + p) * few + k] = sum;
+                job->y[(image * size + p) * few + k] = sum;
             }
         }
     }
@@ -293,17 +312,17 @@ int narrow(const float *x, const float *w, const float *shift, const long *strid
     return 0;
 }
 
-/* dw += alpha sum over `count` pixels of (the 9 pixels of x around it) y, for the channels of y between `from` and `to`; `dw`
- * is (9 few rounded up to ROWS, many). Gives 0, or 1 if there is no memory. */
-int accumulate_patches(const float *x, const float *y, float alpha, float *dw, long height, long width, long few, long many,
-                       long count, long from, long to) {
-    Grid grid = grid_of(height, width);
+/* gradient += alpha sum over all pixels of (the 9 pixels of x around it) y, y being the cotangent of `widen`, for parts of
+ * its channels; the gradient is (9 few rounded up to ROWS, many). */
+int accumulate_patches(const Job *job, long start, long stop) {
+    Grid grid = grid_of(job);
+    long few = job->inputs, many = job->outputs, from = bound(job, start), to = bound(job, stop);
     float *a = calloc(STRIP * 9 * few + ROWS + few, sizeof(float)), *zeros = a + STRIP * 9 * few + ROWS;
     if (!a) return 1;
-    for (long base = 0; base < count; base += STRIP) {
-        long rows = count - base < STRIP ? count - base : STRIP;
-        patches(&grid, x, alpha, few, base, rows, zeros, a);
-        product(9 * few, to - from, rows, a, 1, 9 * few, y + base * many + from, many, dw + from, many, 1);
+    for (long base = 0; base < job->count; base += STRIP) {
+        long rows = job->count - base < STRIP ? job->count - base : STRIP;
+        patches(&grid, job->x, (float)job->alpha, few, base, rows, zeros, a);
+        product(9 * few, to - from, rows, a, 1, 9 * few, job->y + base * many + from, many, job->gradient + from, many, 1);
     }
     free(a);
     return 0;

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from ctypes import POINTER, c_float, c_int, c_long, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrnode import native
-from pyrnode.native.threads import ranges
+from pyrnode.native.threads import function, ranges
 
 FEW = 8
 """Up to how many channels on one side a convolution is summed up directly."""
 
-_ARGUMENTS = {
-    "convolve": [c_void_p, c_void_p, c_void_p, POINTER(c_long), c_void_p, *[c_long] * 6],
-    "accumulate": [c_void_p, c_void_p, c_float, c_void_p, *[c_long] * 5, c_int, c_int, c_long, c_long],
-    "widen": [c_void_p, c_void_p, c_void_p, POINTER(c_long), c_void_p, *[c_long] * 6],
-    "narrow": [c_void_p, c_void_p, c_void_p, POINTER(c_long), c_void_p, *[c_long] * 7],
-    "accumulate_patches": [c_void_p, c_void_p, c_float, c_void_p, *[c_long] * 7],
-}
+_FUNCTIONS = ("convolve", "accumulate", "widen", "narrow", "accumulate_patches")
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "shift", "y", "gradient")),
+        ("strides", ctypes.c_long * 3),
+        *((name, ctypes.c_long) for name in ("height", "width", "inputs", "outputs", "columns", "count", "parts")),
+        ("alpha", ctypes.c_double),
+    )
+
 
 # U = G g Gᵀ for one 3×3 kernel g, as one matrix on the kernel's nine numbers.
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
@@ -52,8 +55,8 @@ def kernel(weight: Tensor) -> Convolution | None:
 def _library() -> ctypes.CDLL | None:
     library = native.library("conv")
     if library is not None:
-        for name, arguments in _ARGUMENTS.items():
-            getattr(library, name).argtypes = arguments
+        for name in _FUNCTIONS:
+            function(library, name)
     return library
 
 
@@ -106,18 +109,17 @@ class Winograd(Convolution):
         return _convolved(self._library.convolve, x, weight, shift, (inputs, outputs), _tiles(x))
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
-        # Every number is summed up by one thread, in one order: the four rows of the tiles are shared out, and with
-        # more than four threads the outputs.
-        bounds = _shares(self._outputs, self._library.lanes(), -(-torch.get_num_threads() // 4))
-        operands = *_images((x, self._inputs), (y, self._outputs)), alpha, self._gradient.data_ptr()
-        sizes = (*x.shape[2:], self._inputs, self._outputs, _tiles(x))
-
-        def work(start: int, stop: int) -> None:
-            for part in range(start // 4, -(-stop // 4)):
-                rows = max(start - 4 * part, 0), min(stop - 4 * part, 4)
-                _check(self._library.accumulate(*operands, *sizes, *rows, *bounds[part : part + 2]))
-
-        ranges(work, 4 * (len(bounds) - 1))
+        parts = min(-(-torch.get_num_threads() // 4), self._outputs // self._library.lanes())
+        job = _job(
+            x,
+            y,
+            (self._inputs, self._outputs),
+            gradient=self._gradient.data_ptr(),
+            alpha=alpha,
+            count=_tiles(x),
+            parts=parts,
+        )
+        ranges(self._library.accumulate, job, 4 * parts)
 
     def gradient(self) -> Tensor:
         transformed = self._gradient[:, : self._inputs].double().flatten(1)
@@ -149,19 +151,21 @@ class Direct(Convolution):
         return _convolved(self._library.widen, x, self._forward, shift, channels, count)
 
     def transpose(self, y: Tensor, shift: Tensor | None = None) -> Tensor:
-        channels, columns = (self._many, self._few), self._backward.shape[1]
-        return _convolved(self._library.narrow, y, self._backward, shift, channels, len(y), columns)
+        return _convolved(self._library.narrow, y, self._backward, shift, (self._many, self._few), len(y))
 
     def accumulate(self, x: Tensor, y: Tensor, alpha: float) -> None:
-        bounds = _shares(self._many, self._library.lanes(), torch.get_num_threads())
-        operands = *_images((x, self._few), (y, self._many)), alpha, self._gradient.data_ptr()
+        parts = min(torch.get_num_threads(), self._many // self._library.lanes())
         batch, _, height, width = x.shape
-        sizes = (height, width, self._few, self._many, batch * height * width)
-
-        def work(start: int, stop: int) -> None:
-            _check(self._library.accumulate_patches(*operands, *sizes, bounds[start], bounds[stop]))
-
-        ranges(work, len(bounds) - 1)
+        job = _job(
+            x,
+            y,
+            (self._few, self._many),
+            gradient=self._gradient.data_ptr(),
+            alpha=alpha,
+            count=batch * height * width,
+            parts=parts,
+        )
+        ranges(self._library.accumulate_patches, job, parts)
 
     def gradient(self) -> Tensor:
         kernels = self._gradient[: 9 * self._few].view(3, 3, self._few, self._many)
@@ -205,59 +209,31 @@ def _tiles(x: Tensor) -> int:
     return batch * ((height + 1) // 2) * ((width + 1) // 2)
 
 
-def _shares(channels: int, lanes: int, parts: int) -> list[int]:
-    """Bounds of at most `parts` ranges of the channels, multiples of `lanes`."""
-    vectors = channels // lanes
-    parts = min(parts, vectors)
-    return [vectors * i // parts * lanes for i in range(parts + 1)]
-
-
 def _convolved(
-    function: Callable[..., int],
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    channels: tuple[int, int],
-    count: int,
-    *sizes: int,
+    work: Any, x: Tensor, weight: Tensor, shift: Tensor | None, channels: tuple[int, int], count: int
 ) -> Tensor:
-    """W x (+ shift) by a C function over ranges of its `count` items; `sizes` are what it takes beyond the images'."""
-    inputs, outputs = channels
+    """W x (+ shift) by a C function of `count` units of work."""
     batch, _, height, width = x.shape
-    y = torch.empty(batch, height, width, outputs).permute(0, 3, 1, 2)
-    shift, address, strides = _shift(shift, y)  # kept until the function is done with its memory
-    (images,) = _images((x, inputs))
-
-    def work(start: int, stop: int) -> None:
-        operands = images, weight.data_ptr(), address, strides, y.data_ptr()
-        _check(function(*operands, height, width, inputs, outputs, *sizes, start, stop))
-
-    ranges(work, count)
+    y = torch.empty(batch, height, width, channels[1]).permute(0, 3, 1, 2)
+    job = _job(x, y, channels, weight=weight.data_ptr(), columns=weight.shape[1])
+    if shift is not None:
+        shift = shift.expand(y.shape)
+        if shift.stride(1) != 1:
+            shift = shift.contiguous(memory_format=torch.channels_last)
+        job.shift, job.strides[:] = shift.data_ptr(), (shift.stride(0), shift.stride(2), shift.stride(3))
+    ranges(work, job, count)
     return y
 
 
-def _shift(shift: Tensor | None, y: Tensor) -> tuple[Tensor | None, int | None, ctypes.Array[c_long] | None]:
-    """What is added to `y`, its channels side by side; its address, and its strides over images, rows and columns."""
-    if shift is None:
-        return None, None, None
-    shift = shift.expand(y.shape)
-    if shift.stride(1) != 1:
-        shift = shift.contiguous(memory_format=torch.channels_last)
-    return shift, shift.data_ptr(), (c_long * 3)(shift.stride(0), shift.stride(2), shift.stride(3))
-
-
-def _images(*given: tuple[Tensor, int]) -> tuple[int, ...]:
-    """Where images begin in memory, each given with its number of channels; all of one number and size."""
-    batch, _, *size = given[0][0].shape
-    for x, channels in given:
-        laid = x.is_contiguous(memory_format=torch.channels_last)
-        if x.dtype != torch.float32 or x.device.type != "cpu" or not laid or x.shape != (batch, channels, *size):
-            expected = f"float32 images {(batch, channels, *size)} on the CPU in channels-last layout"
-            layout = f"{tuple(x.shape)} with strides {x.stride()}"
-            raise TypeError(f"expected {expected}, got {x.dtype}, {x.device}, {layout}")
-    return tuple(x.data_ptr() for x, _ in given)
-
-
-def _check(failed: int) -> None:
-    if failed:
-        raise MemoryError("no memory for the buffers of a convolution")
+def _job(x: Tensor, y: Tensor, channels: tuple[int, int], **fields: float) -> _Job:
+    """A job between the images `x` and `y`, of so many channels each."""
+    batch, _, height, width = x.shape
+    for images, number in zip((x, y), channels, strict=True):
+        shape = (batch, number, height, width)
+        laid = images.is_contiguous(memory_format=torch.channels_last)
+        if images.dtype != torch.float32 or images.device.type != "cpu" or not laid or images.shape != shape:
+            expected = f"float32 images {shape} on the CPU in channels-last layout"
+            layout = f"{tuple(images.shape)} with strides {images.stride()}"
+            raise TypeError(f"expected {expected}, got {images.dtype}, {images.device}, {layout}")
+    sizes = {"height": height, "width": width, "inputs": channels[0], "outputs": channels[1]}
+    return _Job(x=x.data_ptr(), y=y.data_ptr(), **sizes, **fields)

@@ -40,6 +40,8 @@ struct job {
     const void *z1_bar;     /* (batch, d) */
     const void *q_bar;      /* (batch, 4) */
     void *z0_bar;           /* (batch, d) */
+    void *const *bars;      /* (parts): gradients of a part of the blocks: weights, shifts, scales */
+    int64_t parts;
 };
 
 #define PASTE_(name, suffix) name##_##suffix
@@ -423,8 +425,8 @@ static void NAME(pull_state)(const struct work *w, int64_t at, REAL *w_bar, REAL
 
 /* Solves -------------------------------------------------------------------------------------------------------------- */
 
-/* Blocks `first` to `last` of the batch; 0, or 1 where memory is short. */
-int NAME(forward)(const struct job *job, int64_t first, int64_t last) {
+/* For threads.c: blocks `first` to `last` of the batch; 0, or 1 where memory is short. */
+int NAME(forward)(const struct job *job, long first, long last) {
     struct work w;
     if (NAME(open)(&w, job)) return 1;
     int64_t d = job->widths[0], rows = d * VECTORS, all = job->stages * job->steps;
@@ -464,7 +466,7 @@ int NAME(forward)(const struct job *job, int64_t first, int64_t last) {
 
 /* The reverse of `forward`, from its record; adds to the gradients of weights (all layers one after the other), shifts
    and scales (as the tables are). */
-int NAME(backward)(const struct job *job, int64_t first, int64_t last, REAL *w_bar, REAL *b_bar, REAL *s_bar) {
+static int NAME(reverse)(const struct job *job, int64_t first, int64_t last, REAL *w_bar, REAL *b_bar, REAL *s_bar) {
     struct work w;
     if (NAME(open)(&w, job)) return 1;
     int64_t d = job->widths[0], rows = d * VECTORS, all = job->stages * job->steps, layers = job->layers;
@@ -509,6 +511,20 @@ int NAME(backward)(const struct job *job, int64_t first, int64_t last, REAL *w_b
         NAME(store)((REAL *)job->z0_bar + start * d, z_bar, count, d);
     }
     NAME(close)(&w);
+    return 0;
+}
+
+/* For threads.c: parts `first` to `last` of the blocks, each with gradients of its own. */
+int NAME(backward)(const struct job *job, long first, long last) {
+    int64_t blocks = (job->batch + LANES - 1) / LANES, weights = 0, sum = 0;
+    for (int64_t i = 1; i <= job->layers; i++)
+        weights += job->widths[i] * NAME(padded)(job->widths[i - 1]), sum += job->widths[i];
+    for (int64_t part = first; part < last; part++) {
+        REAL *w_bar = job->bars[part], *b_bar = w_bar + weights;
+        REAL *s_bar = job->scale ? b_bar + job->stages * job->steps * sum : NULL;
+        if (NAME(reverse)(job, blocks * part / job->parts, blocks * (part + 1) / job->parts, w_bar, b_bar, s_bar))
+            return 1;
+    }
     return 0;
 }
 

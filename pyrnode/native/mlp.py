@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrnode import native
-from pyrnode.native.threads import parallel
+from pyrnode.native.threads import function, ranges
 
 ACTIVATIONS = ("softplus", "tanh", "silu", "gelu", "elu")
 """Names of the activations, in the order of the C source."""
@@ -33,6 +33,8 @@ class _Job(ctypes.Structure):
         *((name, _ARRAYS) for name in ("w", "wt")),
         *((name, ctypes.c_void_p) for name in ("shift", "scale", "z0", "eps")),
         *((name, ctypes.c_void_p) for name in ("z1", "q", "record", "z1_bar", "q_bar", "z0_bar")),
+        ("bars", _ARRAYS),
+        ("parts", ctypes.c_int64),
     )
 
 
@@ -40,9 +42,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels, if there are some for numbers of this type on this machine."""
     loaded = native.library("mlp") if dtype in _SUFFIX else None
     if loaded is not None:
-        part = [ctypes.POINTER(_Job), ctypes.c_int64, ctypes.c_int64]
-        getattr(loaded, f"forward_{_SUFFIX[dtype]}").argtypes = part
-        getattr(loaded, f"backward_{_SUFFIX[dtype]}").argtypes = [*part, *[ctypes.c_void_p] * 3]
+        for name in ("forward", "backward"):
+            function(loaded, f"{name}_{_SUFFIX[dtype]}")
     return loaded
 
 
@@ -103,7 +104,7 @@ class Solve:
         if record:
             lanes = _ROW_BYTES // z0.element_size()
             self.record = z0.new_empty(_blocks(z0), self.grid.stages, z0.shape[1], lanes)
-        self._run("forward", z0, eps, weight, {"z0": z0, "z1": z1, "q": q, "record": self.record})
+        self._run("forward", z0, eps, weight, {"z0": z0, "z1": z1, "q": q, "record": self.record}, _blocks(z0))
         return z1, q
 
     def backward(
@@ -115,9 +116,12 @@ class Solve:
         unit = _PADDING_BYTES // z0_bar.element_size()
         columns = [-(-weight.shape[1] // unit) * unit for weight in self.weights]
         sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
-        parts = [sum(sizes), self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
+        kinds = [sum(sizes), self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
+        parts = max(1, min(torch.get_num_threads(), _blocks(z1_bar)))
+        bars = self.shift.new_zeros(parts, sum(kinds))
         arrays = {"record": self.record, "z1_bar": z1_bar, "q_bar": q_bar, "z0_bar": z0_bar}
-        w_bar, b_bar, s_bar = self._run("backward", z1_bar, eps, weight, arrays, parts).split(parts)
+        self._run("backward", z1_bar, eps, weight, arrays, parts, bars)
+        w_bar, b_bar, s_bar = bars.sum(0).split(kinds)
         w_bars = [
             bar.view(len(weight), -1)[:, : weight.shape[1]]
             for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
@@ -132,9 +136,11 @@ class Solve:
         eps: Tensor | None,
         weight: float,
         arrays: dict[str, Tensor | None],
-        gradients: list[int] | None = None,
-    ) -> Tensor:
-        """Calls the C function for the whole batch, in as many threads as torch has; the sum of their gradients."""
+        units: int,
+        bars: Tensor | None = None,
+    ) -> None:
+        """Calls the C function for its units of work; `bars` are gradients, a row for each part of the batch."""
+        rows = [] if bars is None else [bar.data_ptr() for bar in bars]
         stages = len(self.grid.b)
         eps = None if eps is None else eps.contiguous()
         a = [row[j] if j < len(row) else 0.0 for row in self.grid.a for j in range(stages)]
@@ -156,22 +162,11 @@ class Solve:
             shift=self.shift.data_ptr(),
             scale=_pointer(self.scale),
             eps=_pointer(eps),
+            bars=(ctypes.c_void_p * len(rows))(*rows),
+            parts=len(rows),
             **{key: _pointer(array) for key, array in arrays.items()},
         )
-        function = getattr(self._library, f"{name}_{_SUFFIX[z.dtype]}")
-        blocks = _blocks(z)
-        count = max(1, min(torch.get_num_threads(), blocks))
-        bars = [self.shift.new_zeros(sum(gradients or [0])) for _ in range(count)]
-
-        def part(i: int) -> None:
-            extra = [bar.data_ptr() if bar.numel() else None for bar in bars[i].split(gradients)] if gradients else []
-            if function(ctypes.byref(job), blocks * i // count, blocks * (i + 1) // count, *extra):
-                raise MemoryError("no memory for a solve's intermediates")
-
-        parallel(part, count)
-        for bar in bars[1:]:
-            bars[0] += bar
-        return bars[0]
+        ranges(getattr(self._library, f"{name}_{_SUFFIX[z.dtype]}"), job, units)
 
 
 def _blocks(z: Tensor) -> int:

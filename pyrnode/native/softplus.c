@@ -3,6 +3,17 @@
 #include "vectors.h"
 
 #define LANES (VECTOR_BYTES / 4)
+#define BLOCK 1024 /* numbers of a unit of work: whole vectors */
+
+/* What a function below works on, for threads.c; softplus.py has the same. */
+typedef struct {
+    float *values, *slope;
+    const float *g;
+    float *bend;
+    long count;
+} Job;
+
+static long least(long a, long b) { return a < b ? a : b; }
 
 INLINE void activate_vector(float *a, float *slope) {
     const vf zero = {0};
@@ -13,23 +24,29 @@ INLINE void activate_vector(float *a, float *slope) {
     V(slope) = choose(positive, one, e) / (1 + e);
 }
 
-/* Puts the value in the place of `a`, and the slope into `slope`: `count` numbers. */
-void activate(float *a, float *slope, long count) {
-    long i = 0;
-    for (; i + LANES <= count; i += LANES) activate_vector(a + i, slope + i);
-    if (i < count) {
+/* Puts the value of softplus in the place of its argument, and the slope beside it. */
+int activate(const Job *job, long start, long stop) {
+    float *a = job->values, *slope = job->slope;
+    long i = start * BLOCK, end = least(stop * BLOCK, job->count);
+    for (; i + LANES <= end; i += LANES) activate_vector(a + i, slope + i);
+    if (i < end) {
         float last[LANES] = {0}, last_slope[LANES];
-        for (long j = i; j < count; j++) last[j - i] = a[j];
+        for (long j = i; j < end; j++) last[j - i] = a[j];
         activate_vector(last, last_slope);
-        for (long j = i; j < count; j++) a[j] = last[j - i], slope[j] = last_slope[j - i];
+        for (long j = i; j < end; j++) a[j] = last[j - i], slope[j] = last_slope[j - i];
     }
+    return 0;
 }
 
-/* With g = slope r and the cotangent of g in `bar`: bend = softplus''(a) r bar in `bend`, and slope bar in `bar`. */
-void pull(float *bar, const float *slope, const float *g, float *bend, long count) {
-    for (long i = 0; i < count; i++) {
+/* With g = slope r and the cotangent of g for values: bend = softplus''(a) r values, and slope values in their place. */
+int pull(const Job *job, long start, long stop) {
+    float *bar = job->values, *bend = job->bend;
+    const float *slope = job->slope, *g = job->g;
+    long end = least(stop * BLOCK, job->count);
+    for (long i = start * BLOCK; i < end; i++) {
         float down = slope[i] * bar[i];
         bend[i] = g[i] * (bar[i] - down);
         bar[i] = down;
     }
+    return 0;
 }

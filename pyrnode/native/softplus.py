@@ -6,17 +6,20 @@ As torch's operations, each of which reads and writes all of its operands, the t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from ctypes import c_long, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrnode import native
-from pyrnode.native.threads import ranges
+from pyrnode.native.threads import function, ranges
 
 _BLOCK = 1024
-"""Numbers that stay with one thread: whole vectors, whatever the number of threads."""
+"""Numbers that stay with one thread, of which there are so many in softplus.c."""
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("values", "slope", "g", "bend")), ("count", ctypes.c_long))
 
 
 def activate(a: Tensor) -> Tensor | None:
@@ -25,7 +28,7 @@ def activate(a: Tensor) -> Tensor | None:
     if library is None:
         return None
     slope = torch.empty_like(a)
-    _each(library.activate, a, slope)
+    _each(library.activate, values=a, slope=slope)
     return slope
 
 
@@ -38,7 +41,7 @@ def pull(bar: Tensor, slope: Tensor, g: Tensor) -> Tensor | None:
     if library is None:
         return None
     bend = torch.empty_like(bar)
-    _each(library.pull, bar, slope, g, bend)
+    _each(library.pull, values=bar, slope=slope, g=g, bend=bend)
     return bend
 
 
@@ -53,16 +56,12 @@ def _library(*tensors: Tensor) -> ctypes.CDLL | None:
             return None
     library = native.library("softplus")
     if library is not None:
-        library.activate.argtypes = [c_void_p] * 2 + [c_long]
-        library.pull.argtypes = [c_void_p] * 4 + [c_long]
+        function(library, "activate")
+        function(library, "pull")
     return library
 
 
-def _each(function: Callable[..., None], *tensors: Tensor) -> None:
-    count, addresses = tensors[0].numel(), [x.data_ptr() for x in tensors]
-
-    def work(start: int, stop: int) -> None:
-        first, last = start * _BLOCK, min(stop * _BLOCK, count)
-        function(*(address + 4 * first for address in addresses), last - first)
-
-    ranges(work, -(-count // _BLOCK))
+def _each(work: Any, **arrays: Tensor) -> None:
+    count = arrays["values"].numel()
+    job = _Job(**{name: x.data_ptr() for name, x in arrays.items()}, count=count)
+    ranges(work, job, -(-count // _BLOCK))

@@ -1,7 +1,8 @@
 """Threads for kernels: those of torch's own OpenMP runtime, and Python's own where there is none to be found.
 
 After an operation of torch its threads spin for milliseconds, waiting for the next, and any other threads would have to
-share the processors with them.
+share the processors with them. They are entered in C (``threads.c``): a callback would have to wait for Python's lock
+in each of them, for longer than many a kernel takes.
 """
 
 from __future__ import annotations
@@ -9,63 +10,73 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_int, c_long, c_void_p
+from typing import Any
 
 import torch
 
+from pyrnode import native
 
-def parallel(function: Callable[[int], None], count: int) -> None:
-    """Calls ``function(0) ... function(count - 1)``, side by side; raises what one raises, once all have ended."""
-    errors: list[BaseException] = []
+WORK = ctypes.CFUNCTYPE(c_int, c_void_p, c_long, c_long)
+"""A kernel's function: its job, and the range of units to be done; gives 1 where memory is short, else 0."""
 
-    def call(i: int) -> None:
-        try:
-            function(i)
-        except BaseException as error:
-            errors.append(error)
 
-    openmp = _openmp() if count > 1 else None
-    if openmp is not None:
+def ranges(work: Any, job: ctypes.Structure, count: int) -> None:
+    """Calls ``work(job, start, stop)`` for ranges that make up ``range(count)``, in as many threads as torch uses.
 
-        def member(_: int | None) -> None:
-            for i in range(openmp.omp_get_thread_num(), count, openmp.omp_get_num_threads()):
-                call(i)
+    Args:
+        work: A function of a library in C, of the type `WORK`.
+        job: What it reads.
+        count: Number of units.
 
-        openmp.GOMP_parallel(_MEMBER(member), None, count, 0)
+    Raises:
+        MemoryError: There was no memory for a thread's intermediates.
+    """
+    parts = max(1, min(torch.get_num_threads(), count))
+    address = ctypes.addressof(job)
+    team = _team() if parts > 1 else None
+    if team is not None:
+        library, runtime = team
+        failed = library.share(runtime, ctypes.cast(work, c_void_p), address, count, parts)
     else:
-        others = [_pool(count - 1).submit(call, i) for i in range(1, count)]
-        call(0)
-        for other in others:
-            other.result()
-    if errors:
-        raise errors[0]
+        bounds = [count * i // parts for i in range(parts + 1)]
+        others = [_pool(parts - 1).submit(work, address, *bounds[i : i + 2]) for i in range(1, parts)]
+        failed = work(address, *bounds[:2])
+        failed = any([other.result() for other in others]) or failed
+    if failed:
+        raise MemoryError("no memory for a kernel's intermediates")
 
 
-def ranges(function: Callable[[int, int], None], count: int) -> None:
-    """Calls ``function(start, stop)`` for ranges that make up ``range(count)``, in as many threads as torch uses."""
-    threads = max(1, min(torch.get_num_threads(), count))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    parallel(lambda i: function(bounds[i], bounds[i + 1]), threads)
+def function(library: ctypes.CDLL, name: str) -> Any:
+    """The function of a library that `ranges` calls."""
+    found = getattr(library, name)
+    found.argtypes, found.restype = WORK._argtypes_, WORK._restype_
+    return found
+
+
+class _Runtime(ctypes.Structure):
+    _fields_ = (("parallel", c_void_p), ("number", c_void_p), ("threads", c_void_p))
 
 
 _PROCESS = os.getpid()
-_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The process's OpenMP runtime: GNU's, or another that has its entry points, as Intel's and LLVM's have."""
+def _team() -> tuple[ctypes.CDLL, _Runtime] | None:
+    """`threads.c`, and the process's OpenMP runtime: GNU's, or another that has its entry points (Intel's, LLVM's)."""
     if os.getpid() != _PROCESS or not torch.backends.openmp.is_available():  # neither kind survives a fork
         return None
+    library = native.library("threads")
     try:
-        library = ctypes.CDLL(None)
-        library.GOMP_parallel.argtypes = [_MEMBER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        library.GOMP_parallel.restype = None
-        _ = library.omp_get_thread_num, library.omp_get_num_threads
+        process = ctypes.CDLL(None)
+        entries = process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads
     except (AttributeError, OSError, TypeError):
         return None
-    return library
+    if library is None:
+        return None
+    library.share.argtypes = [_Runtime, c_void_p, c_void_p, c_long, c_long]
+    return library, _Runtime(*(ctypes.cast(entry, c_void_p) for entry in entries))
 
 
 @functools.cache
@@ -75,4 +86,4 @@ def _pool(size: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
-    os.register_at_fork(after_in_child=_openmp.cache_clear)
+    os.register_at_fork(after_in_child=_team.cache_clear)
