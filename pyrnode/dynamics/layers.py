@@ -7,6 +7,7 @@ alone is computed once, gradients are accumulated in place, and nothing is recor
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import cast
@@ -100,22 +101,29 @@ class Conv(Linear):
     """
 
     def __init__(self, weight: Tensor, size: tuple[int, int]) -> None:
-        super().__init__(channels_last(weight))
+        super().__init__(weight)
         self.size = size
         self.padding = weight.shape[-1] // 2
-        self.flipped = channels_last(weight.flip(2, 3).transpose(0, 1))
+
+    @functools.cached_property
+    def _laid(self) -> Tensor:
+        return channels_last(self.weight)
+
+    @functools.cached_property
+    def _flipped(self) -> Tensor:
+        return channels_last(self.weight.flip(2, 3).transpose(0, 1))
 
     def __call__(self, h: Tensor, shift: Tensor | None = None) -> Tensor:
-        a = F.conv2d(channels_last(h), self.weight, padding=self.padding)
+        a = F.conv2d(channels_last(h), self._laid, padding=self.padding)
         if shift is None:
             return a
         return a + shift if torch.is_grad_enabled() else a.add_(shift)
 
     def transpose(self, g: Tensor) -> Tensor:
-        return F.conv2d(channels_last(g), self.flipped, padding=self.padding)
+        return F.conv2d(channels_last(g), self._flipped, padding=self.padding)
 
     def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
-        gradient = _conv_weight_gradient(channels_last(h), channels_last(g), self.weight)
+        gradient = _conv_weight_gradient(channels_last(h), channels_last(g), self._laid)
         if self.gradient is None:
             self.gradient = gradient.mul_(alpha)
         else:

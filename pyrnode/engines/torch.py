@@ -123,7 +123,7 @@ class _Solve:
 
     @property
     def kernel(self) -> Kernel:
-        """The dynamics bound to their parameters; a backward pass uses it up, for its gradients gather in it."""
+        """The dynamics bound to their parameters, from here to the end of a pass; gradients gather in it."""
         if self.bound is None:
             self.bound = self.dynamics.kernel(total_derivative=self.total_derivative)
         return self.bound
@@ -145,6 +145,7 @@ class _Solve:
             if store:
                 q = torch.stack([q0, *(self._step_integrals(joint) for joint in self.joints)]).sum(0)
         vars(self.stats).update(vars(stats))
+        self.bound = None  # till the backward pass a large flow holds many solves, with transformed weights in each
         if record and not backprop:
             self.end = z.detach()  # not z itself: it will own the node that owns this solve
         return z, q
@@ -162,6 +163,7 @@ class _Solve:
         if not math.isfinite(float(z.sum() + q.sum())):
             return None
         self.fused = fused if record else None
+        self.bound = None
         nfe = fused.evaluations
         vars(self.stats).update(vars(Stats(nfe=nfe, nfe_max=nfe, accepted=nfe // len(fused.solve.grid.b))))
         return z, q

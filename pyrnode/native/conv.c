@@ -1,12 +1,15 @@
-/* Same-size 3x3 convolutions of channels-last float32 images. Between many channels and many by Winograd's F(2x2, 3x3) (Lavin & Gray 2016,
- * arXiv:1509.09308): 16 multiplications for 2x2 outputs where the direct sum takes 36.
+/* Same-size 3x3 convolutions of channels-last float32 images. Between many channels and many by Winograd's F(4x4, 3x3) (Lavin & Gray 2016,
+ * arXiv:1509.09308): 36 multiplications for 4x4 outputs where the direct sum takes 144.
  *
- * With d a 4x4 tile of the input, overlapping its neighbours by two, and U = G g G' the transformed kernel (conv.py),
+ * With d a 6x6 tile of the input, overlapping its neighbours by two, and U = G g G' the transformed kernel (conv.py),
  *
  *     y = A' [ U * (B' d B) ] A,    and for the gradient of the kernel    dU += (A dy A') * (B' d B),
  *
- * where * is elementwise in the tile and, for each of its 16 elements, a matrix product over channels or tiles. Tiles
+ * where * is elementwise in the tile and, for each of its 36 elements, a matrix product over channels or tiles. Tiles
  * are taken in strips that fit the caches; all vectors run over channels, whose numbers are multiples of LANES.
+ *
+ * A, B and G are those of interpolation at 0, P, -P, Q, -Q and infinity. P = 5/8, Q = 3/2 keep the rounding errors at twice those of
+ * a direct sum, where the usual 1 and 2 multiply them by four or five (cf. Barabasz et al. 2020, arXiv:1803.10986).
  *
  * Between few channels and many, the direct sum, as products with the 9 few-channel pixels around each pixel. */
 
@@ -17,8 +20,12 @@
 
 #define LANES (VECTOR_BYTES / 4)
 #define ROWS (VECTOR_BYTES == 64 ? 12 : 6) /* of the block of a product that is kept in registers, two vectors wide */
-#define STRIP 48                           /* tiles; a multiple of ROWS */
-#define PAD 16 /* floats between the 16 planes of a buffer, whose distance would else be a power of two */
+#define STRIP 48                           /* tiles or pixels; a multiple of ROWS */
+#define PAD 16 /* floats between the planes of a buffer, whose distance would else be a power of two */
+#define SIDE 6 /* of a tile of the input */
+#define OUT 4  /* of its outputs */
+#define P 0.625f
+#define Q 1.5f
 
 /* What a function below works on; conv.py has the same. Images are (n, height, width, channels). */
 typedef struct {
@@ -40,7 +47,7 @@ typedef struct {
 } Tile;
 
 static Grid grid_of(const Job *job) {
-    return (Grid){job->height, job->width, (job->height + 1) / 2, (job->width + 1) / 2};
+    return (Grid){job->height, job->width, (job->height + OUT - 1) / OUT, (job->width + OUT - 1) / OUT};
 }
 
 static const float *shift_at(const Job *job, long image, long row, long column) {
@@ -52,7 +59,7 @@ static long bound(const Job *job, long i) { return job->outputs / LANES * i / jo
 
 static Tile tile_of(const Grid *grid, long index) {
     long each = grid->down * grid->across, within = index % each;
-    return (Tile){index / each, within / grid->across * 2, within % grid->across * 2};
+    return (Tile){index / each, within / grid->across * OUT, within % grid->across * OUT};
 }
 
 /* Where the pixels of a square of `side` begin; zeros stand for those outside the image. */
@@ -66,37 +73,53 @@ static void pixels(const Grid *grid, const float *x, long channels, long image, 
         }
 }
 
-/* Row i of B' d B, for one vector of channels. */
-INLINE void input_row(int i, const float *const *d, long k, float *v, long plane) {
-    static const int first[4] = {0, 1, 2, 1}, second[4] = {2, 2, 1, 3};
-    vf r[4];
-    for (int j = 0; j < 4; j++) {
-        vf a = CV(d[4 * first[i] + j] + k), b = CV(d[4 * second[i] + j] + k);
-        if (i == 1) r[j] = a + b;
-        else r[j] = a - b;
+/* Element i of B' d. */
+INLINE vf input(int i, const vf *d) {
+    switch (i) {
+    case 0: return P * P * Q * Q * d[0] - (P * P + Q * Q) * d[2] + d[4];
+    case 1: return (d[4] - Q * Q * d[2]) + P * (d[3] - Q * Q * d[1]);
+    case 2: return (d[4] - Q * Q * d[2]) - P * (d[3] - Q * Q * d[1]);
+    case 3: return (d[4] - P * P * d[2]) + Q * (d[3] - P * P * d[1]);
+    case 4: return (d[4] - P * P * d[2]) - Q * (d[3] - P * P * d[1]);
+    default: return P * P * Q * Q * d[1] - (P * P + Q * Q) * d[3] + d[5];
     }
-    V(v) = r[0] - r[2];
-    V(v + plane) = r[1] + r[2];
-    V(v + 2 * plane) = r[2] - r[1];
-    V(v + 3 * plane) = r[1] - r[3];
 }
 
-/* Row i of A dy A', for one vector of channels. */
-INLINE void cotangent_row(int i, const float *const *dy, long k, float alpha, float *m, long plane) {
-    vf r[2];
-    for (int j = 0; j < 2; j++) {
-        vf a = alpha * CV(dy[j] + k), b = alpha * CV(dy[2 + j] + k);
-        switch (i) {
-        case 0: r[j] = a; break;
-        case 1: r[j] = a + b; break;
-        case 2: r[j] = a - b; break;
-        default: r[j] = -b;
-        }
+/* Element i of A' m. */
+INLINE vf output(int i, const vf *m) {
+    switch (i) {
+    case 0: return m[0] + (m[1] + m[2]) + (m[3] + m[4]);
+    case 1: return P * (m[1] - m[2]) + Q * (m[3] - m[4]);
+    case 2: return P * P * (m[1] + m[2]) + Q * Q * (m[3] + m[4]);
+    default: return P * P * P * (m[1] - m[2]) + Q * Q * Q * (m[3] - m[4]) + m[5];
     }
-    V(m) = r[0];
-    V(m + plane) = r[0] + r[1];
-    V(m + 2 * plane) = r[0] - r[1];
-    V(m + 3 * plane) = -r[1];
+}
+
+/* Element i of A y. */
+INLINE vf cotangent(int i, const vf *y) {
+    switch (i) {
+    case 0: return y[0];
+    case 1: return (y[0] + P * P * y[2]) + P * (y[1] + P * P * y[3]);
+    case 2: return (y[0] + P * P * y[2]) - P * (y[1] + P * P * y[3]);
+    case 3: return (y[0] + Q * Q * y[2]) + Q * (y[1] + Q * Q * y[3]);
+    case 4: return (y[0] + Q * Q * y[2]) - Q * (y[1] + Q * Q * y[3]);
+    default: return y[3];
+    }
+}
+
+/* Column j of B' d, for one vector of channels: its elements from `first` to `last`. */
+INLINE void input_column(int first, int last, const float *const *d, int j, long k, vf r[SIDE][SIDE]) {
+    vf column[SIDE];
+#pragma GCC unroll 6
+    for (int i = 0; i < SIDE; i++) column[i] = CV(d[SIDE * i + j] + k);
+#pragma GCC unroll 6
+    for (int i = first; i < last; i++) r[i][j] = input(i, column);
+}
+
+/* Row i of B' d B, from that of B' d. */
+INLINE void input_row(const vf *r, float *v, long plane) {
+#pragma GCC unroll 6
+    for (int j = 0; j < SIDE; j++) V(v + j * plane) = input(j, r);
 }
 
 /* c (+)= sum over k of a[r, k] b[k, :] for ROWS rows r and `vectors` vectors, all held in registers. */
@@ -139,52 +162,55 @@ int block_rows(void) { return ROWS; }
 /* The functions below are for threads.c: they do the units of work from `start` to `stop`, and give 0, or 1 if there is
  * no memory. */
 
-/* y = conv(x, U) + shift for tiles; the weight U is (16, inputs, outputs). */
+/* y = conv(x, U) + shift for tiles; the weight U is (36, inputs, outputs). */
 int convolve(const Job *job, long start, long stop) {
     Grid grid = grid_of(job);
     long inputs = job->inputs, outputs = job->outputs;
     long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD;
-    float *v = room(16 * (v_plane + m_plane)), *m = v + 16 * v_plane;
+    float *v = room(SIDE * SIDE * (v_plane + m_plane)), *m = v + SIDE * SIDE * v_plane;
     float *zeros = calloc(inputs, sizeof(float));
     if (!v || !zeros) {
         free(v), free(zeros);
         return 1;
     }
     for (long base = start; base < stop; base += STRIP) {
-        long tiles = stop - base < STRIP ? stop - base : STRIP;
+        long tiles = least(stop - base, STRIP);
         for (long t = 0; t < tiles; t++) {
             Tile at = tile_of(&grid, base + t);
-            const float *d[16];
-            pixels(&grid, job->x, inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
-            for (long k = 0; k < inputs; k += LANES)
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) input_row(i, d, k, v + 4 * i * v_plane + t * inputs + k, v_plane);
+            const float *d[SIDE * SIDE];
+            pixels(&grid, job->x, inputs, at.image, at.row - 1, at.column - 1, SIDE, zeros, d);
+            for (long k = 0; k < inputs; k += LANES) {
+                vf r[SIDE][SIDE];
+                for (int j = 0; j < SIDE; j++) input_column(0, SIDE, d, j, k, r);
+                for (int i = 0; i < SIDE; i++) input_row(r[i], v + SIDE * i * v_plane + t * inputs + k, v_plane);
+            }
         }
-        for (int e = 0; e < 16; e++)
+        for (int e = 0; e < SIDE * SIDE; e++)
             product(tiles, outputs, inputs, v + e * v_plane, inputs, 1, job->weight + e * inputs * outputs, outputs,
                     m + e * m_plane, outputs, 0);
         for (long t = 0; t < tiles; t++) {
             Tile at = tile_of(&grid, base + t);
-            int down = at.row + 1 < grid.height ? 2 : 1, across = at.column + 1 < grid.width ? 2 : 1;
+            long down = least(OUT, grid.height - at.row), across = least(OUT, grid.width - at.column);
             for (long k = 0; k < outputs; k += LANES) {
                 const float *from = m + t * outputs + k;
-                vf r[2][4], out[2][2];
-                for (int j = 0; j < 4; j++, from += m_plane) {
-                    vf a = CV(from + 4 * m_plane), b = CV(from + 8 * m_plane);
-                    r[0][j] = CV(from) + a + b;
-                    r[1][j] = a - b - CV(from + 12 * m_plane);
+                vf r[OUT][SIDE], out[OUT];
+                for (int j = 0; j < SIDE; j++) {
+                    vf column[SIDE];
+#pragma GCC unroll 6
+                    for (int i = 0; i < SIDE; i++) column[i] = CV(from + (SIDE * i + j) * m_plane);
+#pragma GCC unroll 4
+                    for (int i = 0; i < OUT; i++) r[i][j] = output(i, column);
                 }
-                for (int i = 0; i < 2; i++) {
-                    out[i][0] = r[i][0] + r[i][1] + r[i][2];
-                    out[i][1] = r[i][1] - r[i][2] - r[i][3];
-                }
-                for (int i = 0; i < down; i++)
+                for (int i = 0; i < down; i++) {
+                    long row = at.row + i;
+                    float *to = job->y + ((at.image * grid.height + row) * grid.width + at.column) * outputs + k;
+#pragma GCC unroll 4
+                    for (int j = 0; j < OUT; j++) out[j] = output(j, r[i]);
                     for (int j = 0; j < across; j++) {
-                        long row = at.row + i, column = at.column + j;
-                        vf value = out[i][j];
-                        if (job->shift) value += CV(shift_at(job, at.image, row, column) + k);
-                        V(job->y + ((at.image * grid.height + row) * grid.width + column) * outputs + k) = value;
+                        if (job->shift) out[j] += CV(shift_at(job, at.image, row, at.column + j) + k);
+                        V(to + j * outputs) = out[j];
                     }
+                }
             }
         }
     }
@@ -195,48 +221,63 @@ int convolve(const Job *job, long start, long stop) {
 /* The planes of row i of the tiles of one strip, for the gradient: B' d B of all inputs, A dy A' of some outputs. */
 INLINE void gradient_planes(int i, const Grid *grid, const Job *job, long from, long to, long base, long tiles,
                             const float *zeros, float *v, long v_plane, float *m, long m_plane) {
+    const float *d[SIDE * SIDE];
+    float alpha = (float)job->alpha;
     for (long t = 0; t < tiles; t++) {
         Tile at = tile_of(grid, base + t);
-        const float *d[16];
-        pixels(grid, job->x, job->inputs, at.image, at.row - 1, at.column - 1, 4, zeros, d);
-        for (long k = 0; k < job->inputs; k += LANES) input_row(i, d, k, v + t * job->inputs + k, v_plane);
-        pixels(grid, job->y, job->outputs, at.image, at.row, at.column, 2, zeros, d);
-        for (long k = from; k < to; k += LANES)
-            cotangent_row(i, d, k, (float)job->alpha, m + t * job->outputs + k, m_plane);
+        pixels(grid, job->x, job->inputs, at.image, at.row - 1, at.column - 1, SIDE, zeros, d);
+        for (long k = 0; k < job->inputs; k += LANES) {
+            vf r[SIDE][SIDE];
+#pragma GCC unroll 6
+            for (int j = 0; j < SIDE; j++) input_column(i, i + 1, d, j, k, r);
+            input_row(r[i], v + t * job->inputs + k, v_plane);
+        }
+        pixels(grid, job->y, job->outputs, at.image, at.row, at.column, OUT, zeros, d);
+        for (long k = from; k < to; k += LANES) {
+            vf r[OUT];
+#pragma GCC unroll 4
+            for (int j = 0; j < OUT; j++) {
+                vf column[OUT];
+#pragma GCC unroll 4
+                for (int l = 0; l < OUT; l++) column[l] = CV(d[OUT * l + j] + k);
+                r[j] = alpha * cotangent(i, column);
+            }
+#pragma GCC unroll 6
+            for (int j = 0; j < SIDE; j++) V(m + j * m_plane + t * job->outputs + k) = cotangent(j, r);
+        }
     }
 }
 
-/* gradient += alpha sum over all tiles of (A y A') * (B' d B), y being the cotangent; the gradient of U is (16, inputs
- * rounded up to ROWS, outputs). Every number is summed up by one thread, in one order: a unit of work is one of the four
+/* gradient += alpha sum over all tiles of (A y A') * (B' d B), y being the cotangent; the gradient of U is (36, inputs
+ * rounded up to ROWS, outputs). Every number is summed up by one thread, in one order: a unit of work is one of the
  * rows of the tiles, for one part of the outputs. */
 int accumulate(const Job *job, long start, long stop) {
     Grid grid = grid_of(job);
     long inputs = job->inputs, outputs = job->outputs, most = inputs > outputs ? inputs : outputs;
     long v_plane = STRIP * inputs + PAD, m_plane = STRIP * outputs + PAD;
-    long rounded = (inputs + ROWS - 1) / ROWS * ROWS;
-    float *v = room(4 * (v_plane + m_plane)), *m = v + 4 * v_plane;
+    long plane = (inputs + ROWS - 1) / ROWS * ROWS * outputs;
+    float *v = room(SIDE * (v_plane + m_plane)), *m = v + SIDE * v_plane;
     float *zeros = calloc(most, sizeof(float));
     if (!v || !zeros) {
         free(v), free(zeros);
         return 1;
     }
 #define PLANES(i) gradient_planes(i, &grid, job, from, to, base, tiles, zeros, v, v_plane, m, m_plane)
-    for (long part = start / 4; 4 * part < stop; part++) {
-        long first = start > 4 * part ? start - 4 * part : 0, last = stop - 4 * part < 4 ? stop - 4 * part : 4;
-        long from = bound(job, part), to = bound(job, part + 1);
+    for (long unit = start; unit < stop; unit++) {
+        long i = unit % SIDE, from = bound(job, unit / SIDE), to = bound(job, unit / SIDE + 1);
         for (long base = 0; base < job->count; base += STRIP) {
-            long tiles = job->count - base < STRIP ? job->count - base : STRIP;
-            for (long i = first; i < last; i++) {
-                switch (i) {
-                case 0: PLANES(0); break;
-                case 1: PLANES(1); break;
-                case 2: PLANES(2); break;
-                default: PLANES(3);
-                }
-                for (int j = 0; j < 4; j++)
-                    product(inputs, to - from, tiles, v + j * v_plane, 1, inputs, m + j * m_plane + from, outputs,
-                            job->gradient + (4 * i + j) * rounded * outputs + from, outputs, 1);
+            long tiles = least(job->count - base, STRIP);
+            switch (i) {
+            case 0: PLANES(0); break;
+            case 1: PLANES(1); break;
+            case 2: PLANES(2); break;
+            case 3: PLANES(3); break;
+            case 4: PLANES(4); break;
+            default: PLANES(5);
             }
+            for (int j = 0; j < SIDE; j++)
+                product(inputs, to - from, tiles, v + j * v_plane, 1, inputs, m + j * m_plane + from, outputs,
+                        job->gradient + (SIDE * i + j) * plane + from, outputs, 1);
         }
     }
     free(v), free(zeros);
@@ -263,7 +304,7 @@ int widen(const Job *job, long start, long stop) {
     float *a = calloc(STRIP * (9 * few + many) + few, sizeof(float)), *m = a + STRIP * 9 * few, *zeros = m + STRIP * many;
     if (!a) return 1;
     for (long base = start; base < stop; base += STRIP) {
-        long count = stop - base < STRIP ? stop - base : STRIP;
+        long count = least(stop - base, STRIP);
         patches(&grid, job->x, 1, few, base, count, zeros, a);
         product(count, many, 9 * few, a, 9 * few, 1, job->weight, many, m, many, 0);
         for (long p = 0; p < count; p++) {
@@ -320,7 +361,7 @@ int accumulate_patches(const Job *job, long start, long stop) {
     float *a = calloc(STRIP * 9 * few + ROWS + few, sizeof(float)), *zeros = a + STRIP * 9 * few + ROWS;
     if (!a) return 1;
     for (long base = 0; base < job->count; base += STRIP) {
-        long rows = job->count - base < STRIP ? job->count - base : STRIP;
+        long rows = least(job->count - base, STRIP);
         patches(&grid, job->x, (float)job->alpha, few, base, rows, zeros, a);
         product(9 * few, to - from, rows, a, 1, 9 * few, job->y + base * many + from, many, job->gradient + from, many, 1);
     }

@@ -40,11 +40,7 @@ class _Job(ctypes.Structure):
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels, if there are some for numbers of this type on this machine."""
-    loaded = native.library("mlp") if dtype in _SUFFIX else None
-    if loaded is not None:
-        for name in ("forward", "backward"):
-            function(loaded, f"{name}_{_SUFFIX[dtype]}")
-    return loaded
+    return native.library("mlp") if dtype in _SUFFIX else None
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ class Solve:
             parts=len(rows),
             **{key: _pointer(array) for key, array in arrays.items()},
         )
-        ranges(getattr(self._library, f"{name}_{_SUFFIX[z.dtype]}"), job, units)
+        ranges(function(self._library, f"{name}_{_SUFFIX[z.dtype]}"), job, units)
 
 
 def _blocks(z: Tensor) -> int:

@@ -13,8 +13,6 @@ typedef struct {
     long count;
 } Job;
 
-static long least(long a, long b) { return a < b ? a : b; }
-
 INLINE void activate_vector(float *a, float *slope) {
     const vf zero = {0};
     vf x = V(a);

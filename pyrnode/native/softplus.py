@@ -28,7 +28,7 @@ def activate(a: Tensor) -> Tensor | None:
     if library is None:
         return None
     slope = torch.empty_like(a)
-    _each(library.activate, values=a, slope=slope)
+    _each(function(library, "activate"), values=a, slope=slope)
     return slope
 
 
@@ -41,7 +41,7 @@ def pull(bar: Tensor, slope: Tensor, g: Tensor) -> Tensor | None:
     if library is None:
         return None
     bend = torch.empty_like(bar)
-    _each(library.pull, values=bar, slope=slope, g=g, bend=bend)
+    _each(function(library, "pull"), values=bar, slope=slope, g=g, bend=bend)
     return bend
 
 
@@ -54,11 +54,7 @@ def _library(*tensors: Tensor) -> ctypes.CDLL | None:
     for x in tensors:
         if x.dtype != first.dtype or x.shape != first.shape or not x.is_contiguous(memory_format=layout):
             return None
-    library = native.library("softplus")
-    if library is not None:
-        function(library, "activate")
-        function(library, "pull")
-    return library
+    return native.library("softplus")
 
 
 def _each(work: Any, **arrays: Tensor) -> None:

@@ -26,7 +26,7 @@ def ranges(work: Any, job: ctypes.Structure, count: int) -> None:
     """Calls ``work(job, start, stop)`` for ranges that make up ``range(count)``, in as many threads as torch uses.
 
     Args:
-        work: A function of a library in C, of the type `WORK`.
+        work: A `WORK`; of a library in C it is its `function`.
         job: What it reads.
         count: Number of units.
 
@@ -38,7 +38,7 @@ def ranges(work: Any, job: ctypes.Structure, count: int) -> None:
     team = _team() if parts > 1 else None
     if team is not None:
         library, runtime = team
-        failed = library.share(runtime, ctypes.cast(work, c_void_p), address, count, parts)
+        failed = library.share(runtime, work, address, count, parts)
     else:
         bounds = [count * i // parts for i in range(parts + 1)]
         others = [_pool(parts - 1).submit(work, address, *bounds[i : i + 2]) for i in range(1, parts)]
@@ -48,11 +48,10 @@ def ranges(work: Any, job: ctypes.Structure, count: int) -> None:
         raise MemoryError("no memory for a kernel's intermediates")
 
 
+@functools.cache
 def function(library: ctypes.CDLL, name: str) -> Any:
-    """The function of a library that `ranges` calls."""
-    found = getattr(library, name)
-    found.argtypes, found.restype = WORK._argtypes_, WORK._restype_
-    return found
+    """The function of a library, as `ranges` takes it."""
+    return WORK((name, library))
 
 
 class _Runtime(ctypes.Structure):
@@ -75,7 +74,7 @@ def _team() -> tuple[ctypes.CDLL, _Runtime] | None:
         return None
     if library is None:
         return None
-    library.share.argtypes = [_Runtime, c_void_p, c_void_p, c_long, c_long]
+    library.share.argtypes = [_Runtime, WORK, c_void_p, c_long, c_long]
     return library, _Runtime(*(ctypes.cast(entry, c_void_p) for entry in entries))
 
 

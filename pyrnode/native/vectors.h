@@ -18,6 +18,8 @@ typedef int vi __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias))
 #define V(pointer) (*(vf *)(pointer))
 #define CV(pointer) (*(const vf *)(pointer))
 
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 /* exp(x) - less, for x of at most 0, with an error of about one rounding (Cephes); below -87 as at -87. */
