@@ -42,7 +42,7 @@ from pyrnode.errors import ConfigError
 _STORE_LIMIT = 32 * 2**20
 """Up to how many bytes of intermediates of one block ``memory="auto"`` stores."""
 
-_PIECE = 10 * 2**20
+_PIECE = 20 * 2**20
 """Bytes of intermediates beyond which an evaluation goes through in pieces of the batch: they stay in the caches."""
 
 

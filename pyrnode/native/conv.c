@@ -284,14 +284,40 @@ int accumulate(const Job *job, long start, long stop) {
     return 0;
 }
 
+typedef struct {
+    long image, row, column;
+} Pixel;
+
+static Pixel pixel_of(const Grid *grid, long index) {
+    long size = grid->height * grid->width, within = index % size;
+    return (Pixel){index / size, within / grid->width, within % grid->width};
+}
+
+static void next(const Grid *grid, Pixel *at) {
+    if (++at->column < grid->width) return;
+    at->column = 0;
+    if (++at->row < grid->height) return;
+    at->row = 0, at->image++;
+}
+
+/* Whether all 9 pixels around it are the image's. */
+static int inner(const Grid *grid, const Pixel *at) {
+    return at->row > 0 && at->row + 1 < grid->height && at->column > 0 && at->column + 1 < grid->width;
+}
+
 /* alpha times the 9 pixels around each of the pixels from `base` on: rows of 9 `few` numbers. */
 static void patches(const Grid *grid, const float *x, float alpha, long few, long base, long count,
                     const float *zeros, float *to) {
-    for (long p = base; p < base + count; p++) {
-        long within = p % (grid->height * grid->width);
+    Pixel at = pixel_of(grid, base);
+    for (long p = base; p < base + count; p++, next(grid, &at)) {
+        if (inner(grid, &at)) {
+            const float *d = x + (p - grid->width - 1) * few;
+            for (int i = 0; i < 3; i++, d += grid->width * few)
+                for (long k = 0; k < 3 * few; k++) *to++ = alpha * d[k];
+            continue;
+        }
         const float *d[9];
-        pixels(grid, x, few, p / (grid->height * grid->width), within / grid->width - 1, within % grid->width - 1, 3,
-               zeros, d);
+        pixels(grid, x, few, at.image, at.row - 1, at.column - 1, 3, zeros, d);
         for (int e = 0; e < 9; e++)
             for (long k = 0; k < few; k++) *to++ = alpha * d[e][k];
     }
@@ -307,9 +333,9 @@ int widen(const Job *job, long start, long stop) {
         long count = least(stop - base, STRIP);
         patches(&grid, job->x, 1, few, base, count, zeros, a);
         product(count, many, 9 * few, a, 9 * few, 1, job->weight, many, m, many, 0);
-        for (long p = 0; p < count; p++) {
-            long image = (base + p) / (grid.height * grid.width), within = (base + p) % (grid.height * grid.width);
-            const float *shift = job->shift ? shift_at(job, image, within / grid.width, within % grid.width) : NULL;
+        Pixel at = pixel_of(&grid, base);
+        for (long p = 0; p < count; p++, next(&grid, &at)) {
+            const float *shift = job->shift ? shift_at(job, at.image, at.row, at.column) : NULL;
             for (long k = 0; k < many; k += LANES) {
                 vf value = CV(m + p * many + k);
                 if (shift) value += CV(shift + k);
@@ -338,10 +364,14 @@ int narrow(const Job *job, long start, long stop) {
             memcpy(tail, from + whole * many, sizeof(float) * (size - whole) * many);
             product(ROWS, columns, many, tail, many, 1, job->weight, columns, z + whole * columns, columns, 0);
         }
-        for (long p = 0; p < size; p++) {
+        Pixel at = {0, 0, 0};
+        for (long p = 0; p < size; p++, next(&grid, &at)) {
             const float *d[9];
-            pixels(&grid, z, columns, 0, p / grid.width - 1, p % grid.width - 1, 3, zeros, d);
-            const float *shift = job->shift ? shift_at(job, image, p / grid.width, p % grid.width) : NULL;
+            if (inner(&grid, &at))
+                for (int e = 0; e < 9; e++) d[e] = z + (p + (e / 3 - 1) * grid.width + e % 3 - 1) * columns;
+            else
+                pixels(&grid, z, columns, 0, at.row - 1, at.column - 1, 3, zeros, d);
+            const float *shift = job->shift ? shift_at(job, image, at.row, at.column) : NULL;
             for (long k = 0; k < few; k++) {
                 float sum = shift ? shift[k] : 0;
                 for (int e = 0; e < 9; e++) sum += d[e][e * few + k];
