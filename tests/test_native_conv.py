@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrnode import native
+from pyrnode.config import SolverConfig
 from pyrnode.dynamics import layers
 from pyrnode.dynamics.layered import ConvNet, LayeredKernel
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
+from pyrnode.engines.base import Probes
+from pyrnode.engines.torch import TorchEngine
 from pyrnode.native import conv
 from pyrnode.native import threads as native_threads
 from pyrnode.native.threads import WORK, ranges
@@ -229,6 +233,17 @@ def test_a_network_uses_it_where_nothing_is_recorded():
     assert linear(x).grad_fn is not None  # left to torch
     assert linear.transpose(x).grad_fn is not None
     assert type(layers._linear(net.layers[1].weight, (7, 7), detached=False)) is Conv
+
+
+@_KERNEL
+def test_between_its_passes_a_solve_holds_no_transformed_weights():
+    net, z = _net(), torch.randn(2, 1, 7, 7)
+    probes = Probes.draw(z, 1, generator=torch.Generator().manual_seed(0))
+    solution = TorchEngine().integrate(net, z, probes, (0.0, 1.0), SolverConfig(memory="checkpoint"))
+    gc.collect()
+    assert not [x for x in gc.get_objects() if isinstance(x, conv.Convolution)]
+    (solution.z.sum() + solution.l.sum()).backward()
+    assert net.layers[1].weight.grad.any()
 
 
 def test_without_it_the_results_are_the_same(monkeypatch):

@@ -93,10 +93,8 @@ class Winograd(Convolution):
         self._library = library
         self._outputs, self._inputs = weight.shape[:2]
         self._forward, self._backward = _transformed(weight), _transformed(_reversed(weight))
-        rows = library.block_rows()
-        self._gradient = torch.zeros(
-            len(_GG), -(-self._inputs // rows) * rows, self._outputs
-        )  # of the transformed weight
+        rows = -(-self._inputs // library.block_rows()) * library.block_rows()
+        self._gradient = torch.zeros(len(_GG), rows, self._outputs)  # of the transformed weight
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return self._convolve(self._forward, x, shift)
