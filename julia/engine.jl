@@ -182,7 +182,9 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     dense = adjoint && !solver.checkpointing && solver.sensealg != "BacksolveAdjoint"
     steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
     f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
-    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), p)
+    # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
+    grid = solver.adaptive ? (;) : stepping(solver, tspan, T)
+    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), p; grid...)
     given = solver.options
     if record  # what is saved, the pullback reads: it is not for the options to say
         given = filter(option -> !(first(option) in SAVING), given)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_parameters_are_one_piece_of_memory(julia_engine: Engine) -> None:
 
     dynamics = MLP(3, (4,)).requires_grad_()
     optimizer = torch.optim.Adam(dynamics.parameters(), lr=0.1)
-    before, flat = together(dynamics).clone(), flat_parameters(dynamics)
+    before, flat = together(dynamics).clone(), flat_parameters(list(dynamics.parameters()))
     address = next(dynamics.parameters()).data_ptr()
     assert torch.equal(flat, before)
     assert _bridge().address(_shared(flat)) == flat.data_ptr() == address
@@ -89,12 +90,12 @@ def test_parameters_are_one_piece_of_memory(julia_engine: Engine) -> None:
     assert torch.allclose(flat, before - 0.1, rtol=0, atol=1e-6)
     dynamics.load_state_dict({name: torch.full_like(value, 2.0) for name, value in dynamics.state_dict().items()})
     assert torch.equal(flat, torch.full_like(flat, 2.0))
-    assert flat_parameters(dynamics).data_ptr() == address
+    assert flat_parameters(list(dynamics.parameters())).data_ptr() == address
     other = copy.deepcopy(dynamics)
-    flat_parameters(other).fill_(5.0)
+    flat_parameters(list(other.parameters())).fill_(5.0)
     assert torch.equal(together(other), torch.full_like(flat, 5.0))
     assert torch.equal(flat, torch.full_like(flat, 2.0))
-    double = flat_parameters(other.double())
+    double = flat_parameters(list(other.double().parameters()))
     assert double.dtype == torch.float64
     assert double.data_ptr() == next(other.parameters()).data_ptr()
     assert torch.equal(double, together(other))
@@ -404,6 +405,17 @@ def test_every_adjoint_gives_pytorchs_gradient(julia_engine: Engine, kind: str, 
     _, gradient = solve(julia_engine, dynamics, solver)
     for found, expected in zip(gradient, reference, strict=True):
         assert difference([found], [expected]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "sensealg"), [("Euler", "InterpolatingAdjoint"), ("RK4", "InterpolatingAdjoint"), ("RK4", "GaussAdjoint")]
+)
+def test_checkpoints_keep_to_the_grid(julia_engine: Engine, name: str, sensealg: str) -> None:
+    """What is solved again between checkpoints has the same fixed steps, and needs no estimate of their error."""
+    dynamics, solver = make("mlp"), SolverConfig(name=name, step_size=0.125, sensealg=sensealg)
+    kept = solve(julia_engine, dynamics, solver)[1]
+    again = solve(julia_engine, dynamics, replace(solver, memory="checkpoint"))[1]
+    assert difference(again, kept) < 1e-12
 
 
 def test_closed_form_gradient_of_an_adjoint(julia_engine: Engine) -> None:

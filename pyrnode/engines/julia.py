@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -221,19 +222,19 @@ class JuliaEngine(Engine):
         total_derivative = total_derivative and probes is not None
         c = embedded(dynamics, context, len(z0))
         detached = None if c is None else c.detach()
-        solve = _Solve(self, dynamics, probes, detached, t_span, solver, handle, total_derivative)
-        z, q = run(solve, z0.contiguous(), c, tuple(dynamics.solved_parameters()))
+        parameters = tuple(dynamics.solved_parameters())
+        solve = _Solve(self, dynamics, parameters, probes, detached, t_span, solver, handle, total_derivative)
+        z, q = run(solve, z0.contiguous(), c, parameters)
         l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         return Solution(z, l, E, n, D, solve.stats)
 
 
-def flat_parameters(dynamics: Dynamics) -> Tensor:
+def flat_parameters(parameters: Sequence[Tensor]) -> Tensor:
     """The parameters of a solve as one vector ``(P,)`` that shares their memory.
 
     They are moved into one piece of memory where they are not in one already: the first time, and after ``.to()`` or a
     copy. Optimisers and ``load_state_dict`` write into that memory, so this happens once.
     """
-    parameters = list(dynamics.solved_parameters())
     first, offset = parameters[0], 0
     together = True
     for p in parameters:
@@ -262,6 +263,7 @@ class _Solve:
 
     engine: JuliaEngine
     dynamics: Dynamics
+    parameters: tuple[Tensor, ...]
     probes: Probes | None
     context: Tensor | None  # embedded
     t_span: tuple[float, float]
@@ -279,7 +281,7 @@ class _Solve:
         eps = None if self.probes is None else self.probes.eps.to(z0.dtype).contiguous()
         native = type(self.dynamics) in (MLP, ConvNet) and not self.total_derivative
         if native:
-            dynamics, theta = self.engine._network(self.dynamics), flat_parameters(self.dynamics)  # type: ignore[arg-type]
+            dynamics, theta = self.engine._network(self.dynamics), flat_parameters(self.parameters)  # type: ignore[arg-type]
         else:
             alone = bool(bridge.is_separate(self.handle, _shared(z0)))
             rows = slice(0, 1 if alone else len(z0))
@@ -300,12 +302,11 @@ class _Solve:
         vars(self.stats).update(vars(Stats(nfe, int(nfe_max), 0.0, accepted, rejected)))
         if record:
             self.recorded, self.kept = solve, (theta, z0, eps, dynamics)
-            self.versions = [p._version for p in self.dynamics.solved_parameters()]
+            self.versions = [p._version for p in self.parameters]
         return z, q.t()
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        parameters = list(self.dynamics.solved_parameters())
-        if [p._version for p in parameters] != self.versions:
+        if [p._version for p in self.parameters] != self.versions:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
         theta, z0, _, _ = self.kept
         z0_bar, gradient = torch.empty_like(z0), torch.empty_like(theta)
@@ -318,8 +319,8 @@ class _Solve:
         except _JuliaFailure as failure:
             raise self._error(failure) from None
         self.stats.nfe_backward = float(evaluations)
-        parts = gradient.split([p.numel() for p in parameters])
-        return z0_bar, c_bar, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        parts = gradient.split([p.numel() for p in self.parameters])
+        return z0_bar, c_bar, [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def _error(self, failure: _JuliaFailure) -> BaseException:
         """What happened in Julia, in the words of both engines."""
