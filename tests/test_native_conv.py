@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -235,13 +238,18 @@ def test_a_network_uses_it_where_nothing_is_recorded():
     assert type(layers._linear(net.layers[1].weight, (7, 7), detached=False)) is Conv
 
 
+def _convolutions() -> int:
+    gc.collect()
+    return sum(issubclass(type(x), conv.Convolution) for x in gc.get_objects())
+
+
 @_KERNEL
 def test_between_its_passes_a_solve_holds_no_transformed_weights():
     net, z = _net(), torch.randn(2, 1, 7, 7)
     probes = Probes.draw(z, 1, generator=torch.Generator().manual_seed(0))
+    before = _convolutions()
     solution = TorchEngine().integrate(net, z, probes, (0.0, 1.0), SolverConfig(memory="checkpoint"))
-    gc.collect()
-    assert not [x for x in gc.get_objects() if isinstance(x, conv.Convolution)]
+    assert _convolutions() == before
     (solution.z.sum() + solution.l.sum()).backward()
     assert net.layers[1].weight.grad.any()
 
@@ -343,3 +351,21 @@ def test_ranges_say_that_a_thread_had_no_memory(failing, threads):
     with pytest.raises(MemoryError):
         ranges(work, JOB, 3)
     assert sorted(done) == [0, 1, 2]  # none is still at work
+
+
+FEWER = """
+import torch
+from pyrnode.native import conv
+from pyrnode.native.threads import WORK, ranges
+done = []
+work = WORK(lambda job, start, stop: done.append((start, stop)) or 0)
+torch.set_num_threads(3)
+ranges(work, conv._Job(), 7)
+print(torch.get_num_threads(), sorted(done))
+"""
+
+
+def test_ranges_cover_all_by_fewer_threads_than_asked_for():
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run([sys.executable, "-c", FEWER], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "3 [(0, 2), (2, 4), (4, 7)]"
