@@ -484,6 +484,19 @@ def test_command(tmp_path: Path, reproduced: Any, capsys: pytest.CaptureFixture[
     assert found["numbers"] == reproduced[1]["fig1"].numbers
 
 
+def test_ctrl_c_ends_the_estimate_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    def interrupt(trainer: Trainer) -> None:
+        stopped.append(trainer)
+        trainer._stop = True
+
+    monkeypatch.setattr(Trainer, "_validate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pyrnode.reproduce("fig1", scale="tiny", out=tmp_path, progress=False)
+    assert len(stopped) == 1
+
+
 def test_command_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

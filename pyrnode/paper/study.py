@@ -258,6 +258,8 @@ class Study:
             }
         )
         result = train(self.splits(config), overrides=timed.to_dict(), evaluate=False, progress=False)
+        if result.interrupted:
+            raise KeyboardInterrupt
         seconds = [record["seconds"] for record in result.history if "loss" in record]
         return float(seconds[-1] - seconds[0]) / (TIMED_STEPS - 1)
 
