@@ -113,7 +113,8 @@ def crossing(case: str, sensealg: str, repeats: int = 30) -> float:
 
     step = engine_step(case, "julia", sensealg, engine)
     step()
-    engine._networks = {key: bridge.wrap(network) for key, network in engine._networks.items()}
+    for network in engine._networks.values():
+        network.handle = bridge.wrap(network.handle)
     with (
         mock.patch.object(engine, "integrate", timed(engine.integrate)),
         mock.patch.object(julia._Solve, "backward", timed(julia._Solve.backward)),

@@ -44,6 +44,7 @@ export MLP, ConvNet, LuxDynamics, Probes, Solver, Solution, SolveError, RNODELay
 export algorithms, algorithm, integrate, pullback
 
 include("activations.jl")  # φ, φ', φ''
+include("products.jl")     # c = a b for small matrices
 include("layers.jl")       # a = s(t) ⊙ (W h) + β(t), and its transpose
 include("dynamics.jl")     # what dynamics are to the engine
 include("layered.jl")      # MLP and ConvNet with an explicit εᵀ∂f/∂z

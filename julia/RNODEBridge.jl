@@ -9,21 +9,31 @@ module RNODEBridge
 __precompile__(false)
 
 using LinearAlgebra: BLAS
-using PythonCall: PythonCall, Py, PyArray, PyException, pybuiltins, pyconvert, pyis
+using PythonCall: C, PythonCall, Py, PyException, getptr, pybuiltins, pyconvert
 using DLPack: DLPack
-using RNODE: RNODE, ConvNet, Dynamics, MLP, Probes, SolveError, Solver, counts, matrix, results!, solve_backward!, solve_forward
+using RNODE: RNODE, ConvNet, Dynamics, MLP, Probes, SolveError, Solver, counts, matrix, piece, results!, solve_backward!, solve_forward
 
 # --- arrays ---
 
 """
-The memory of a torch tensor as an array with its axes reversed: a CPU's through numpy's buffer, a GPU's through DLPack. No copy
-either way. The caller keeps the tensor.
+The memory of a torch tensor as an array with its axes reversed, without a copy: a CPU's from a DLPack capsule, which stays
+Python's; a GPU's through DLPack.jl. The caller keeps the tensor.
 """
 view_of(::Nothing) = nothing
-view_of(x::PyArray{T,N}) where {T,N} = unsafe_wrap(Array{T,N}, pointer(x), size(x))
+view_of(x::Array) = x
 function view_of(x::Py)
-    pyis(x, pybuiltins.None) && return nothing
-    return DLPack.from_dlpack(x)
+    C.PyObject_IsInstance(getptr(x), C.POINTERS.PyCapsule_Type) == 1 || return DLPack.from_dlpack(x)
+    tensor = unsafe_load(Ptr{DLPack.DLTensor}(C.PyCapsule_GetPointer(getptr(x), "dltensor")))
+    bits = tensor.dtype.bits
+    tensor.dtype.code == Integer(DLPack.kDLFloat) && bits in (32, 64) || throw(ArgumentError("an array of other numbers than float32 and float64"))
+    return bits == 32 ? host_array(Float32, tensor, Val(Int(tensor.ndim))) : host_array(Float64, tensor, Val(Int(tensor.ndim)))
+end
+
+function host_array(::Type{T}, tensor, ::Val{N}) where {T,N}
+    axis(p, i) = Int(unsafe_load(p, N - i + 1))
+    shape, strides = ntuple(i -> axis(tensor.shape, i), Val(N)), ntuple(i -> axis(tensor.strides, i), Val(N))
+    any(i -> shape[i] > 1 && strides[i] != prod(shape[1:(i - 1)]), 1:N) && throw(ArgumentError("an array that is not in C order"))
+    return unsafe_wrap(Array, Ptr{T}(tensor.data + tensor.byte_offset), shape)
 end
 
 "The address of an array's memory, so that a test can see that it was not copied."
@@ -121,28 +131,39 @@ end
 # --- one solve ---
 
 """
-Integrates, writes the state to `z` and the integrals to `q` (batch, 4), and the counts (nfe, nfe_max, accepted, rejected) to
-`numbers`. Gives what `backward` needs, if `record`.
+Integrates, writes the state to `z` and the integrals to `q` (4, batch), and gives what `backward` needs, if `record`, with the
+counts (nfe, nfe_max, accepted, rejected).
 """
-function forward(dynamics, solver, θ, z0, context, ε, weight, t0, t1, total_derivative, record, z, q, numbers)
+function forward(dynamics, solver, θ, z0, context, ε, weight, t0, t1, total_derivative, record, z, q)
     z0, context, ε = view_of(z0), view_of(context), view_of(ε)
     probes = ε === nothing ? nothing : Probes(ε, Float64(weight))
     solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; context, total_derivative, record)
-    state = matrix(view_of(z))
-    results!(state, view_of(q), solves)
-    copyto!(view_of(numbers), collect(counts(solves)))
+    state, q = matrix(view_of(z)), view_of(q)
+    integrals = fill!(similar(q, reverse(size(q))), false)
+    results!(state, integrals, solves)
+    permutedims!(q, integrals, (2, 1))
     synchronize(state)
-    return record ? solves : nothing
+    return record ? solves : nothing, counts(solves)...
 end
 
-"Writes the cotangents of the start state, of the context and of θ; gives the mean number of evaluations."
-function backward(solves, z_bar, q_bar, z0_bar, c̄, θ̄)
+"""
+Writes the cotangents of the start state, of the context and of θ, one after the other, to `bars`, given those of `z` and `q`; gives
+the mean number of evaluations.
+"""
+function backward(solves, z_bar, q_bar, context_length, bars)
     foreach(solve -> solve.system.nfe_backward = 0, solves.each)
-    gradient, c̄ = fill!(view_of(θ̄), false), view_of(c̄)
-    c̄ === nothing || fill!(c̄, false)
-    solve_backward!(matrix(view_of(z0_bar)), gradient, c̄, solves, matrix(view_of(z_bar)), view_of(q_bar))
-    synchronize(gradient)
+    z_bar = matrix(view_of(z_bar))
+    z0_bar, c̄, θ̄ = split_bars(fill!(view_of(bars), false), size(z_bar)..., context_length)
+    solve_backward!(z0_bar, θ̄, c̄, solves, z_bar, permutedims(view_of(q_bar)))
+    synchronize(θ̄)
     return sum(solve -> solve.system.nfe_backward, solves.each) / length(solves.each)
+end
+
+function split_bars(bars, d, batch, context_length)
+    ends = cumsum((d * batch, context_length * batch))
+    z0_bar, c̄ = piece(bars, 1:ends[1]), context_length == 0 ? nothing : piece(bars, (ends[1] + 1):ends[2])
+    θ̄ = piece(bars, (ends[2] + 1):length(bars))
+    return reshape(z0_bar, d, batch), c̄ === nothing ? nothing : reshape(c̄, context_length, batch), θ̄
 end
 
 "Whether each sample of a batch is solved on its own."

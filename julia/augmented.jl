@@ -1,26 +1,35 @@
 # The augmented system of design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error. The
 # blocks of the state are contiguous, so that z is seen as a matrix without a copy, and every solver works on it.
 
-"Bytes of intermediates beyond which a batch goes through in pieces, so that they stay in the caches."
-const PIECE = 10 * 2^20
+"Bytes of intermediates that are held from an evaluation to its pullback; beyond, pieces share kernels and evaluate again."
+const HELD = 64 * 2^20
 
-"One thread's share of a batch: its columns in pieces, and a kernel for each size of them (there are at most two)."
-mutable struct Worker{K}
-    const pieces::Vector{UnitRange{Int}}
-    const kernels::Dict{Int,K}
-    last::Any  # (f, w, r) of the last evaluation that a pullback may follow
+"One thread's share of a batch: its columns in pieces that go through one after the other, so that they stay in a cache."
+struct Worker{K}
+    pieces::Vector{UnitRange{Int}}
+    kernels::Vector{K}  # of each piece, all on the parameters and the gathered gradient of the first
+    holds::Bool         # whether no two pieces share one, so that what an evaluation left is there for a pullback
+    last::Vector{Any}   # (f, w, r) of each piece's last evaluation that a pullback may follow
 end
 
-"Shares the columns of the batch out to the threads, and binds a kernel to each."
+Worker(pieces, kernels, holds) = Worker(pieces, kernels, holds, Vector{Any}(undef, length(pieces)))
+
+"Shares the columns of the batch out to the threads, and binds kernels to them."
 function workers(dynamics::Dynamics, θ, z0, k)
     batch = size(z0, ndims(z0))
     threads = threaded(dynamics) && z0 isa Array ? min(Threads.nthreads(), batch) : 1
-    each = sample_bytes(dynamics, z0, k)
+    each = z0 isa Array ? sample_bytes(dynamics, z0, k) : 0
+    states(n) = similar(z0, Base.front(size(z0))..., n)
     return map(split_range(1:batch, threads)) do columns
-        most = z0 isa Array && each > 0 ? max(1, PIECE ÷ each) : length(columns)
+        most = each > 0 ? max(1, piece_bytes(dynamics) ÷ each) : length(columns)
         pieces = split_range(columns, cld(length(columns), most))
-        sizes = unique(length.(pieces))
-        Worker(pieces, Dict(n => bind(dynamics, θ, similar(z0, Base.front(size(z0))..., n), k) for n in sizes), nothing)
+        kernels = [bind(dynamics, θ, states(length(pieces[1])), k)]
+        holds = length(columns) * each ≤ HELD
+        for piece in pieces[2:end]
+            same = holds ? nothing : findfirst(other -> length(other) == length(piece), pieces[1:length(kernels)])
+            push!(kernels, same === nothing ? another(kernels[1], states(length(piece))) : kernels[same])
+        end
+        return Worker(pieces, kernels, holds)
     end
 end
 
@@ -72,12 +81,16 @@ function initial_state(system::Augmented, z0)
     return u
 end
 
-"Calls `work(worker, kernel, columns)` for every piece of the batch."
-function each_piece(work, system::Augmented)
+"""
+Calls `work(worker, number, kernel, columns)` for every piece of the batch, by its number among the worker's. Unless the evaluation
+is to be `held`, pieces of one length take one kernel, whose memory is in the cache.
+"""
+function each_piece(work, system::Augmented; held=false)
     in_threads(length(system.workers)) do i
         worker = system.workers[i]
-        for columns in worker.pieces
-            work(worker, worker.kernels[length(columns)], columns)
+        for (number, columns) in enumerate(worker.pieces)
+            first_one = !held && length(columns) == length(worker.pieces[1])
+            work(worker, number, worker.kernels[first_one ? 1 : number], columns)
         end
     end
     system.evaluations += 1
@@ -92,10 +105,10 @@ probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : vi
 "du = (f, l', E', n', D'); with `tape`, a pullback may follow."
 function rate!(du, system::Augmented, u, t; tape=false)
     (z, _), (dz, dq) = parts(system, u), parts(system, du)
-    each_piece(system) do worker, kernel, columns
+    each_piece(system; held=tape) do worker, number, kernel, columns
         ε = probes_of(system, columns)
         f, w, r = found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, tape)
-        tape && (worker.last = found)
+        tape && (worker.last[number] = found)
         copyto!(view(dz, :, columns), f)
         ε === nothing || integrands!(view(dq, columns, :), f, w, r, ε, system.weight)
     end
@@ -104,7 +117,7 @@ end
 
 "f alone, into `dz` (event, batch)."
 function state_rate!(dz, system::Augmented, z, t)
-    each_piece(system) do worker, kernel, columns
+    each_piece(system) do worker, number, kernel, columns
         f, _, _ = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), nothing, false)
         copyto!(view(dz, :, columns), f)
     end
@@ -149,7 +162,7 @@ Cotangent of the state into `ū` (event, batch) and, gathered in the kernels, of
 first, piece by piece. `z_bar` is overwritten.
 """
 function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar)
-    each_piece(system) do worker, kernel, columns
+    each_piece(system) do worker, number, kernel, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
         found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
         pull_piece!(ū, system, kernel, columns, found, ε, z_bar, q_bar)
@@ -170,7 +183,7 @@ end
 
 "Adds the gradients of θ and of the context (where there is one) that have gathered, and forgets them."
 function gradient!(θ̄, c̄, system::Augmented)
-    foreach(worker -> foreach(kernel -> gradient!(θ̄, kernel), values(worker.kernels)), system.workers)
+    foreach(worker -> gradient!(θ̄, first(worker.kernels)), system.workers)
     system.context === nothing && return nothing
     c̄ .+= system.context_bar
     fill!(system.context_bar, false)
@@ -217,13 +230,13 @@ end
 
 function product_rule(system::Augmented, u, p, t)
     du = rate!(similar(u), system, u, t; tape=true)
-    mine, whole = system.evaluations, all(worker -> length(worker.pieces) == 1, system.workers)
+    mine, held = system.evaluations, all(worker -> worker.holds, system.workers)
     function product_pullback(ȳ)
         ū, p̄ = fill!(similar(u), false), fill!(similar(p), false)
         z_bar, q_bar = parts(system, copyto!(similar(u), unthunk(ȳ)))
         z̄, z = parts(system, ū)[1], parts(system, u)[1]
-        # The kernels still hold what this evaluation left, unless there were others since, or more than one piece.
-        if whole && system.evaluations == mine
+        # The kernels still hold what this evaluation left, unless there were others since, or they are shared.
+        if held && system.evaluations == mine
             pull_last!(z̄, system, z_bar, q_bar)
         else
             pull_rate!(z̄, system, t, z, z_bar, system.integrals == 0 ? nothing : q_bar)
@@ -236,8 +249,8 @@ end
 
 "`pull_rate!` at the evaluation that the kernels hold."
 function pull_last!(ū, system::Augmented, z_bar, q_bar)
-    each_piece(system) do worker, kernel, columns
-        dynamic(pull_piece!, ū, system, kernel, columns, worker.last, probes_of(system, columns), z_bar, q_bar)
+    each_piece(system; held=true) do worker, number, kernel, columns
+        dynamic(pull_piece!, ū, system, kernel, columns, worker.last[number], probes_of(system, columns), z_bar, q_bar)
     end
     system.nfe_backward += 1
     return ū

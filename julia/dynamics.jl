@@ -27,6 +27,17 @@ threaded(::Dynamics) = true
 "Bytes that a kernel holds for each sample; 0 where that is not known."
 sample_bytes(::Dynamics, z0, k) = 0
 
+"Bytes of intermediates of one piece of a batch, on a CPU."
+piece_bytes(::Dynamics) = 10 * 2^20
+
+"""
+    another(kernel, z0)
+
+A kernel for states like `z0` in the same thread: it shares the parameters of `kernel`, and the memory in which their gradient gathers.
+Only asked for where `sample_bytes` is known.
+"""
+function another end
+
 "Columns of the batch as matrices: (event..., batch) to (event, batch)."
 matrix(x) = reshape(x, :, size(x, ndims(x)))
 

@@ -149,7 +149,7 @@ function solve_separately(dynamics, θ, z0, context, ε, weight, integrals, tspa
     p = flat_parameters(θ, columns_of(context, 1:1))  # nobody reads the values, so one vector is enough for all
     in_threads(length(shares)) do i
         kernel = bind(dynamics, θ, similar(z0, Base.front(size(z0))..., 1), probe_count(ε))
-        one = [Worker([1:1], Dict(1 => kernel), nothing)]
+        one = [Worker([1:1], [kernel], true)]
         for j in shares[i]
             c, e = context === nothing ? nothing : context[:, j:j], ε === nothing ? nothing : ε[:, j:j, :]
             sample = Augmented(one, c, e, weight, (size(z, 1), 1), integrals)

@@ -63,8 +63,11 @@ struct Dense{W}
     gradient::W
 end
 
-linear(::Val{0}, spec::LayerSpec, w, w̄) =
-    Dense(reshape(w, spec.inputs, spec.outputs), reshape(w̄, spec.inputs, spec.outputs))
+linear(::Val{0}, spec::LayerSpec, w, w̄) = dense(reshape(w, spec.inputs, spec.outputs), reshape(w̄, spec.inputs, spec.outputs))
+
+dense(weight, gradient) = Dense(weight, gradient)
+dense(weight::Matrix{T}, gradient::Matrix{T}) where {T<:BlasReal} =
+    is_small(T, size(weight)...) ? SmallDense(weight, gradient) : Dense(weight, gradient)
 
 apply!(y, l::Dense, h) = mul!(y, transpose(l.weight), h)
 transpose!(x, l::Dense, g) = mul!(x, l.weight, g)
@@ -76,6 +79,15 @@ apply!(y::Matrix{T}, l::BlasDense{T}, h::Matrix{T}) where {T} = BLAS.gemm!('T', 
 transpose!(x::Matrix{T}, l::BlasDense{T}, g::Matrix{T}) where {T} = BLAS.gemm!('N', 'N', one(T), l.weight, g, zero(T), x)
 accumulate!(l::BlasDense{T}, h::Matrix{T}, g::Matrix{T}, α) where {T} =
     BLAS.gemm!('N', 'T', T(α), h, g, one(T), l.gradient)
+
+apply!(y, l::SmallDense, h) = left_times!(y, l.forward, h, l.spare)
+transpose!(x, l::SmallDense, g) = left_times!(x, l.back, g, l.spare)
+
+function accumulate!(l::SmallDense, h, g, α)
+    isempty(l.turned) && return outer!(l.gradient, h, g, α, Val(true), l.spare)
+    outer!(l.turned, g, h, 1, Val(false), l.spare)
+    return l.gradient .+= eltype(h)(α) .* transpose(l.turned)
+end
 
 "(W, H, in, batch) to (W, H, out, batch): cross-correlation with zero padding; torch's weight (out, in, kh, kw) reversed."
 struct Conv{W,R}
@@ -108,6 +120,16 @@ gather(spec::LayerSpec, x::AbstractMatrix) =
     pixels(spec) == 1 ? x : reshape(sum(reshape(x, pixels(spec), :); dims=1), spec.outputs, size(x, 2))
 
 batch_sum(x) = vec(sum(x; dims=2))
+
+function batch_sum(x::Matrix)
+    total = zeros(eltype(x), size(x, 1))
+    @inbounds for j in axes(x, 2)
+        @simd for i in axes(x, 1)
+            total[i] += x[i, j]
+        end
+    end
+    return total
+end
 
 "Repeats a value for each channel over its pixels."
 spread(spec::LayerSpec, x) = pixels(spec) == 1 ? x : vec(reshape(x, 1, :) .* fill!(similar(x, pixels(spec)), true))

@@ -42,6 +42,9 @@ def test_native_layer() -> None:
     for sensealg in ("Backprop", "InterpolatingAdjoint"):
         assert found[f"lux-{sensealg}"] < 1e-13
         assert found[f"lux-gradient-{sensealg}"] < 1e-12
+        for batch in (97, 6500):
+            assert found[f"pieces-{sensealg}-{batch}"] < 1e-12
+    assert found["products"] < 50  # roundings
     assert found["stable"] == 1
     # One hidden layer's array alone has 131,072 bytes.
     assert found["bytes"] < 8_000

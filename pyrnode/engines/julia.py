@@ -1,7 +1,7 @@
 """The Julia engine: OrdinaryDiffEq's solvers and SciMLSensitivity's adjoints, behind the same contract.
 
 The only file that imports juliacall. One call is one solve of one block, forward or back. All arrays are torch's: Julia
-computes on their memory (through numpy's buffer on a CPU, DLPack on a GPU) and writes its results into them.
+computes on their memory (through DLPack) and writes its results into them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+from torch.utils.dlpack import to_dlpack
 
 from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
@@ -135,7 +138,11 @@ class JuliaEngine(Engine):
     def __init__(self) -> None:
         julia_setup.require()
         self._solvers: dict[str, Any] = {}
-        self._networks: dict[tuple[Any, ...], Any] = {}
+        self._last: tuple[SolverConfig | None, Any] = None, None
+        self._networks: WeakKeyDictionary[Dynamics, _Network] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[JuliaEngine], tuple[()]]:
+        return JuliaEngine, ()  # a copy, or in another process: what it keeps of Julia's is found again
 
     def solvers(self) -> list[dict[str, Any]]:
         """What Julia has: ``name``, ``order`` (0: it varies), ``kind`` and ``package`` of every solver."""
@@ -146,6 +153,11 @@ class JuliaEngine(Engine):
         self._solver(solver)
 
     def _solver(self, solver: SolverConfig) -> Any:
+        if solver is not self._last[0]:
+            self._last = solver, self._look_up(solver)
+        return self._last[1]
+
+    def _look_up(self, solver: SolverConfig) -> Any:
         if solver.step_size == "auto":
             raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
         sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
@@ -186,17 +198,12 @@ class JuliaEngine(Engine):
                 raise ConfigError(f"solver {solver.name!r}: {failure}") from None
         return self._solvers[key]
 
-    def _network(self, dynamics: LayeredDynamics) -> Any:
-        """Julia's description of a network that both engines have; θ is not part of it."""
-        layers: list[Any] = list(dynamics.layers)
-        hidden = [layer.weight.shape[0] for layer in layers[:-1]]
-        side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
-        kind = "mlp" if isinstance(dynamics, MLP) else "conv"
-        rest = (dynamics.activation, layers[0].time, side, dynamics.context_dim > 0)
-        key = (kind, dynamics.event_shape, tuple(hidden), *rest)
-        if key not in self._networks:
-            self._networks[key] = _bridge().network(kind, list(dynamics.event_shape), hidden, *rest)
-        return self._networks[key]
+    def _network(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> _Network:
+        """Julia's side of a network that both engines have; made anew where its parameters have moved."""
+        network = self._networks.get(dynamics)
+        if network is None or network.addresses != [p.data_ptr() for p in parameters]:
+            self._networks[dynamics] = network = _Network(dynamics, parameters)
+        return network
 
     def integrate(
         self,
@@ -251,10 +258,27 @@ def flat_parameters(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _shared(x: Tensor | None) -> Any:
-    """`x` as Julia takes it without a copy: numpy's view with its axes reversed, or the CUDA tensor itself."""
+    """`x` as Julia takes it without a copy: a DLPack capsule, or the CUDA tensor itself with its axes reversed."""
     if x is None:
         return None
-    return x.detach().numpy().T if x.device.type == "cpu" else x.detach().permute(*reversed(range(x.ndim)))
+    x = x.detach()
+    return to_dlpack(x) if x.device.type == "cpu" else x.permute(*reversed(range(x.ndim)))
+
+
+class _Network:
+    """A network that Julia has too: its description there, and Julia's view of the parameters' memory."""
+
+    def __init__(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> None:
+        layers: list[Any] = list(dynamics.layers)
+        hidden = [layer.weight.shape[0] for layer in layers[:-1]]
+        side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
+        kind = "mlp" if isinstance(dynamics, MLP) else "conv"
+        rest = (dynamics.activation, layers[0].time, side, dynamics.context_dim > 0)
+        bridge = _bridge()
+        self.handle = bridge.network(kind, list(dynamics.event_shape), hidden, *rest)
+        self.flat = flat_parameters(parameters)  # its memory is not another's as long as this holds it
+        self.addresses = [p.data_ptr() for p in parameters]
+        self.theta = bridge.view_of(_shared(self.flat))
 
 
 @dataclass
@@ -278,49 +302,50 @@ class _Solve:
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         bridge = _bridge()
         z0 = z0.detach()
-        eps = None if self.probes is None else self.probes.eps.to(z0.dtype).contiguous()
+        eps = None if self.probes is None else self.probes.eps.contiguous()
         native = type(self.dynamics) in (MLP, ConvNet) and not self.total_derivative
         if native:
-            dynamics, theta = self.engine._network(self.dynamics), flat_parameters(self.parameters)  # type: ignore[arg-type]
+            network = self.engine._network(self.dynamics, self.parameters)  # type: ignore[arg-type]
+            dynamics, theta, held = network.handle, network.theta, network
         else:
             alone = bool(bridge.is_separate(self.handle, _shared(z0)))
             rows = slice(0, 1 if alone else len(z0))
             c = None if self.context is None else self.context[rows]
             foreign = _Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
-            dynamics, theta = foreign.handle(bridge), foreign.theta
-        z, q = torch.empty_like(z0), z0.new_zeros(4, len(z0))
-        counts = torch.zeros(4, dtype=torch.float64)
+            dynamics, theta, held = foreign.handle(bridge), _shared(foreign.theta), foreign
+        z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4)
         weight = 0.0 if self.probes is None else self.probes.weight
-        inputs = map(_shared, (theta, z0, self.context, eps))
-        arrays = (*inputs, weight, *self.t_span, self.total_derivative, record)
+        inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, *self.t_span)
         _synchronize(z0)
         try:
-            solve = _call(bridge.forward, dynamics, self.handle, *arrays, *map(_shared, (z, q, counts)))
+            solve, nfe, nfe_max, accepted, rejected = _call(
+                bridge.forward, dynamics, self.handle, *inputs, self.total_derivative, record, _shared(z), _shared(q)
+            )
         except _JuliaFailure as failure:
             raise self._error(failure) from None
-        nfe, nfe_max, accepted, rejected = counts.tolist()
-        vars(self.stats).update(vars(Stats(nfe, int(nfe_max), 0.0, accepted, rejected)))
+        stats = self.stats
+        stats.nfe, stats.nfe_max, stats.accepted, stats.rejected = nfe, nfe_max, accepted, rejected
         if record:
-            self.recorded, self.kept = solve, (theta, z0, eps, dynamics)
+            self.recorded, self.kept = solve, (z0, eps, held)
             self.versions = [p._version for p in self.parameters]
-        return z, q.t()
+        return z, q
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         if [p._version for p in self.parameters] != self.versions:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
-        theta, z0, _, _ = self.kept
-        z0_bar, gradient = torch.empty_like(z0), torch.empty_like(theta)
-        c_bar = None if self.context is None else torch.empty_like(self.context)
-        z_bar, q_bar = z_bar.contiguous(), q_bar.t().contiguous()
-        _synchronize(z0)
+        z_bar, q_bar = z_bar.contiguous(), q_bar.contiguous()
+        wanted = (z_bar, *([] if self.context is None else [self.context]), *self.parameters)
+        bars = z_bar.new_empty(sum(x.numel() for x in wanted))
+        length = 0 if self.context is None else self.context.shape[1]
+        _synchronize(z_bar)
         try:
-            arrays = map(_shared, (z_bar, q_bar, z0_bar, c_bar, gradient))
-            evaluations = _call(_bridge().backward, self.recorded, *arrays)
+            arrays = _shared(z_bar), _shared(q_bar), length, _shared(bars)
+            self.stats.nfe_backward = float(_call(_bridge().backward, self.recorded, *arrays))
         except _JuliaFailure as failure:
             raise self._error(failure) from None
-        self.stats.nfe_backward = float(evaluations)
-        parts = gradient.split([p.numel() for p in self.parameters])
-        return z0_bar, c_bar, [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        z0_bar, *rest = _unflatten_dense_tensors(bars, wanted)
+        c_bar = None if self.context is None else rest.pop(0)
+        return z0_bar, c_bar, rest
 
     def _error(self, failure: _JuliaFailure) -> BaseException:
         """What happened in Julia, in the words of both engines."""
