@@ -45,6 +45,7 @@ export algorithms, algorithm, integrate, pullback
 
 include("activations.jl")  # φ, φ', φ''
 include("products.jl")     # c = a b for small matrices
+include("convolutions.jl") # the same for a CPU's images
 include("layers.jl")       # a = s(t) ⊙ (W h) + β(t), and its transpose
 include("dynamics.jl")     # what dynamics are to the engine
 include("layered.jl")      # MLP and ConvNet with an explicit εᵀ∂f/∂z

@@ -1,6 +1,9 @@
 # The augmented system of design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error. The
 # blocks of the state are contiguous, so that z is seen as a matrix without a copy, and every solver works on it.
 
+"Bytes of intermediates of one piece of a batch, on a CPU: what a second-level cache takes."
+const PIECE = 384 * 2^10
+
 "Bytes of intermediates that are held from an evaluation to its pullback; beyond, pieces share kernels and evaluate again."
 const HELD = 64 * 2^20
 
@@ -21,7 +24,7 @@ function workers(dynamics::Dynamics, θ, z0, k)
     each = z0 isa Array ? sample_bytes(dynamics, z0, k) : 0
     states(n) = similar(z0, Base.front(size(z0))..., n)
     return map(split_range(1:batch, threads)) do columns
-        most = each > 0 ? max(1, piece_bytes(dynamics) ÷ each) : length(columns)
+        most = each > 0 ? max(1, PIECE ÷ each) : length(columns)
         pieces = split_range(columns, cld(length(columns), most))
         kernels = [bind(dynamics, θ, states(length(pieces[1])), k)]
         holds = length(columns) * each ≤ HELD

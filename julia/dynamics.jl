@@ -27,9 +27,6 @@ threaded(::Dynamics) = true
 "Bytes that a kernel holds for each sample; 0 where that is not known."
 sample_bytes(::Dynamics, z0, k) = 0
 
-"Bytes of intermediates of one piece of a batch, on a CPU."
-piece_bytes(::Dynamics) = 10 * 2^20
-
 """
     another(kernel, z0)
 

@@ -72,9 +72,6 @@ function sample_bytes(dynamics::Layered, z0, k)
     return sizeof(eltype(z0)) * pixels(dynamics.specs[1]) * channels * (5 + (2 + keeps(dynamics.φ)) * k)
 end
 
-# Dense layers' weights are small, and what lies in a second-level cache is read four times as fast; convolutions work image by image.
-piece_bytes(::Layered{<:Any,<:Any,0}) = 384 * 2^10
-
 "The kernel of a `Layered`: its layers, bound, and what one evaluation leaves for its pullback."
 struct LayeredKernel{D<:Layered,A<:AbstractArray,Φ<:Activation,L,E,P,V}
     dynamics::D

@@ -93,15 +93,19 @@ end
 struct Conv{W,R}
     weight::W
     gradient::W
-    turned::R  # the transpose as a convolution: flipped, and channels exchanged
+    turned::R
 end
 
 function linear(::Val{2}, spec::LayerSpec, w, w̄)
     shape = (spec.kernel, spec.kernel, spec.inputs, spec.outputs)
-    weight = reshape(w, shape)
-    turned = permutedims(weight[end:-1:1, end:-1:1, :, :], (1, 2, 4, 3))  # `reverse` is not for every GPU's arrays
-    return Conv(weight, reshape(w̄, shape), turned)
+    return convolution(reshape(w, shape), reshape(w̄, shape), spec.size)
 end
+
+convolution(weight, gradient, size) = Conv(weight, gradient, turn(weight))
+convolution(weight::Array{T,4}, gradient::Array{T,4}, size) where {T<:BlasReal} = DirectConv(weight, gradient, size)
+
+"The weight of the transpose as a convolution: flipped, and channels exchanged."
+turn(weight) = permutedims(weight[end:-1:1, end:-1:1, :, :], (1, 2, 4, 3))  # `reverse` is not for every GPU's arrays
 
 cdims(h, w) = DenseConvDims(h, w; padding=size(w, 1) ÷ 2, flipkernel=true)
 

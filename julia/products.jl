@@ -24,11 +24,16 @@ end
 
 @inline all_lanes(x::T) where {T} = ntuple(_ -> VecElement(x), Val(lane_count(T)))
 @inline load_lanes(p::Ptr{T}) where {T} = unsafe_load(Ptr{Lanes{lane_count(T),T}}(p))
+@inline lane_sum(v::Lanes{N}) where {N} = sum(ntuple(i -> v[i].value, Val(N)))
 @inline store_lanes!(p::Ptr{T}, v) where {T} = unsafe_store!(Ptr{Lanes{lane_count(T),T}}(p), v)
 
+"Where column `k` of a begins: all are `lda` apart, or there is a list of their distances in bytes."
+@inline column(a::Ptr{T}, lda::Int, k) where {T} = a + k * lda * sizeof(T)
+@inline column(a::Ptr, distances::Ptr{Int}, k) = a + unsafe_load(distances, k + 1)
+
 """
-`M` vectors of rows by `N` columns of c ← a b, or c ← c + α a b with `add`. Pointers are to the first numbers; `lda`, `ldc` are from
-column to column, and b is stepped through by `along` the sum and by `across` columns.
+`M` vectors of rows by `N` columns of c ← a b, or c ← c + α a b with `add`. Pointers are to the first numbers; `lda` (or the list that
+[`column`](@ref) takes) and `ldc` are from column to column, and b is stepped through by `along` the sum and by `across` columns.
 """
 @generated function tile!(
     ::Val{M}, ::Val{N}, c::Ptr{T}, ldc, a::Ptr{T}, lda, b::Ptr{T}, along, across, inner, α, ::Val{Add},
@@ -39,7 +44,8 @@ column to column, and b is stepped through by `along` the sum and by `across` co
     return quote
         Base.Cartesian.@nexprs $N j -> Base.Cartesian.@nexprs $M i -> c_i_j = all_lanes(zero(T))
         for k in 0:(inner - 1)
-            Base.Cartesian.@nexprs $M i -> a_i = load_lanes(a + k * lda * sizeof(T) + (i - 1) * $step)
+            from = column(a, lda, k)
+            Base.Cartesian.@nexprs $M i -> a_i = load_lanes(from + (i - 1) * $step)
             Base.Cartesian.@nexprs $N j -> begin
                 x = all_lanes(unsafe_load(b + (k * along + (j - 1) * across) * sizeof(T)))
                 Base.Cartesian.@nexprs $M i -> c_i_j = multiply_add(a_i, x, c_i_j)
