@@ -62,10 +62,12 @@ mutable struct Augmented{K,P,C}
     nfe::Int
     nfe_backward::Int
     evaluations::Int         # in all, so that a pullback knows whether the last one is still its own
+    rates::Any               # what the forward solve evaluated, (t, z, f), where that is kept; see backprop.jl
 end
 
 Augmented(workers, context, probes, weight, shape, integrals) = Augmented(
     workers, context, context === nothing ? nothing : fill!(similar(context), false), probes, weight, shape, integrals, 0, 0, 0,
+    nothing,
 )
 
 "The state and the integrals (batch, integrals) as views of the flat state."
@@ -226,9 +228,10 @@ ChainRulesCore.rrule(rhs::RightHandSide, u::State, p, t) = dynamic(product_rule,
 
 function counted_rate!(du, system, u, t)
     system.nfe += 1
-    du isa DenseArray && return rate!(du, system, u, t)
     # Low-storage methods hand over something that fuses the assignment with an update.
-    return du .= rate!(similar(u), system, u, t)
+    rate = rate!(du isa DenseArray ? du : similar(u), system, u, t)
+    keep_rate!(system, t, u, rate)
+    return rate === du ? du : du .= rate
 end
 
 function product_rule(system::Augmented, u, p, t)

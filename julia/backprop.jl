@@ -3,8 +3,32 @@
 #
 #   f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f        w̄ = h b_i (l̄ ε + 2 n̄ w)
 #
-# The steps are those that the solver took, whatever its form: its tableau says what its stages were, and they are
-# evaluated again from the state at the beginning of the step. So only the state at each step is kept.
+# The steps are those that the solver took, whatever its form: its tableau says what its stages were, from the state at the
+# beginning of the step. Where that state is one which the solver evaluated, its rate may have been kept; else it is evaluated again.
+
+"Keeps a copy of the state and its rate where that is asked for, until there are too many."
+keep_rate!(system, t, u, du) = nothing
+function keep_rate!(system::Augmented, t, u, du)
+    system.rates === nothing && return nothing
+    z, f = parts(system, u)[1], parts(system, du)[1]
+    if (length(system.rates) + 1) * 2 * length(z) * sizeof(eltype(z)) > HELD
+        system.rates = nothing
+    else
+        push!(system.rates, (Float64(t), copy(z), copy(f)))
+    end
+    return nothing
+end
+
+"The kept rate at (t, z), but for the rounding of the sums that gave z; `nothing` if there is none."
+kept_rate(::Nothing, t, z) = nothing
+function kept_rate(rates, t, z)
+    near = 64eps(eltype(z))
+    for (time, state, rate) in rates
+        abs(time - t) ≤ near * max(1, abs(t)) || continue
+        mapreduce((a, b) -> abs(a - b), max, state, z) ≤ near * maximum(abs, z) && return rate
+    end
+    return nothing
+end
 
 function backprop!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     system, path = solve.system, solve.path
@@ -33,8 +57,13 @@ function replay!(stages, rates, system::Augmented, method::Tableau, z, t, h)
             method.a[i, j] == 0 || (stages[i] .+= T(h * method.a[i, j]) .* rates[j])
         end
         i == last_needed && break
-        state_rate!(rates[i], system, stages[i], t + method.c[i] * h)
-        system.nfe_backward += 1
+        known = kept_rate(system.rates, t + method.c[i] * h, stages[i])
+        if known === nothing
+            state_rate!(rates[i], system, stages[i], t + method.c[i] * h)
+            system.nfe_backward += 1
+        else
+            copyto!(rates[i], known)
+        end
     end
     return nothing
 end

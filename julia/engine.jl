@@ -11,7 +11,7 @@ whole batch by its hardest sample (faster for small networks; always so on a GPU
 
 `sensealg` is one of SciMLSensitivity's `InterpolatingAdjoint`, `BacksolveAdjoint`, `QuadratureAdjoint`, `GaussAdjoint`, or
 `Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. `checkpointing` keeps the states
-at the steps rather than a dense solution (or, for `BacksolveAdjoint`, starts anew from them). Options that SciML's `solve`
+at the steps rather than a dense solution or the stages of fixed steps (or, for `BacksolveAdjoint`, starts anew from them). Options that SciML's `solve`
 knows (`SOLVE_OPTIONS`, such as `adaptive`, `dtmax` or `saveat`) go to it, all others to the algorithm.
 """
 struct Solver
@@ -181,6 +181,9 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     adjoint = record && solver.sensealg != "Backprop"
     dense = adjoint && !solver.checkpointing && solver.sensealg != "BacksolveAdjoint"
     steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
+    keeps_rates = record && solver.sensealg == "Backprop" && !solver.adaptive && !solver.checkpointing
+    A = typeof(similar(z))
+    system.rates = keeps_rates ? Tuple{Float64,A,A}[] : nothing
     f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
     # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
     grid = solver.adaptive ? (;) : stepping(solver, tspan, T)

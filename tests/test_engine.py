@@ -400,7 +400,7 @@ LACKS: dict[str, list[tuple[SolverConfig, type[Exception], str]]] = {
     "julia": [
         (SolverConfig(name="RK45"), EngineUnavailableError, "unknown solver .* 'RK45'.*`pyrnode solvers` lists them"),
         (SolverConfig(sensealg="Backprob"), EngineUnavailableError, "did you mean 'Backprop'"),
-        (SolverConfig(sensealg="Backprop", memory="store"), ConfigError, "evaluates the stages again"),
+        (SolverConfig(sensealg="Backprop", memory="store"), ConfigError, "keeps no evaluation"),
         (SolverConfig(options={"lazy": False}), ConfigError, r"options given \(lazy\); its options are"),
         (SolverConfig(step_size="auto"), ConfigError, "resolved by training"),
     ],

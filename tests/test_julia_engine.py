@@ -418,6 +418,19 @@ def test_checkpoints_keep_to_the_grid(julia_engine: Engine, name: str, sensealg:
     assert difference(again, kept) < 1e-12
 
 
+@pytest.mark.parametrize(("name", "stages"), [("RK4", 4), ("Heun", 2), ("Tsit5", 6)])
+def test_backprop_keeps_the_stages_of_fixed_steps(julia_engine: Engine, name: str, stages: int) -> None:
+    """They are not evaluated again: one evaluation for each pullback; with checkpoints, all but a step's last as well."""
+    dynamics, gradients = make("mlp"), []
+    options: dict[str, Any] = {"adaptive": False} if name == "Tsit5" else {}
+    solver = SolverConfig(name=name, step_size=0.25, sensealg="Backprop", options=options)
+    for memory, evaluations in (("auto", 4 * stages), ("checkpoint", 4 * (2 * stages - 1))):
+        solution, gradient = solve(julia_engine, dynamics, replace(solver, memory=memory))
+        assert solution.stats.nfe_backward == evaluations
+        gradients.append(gradient)
+    assert difference(*gradients) < 1e-13
+
+
 def test_closed_form_gradient_of_an_adjoint(julia_engine: Engine) -> None:
     """For f = Az the gradient of Σ z(1) with respect to z(0) is e^{Aᵀ}1, with PyTorch's engine out of it."""
     A = torch.tensor([[0.3, -0.9], [0.8, -0.2]], dtype=torch.double)

@@ -45,6 +45,7 @@ def test_native_layer() -> None:
         for batch in (97, 6500):
             assert found[f"pieces-{sensealg}-{batch}"] < 1e-12
     assert found["products"] < 50  # roundings
+    assert found["convolutions"] < 50
     assert found["stable"] == 1
     # One hidden layer's array alone has 131,072 bytes.
     assert found["bytes"] < 8_000

@@ -167,7 +167,7 @@ class JuliaEngine(Engine):
             )
         if sensealg == "Backprop" and solver.memory == "store":
             raise ConfigError(
-                "memory = 'store': the Julia engine's Backprop evaluates the stages again; use 'checkpoint' or 'auto'"
+                "memory = 'store': the Julia engine's Backprop keeps no evaluation's intermediates; use 'checkpoint' or 'auto'"
             )
         try:
             key = json.dumps(solver.to_dict(), sort_keys=True)

@@ -81,6 +81,28 @@ end
 
 println("products ", max(products(Float32), products(Float64)))
 
+"The same of a convolution's, beside NNlib's."
+function convolutions(::Type{T}) where {T}
+    worst = 0.0
+    for (inputs, outputs) in ((16, 16), (1, 3), (7, 6)), kernel in (1, 3, 5, 7), size in ((28, 28), (5, 3), (1, 1), (14, 9))
+        rng = MersenneTwister(kernel)
+        weight, start = randn(rng, T, kernel, kernel, inputs, outputs), randn(rng, T, kernel, kernel, inputs, outputs)
+        h, g = randn(rng, T, size..., inputs, 2), randn(rng, T, size..., outputs, 2)
+        ours, theirs = RNODE.convolution(weight, copy(start), size), RNODE.Conv(weight, copy(start), RNODE.turn(weight))
+        ours isa RNODE.DirectConv || error("the layer has NNlib's convolutions")
+        found, expected = map((ours, theirs)) do layer
+            y = RNODE.apply!(fill(T(NaN), Base.size(g)), layer, h)
+            x = RNODE.transpose!(fill(T(NaN), Base.size(h)), layer, g)
+            RNODE.accumulate!(layer, h, g, 0.5)
+            return (y, x, layer.gradient)
+        end
+        worst = max(worst, maximum(relative.(found, expected)) / eps(T))
+    end
+    return worst
+end
+
+println("convolutions ", max(convolutions(Float32), convolutions(Float64)))
+
 "A batch in pieces, held and shared, against the batch in one: the largest difference of solves and of gradients."
 function pieces(sensealg, batch)
     rng = MersenneTwister(7)
