@@ -31,6 +31,7 @@ RNODE.solve_backward!(z0_bar, θ̄, c̄, solves::TimedSolves, z_bar, q_bar) =
 
 RNODE.results!(z, q, solves::TimedSolves) = RNODE.results!(z, q, solves.solves)
 RNODE.counts(solves::TimedSolves) = RNODE.counts(solves.solves)
+RNODE.backward_count(solves::TimedSolves) = RNODE.backward_count(solves.solves)
 
 "Wraps a network; seconds inside since the last call of `seconds_inside`."
 wrap(network) = Timed(network)

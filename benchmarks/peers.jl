@@ -100,7 +100,7 @@ function bytes_per_evaluation()
     dynamics, z = MLP(2), X
     θ = zeros(Float32, RNODE.LuxCore.parameterlength(dynamics))
     ε = reshape(randn(RNG, Float32, 2, BATCH), 2, BATCH, 1)
-    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, 1), nothing, ε, 1.0, size(z), 3)
+    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, size(z, 2), 1, 1), nothing, ε, 1.0, size(z), 3)
     u = RNODE.initial_state(system, z)
     du = similar(u)
     RNODE.rate!(du, system, u, 0.5f0)

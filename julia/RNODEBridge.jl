@@ -11,7 +11,7 @@ __precompile__(false)
 using LinearAlgebra: BLAS
 using PythonCall: C, PythonCall, Py, PyException, getptr, pybuiltins, pyconvert
 using DLPack: DLPack
-using RNODE: RNODE, ConvNet, Dynamics, MLP, Probes, SolveError, Solver, counts, matrix, piece, results!, solve_backward!, solve_forward
+using RNODE: RNODE, ConvNet, Dynamics, MLP, Probes, SolveError, Solver, backward_count, counts, matrix, piece, results!, solve_backward!, solve_forward
 
 # --- arrays ---
 
@@ -156,7 +156,7 @@ function backward(solves, z_bar, q_bar, context_length, bars)
     z0_bar, c̄, θ̄ = split_bars(fill!(view_of(bars), false), size(z_bar)..., context_length)
     solve_backward!(z0_bar, θ̄, c̄, solves, z_bar, permutedims(view_of(q_bar)))
     synchronize(θ̄)
-    return sum(solve -> solve.system.nfe_backward, solves.each) / length(solves.each)
+    return backward_count(solves)
 end
 
 function split_bars(bars, d, batch, context_length)

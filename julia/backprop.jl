@@ -6,12 +6,15 @@
 # The steps are those that the solver took, whatever its form: its tableau says what its stages were, from the state at the
 # beginning of the step. Where that state is one which the solver evaluated, its rate may have been kept; else it is evaluated again.
 
+"Bytes of them that are kept."
+const KEPT = 64 * 2^20
+
 "Keeps a copy of the state and its rate where that is asked for, until there are too many."
 keep_rate!(system, t, u, du) = nothing
 function keep_rate!(system::Augmented, t, u, du)
     system.rates === nothing && return nothing
     z, f = parts(system, u)[1], parts(system, du)[1]
-    if (length(system.rates) + 1) * 2 * length(z) * sizeof(eltype(z)) > HELD
+    if (length(system.rates) + 1) * 2 * length(z) * sizeof(eltype(z)) > KEPT
         system.rates = nothing
     else
         push!(system.rates, (Float64(t), copy(z), copy(f)))

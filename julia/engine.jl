@@ -70,7 +70,7 @@ end
 
 """
 What one solve gives: the state `z` (event..., batch) at the end time, the integrals `l`, `E`, `n`, `D` (batch), counts, and
-SciML's own solution `path` (one for each sample where these were solved separately), whose flat states begin with z.
+SciML's own solution `path` (one for each sample or share where these were solved separately), whose flat states begin with z.
 """
 struct Solution{A,V}
     z::A
@@ -101,11 +101,14 @@ struct Solve{S,U}
     path::U
 end
 
-"A batch's solves: one for all its columns, or one for each. `threads` are the ranges of them that share a kernel."
+"""
+A batch's solves: one for all its columns, or one for each thread's share of them, or one for each sample. `threads` are the
+ranges of them that one thread goes through.
+"""
 struct Solves
     each::Vector{Any}
+    columns::Vector{UnitRange{Int}}
     threads::Vector{UnitRange{Int}}
-    batch::Int
 end
 
 separate(solver::Solver, z0) = solver.adaptive && !solver.together && z0 isa Array && size(z0, ndims(z0)) > 1
@@ -119,10 +122,15 @@ function solve_forward(
     ε, weight = directions(probes, z0)
     check_context(dynamics, context, size(z0, ndims(z0)))
     integrals = ε === nothing ? 0 : total_derivative ? 4 : 3
-    separate(solver, z0) && return solve_separately(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record)
-    shared = workers(dynamics, θ, z0, probe_count(ε))
-    system, p = Augmented(shared, context, ε, weight, size(matrix(z0)), integrals), flat_parameters(θ, context)
-    return Solves(Any[solve_system(system, p, matrix(z0), tspan, solver, record)], [1:1], size(z0, ndims(z0)))
+    batch = size(z0, ndims(z0))
+    threads = threaded(dynamics) && z0 isa Array ? clamp(batch, 1, Threads.nthreads()) : 1
+    columns = separate(solver, z0) ? [i:i for i in 1:batch] : split_range(1:batch, solver.adaptive ? 1 : threads)
+    if length(columns) == 1
+        system = Augmented(workers(dynamics, θ, z0, batch, probe_count(ε), threads), context, ε, weight, size(matrix(z0)), integrals)
+        found = solve_system(system, flat_parameters(θ, context), matrix(z0), tspan, solver, record)
+        return Solves(Any[found], columns, [1:1])
+    end
+    return solve_apart(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record, columns, threads)
 end
 
 function check_context(dynamics, context, batch)
@@ -141,24 +149,24 @@ end
 
 probe_count(ε) = ε === nothing ? 0 : size(ε, 3)
 
-"Each sample on its own: the threads take shares of the batch, and go through them with one kernel."
-function solve_separately(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record)
-    z, batch = matrix(z0), size(z0, ndims(z0))
-    shares = split_range(1:batch, threaded(dynamics) ? min(Threads.nthreads(), batch) : 1)
-    found = Vector{Any}(undef, batch)
-    p = flat_parameters(θ, columns_of(context, 1:1))  # nobody reads the values, so one vector is enough for all
+"One solve for each range of `columns`, the solves shared out to the threads, so that these need not wait for one another."
+function solve_apart(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record, columns, threads)
+    z, found = matrix(z0), Vector{Any}(undef, length(columns))
+    shares = split_range(1:length(columns), threads)
+    part(x, j) = x === nothing ? nothing : x[:, columns[j]]
     in_threads(length(shares)) do i
-        kernel = bind(dynamics, θ, similar(z0, Base.front(size(z0))..., 1), probe_count(ε))
-        one = [Worker([1:1], [kernel], true)]
+        n = length(columns[first(shares[i])])  # as many in all of the share
+        own = workers(dynamics, θ, z0, n, probe_count(ε), 1)
+        p = flat_parameters(θ, part(context, first(shares[i])))  # nobody reads the values, so one vector is enough
         for j in shares[i]
-            c, e = context === nothing ? nothing : context[:, j:j], ε === nothing ? nothing : ε[:, j:j, :]
-            sample = Augmented(one, c, e, weight, (size(z, 1), 1), integrals)
-            found[j] = attempt(() -> solve_system(sample, p, z[:, j:j], tspan, solver, record))
+            e = ε === nothing ? nothing : ε[:, columns[j], :]
+            system = Augmented(own, part(context, j), e, weight, (size(z, 1), n), integrals)
+            found[j] = attempt(() -> solve_system(system, p, z[:, columns[j]], tspan, solver, record))
         end
     end
     failed = filter(x -> x isa Exception, found)
-    isempty(failed) || throw(together(failed, batch))
-    return Solves(found, shares, batch)
+    isempty(failed) || throw(together(failed, size(z, 2)))
+    return Solves(found, columns, shares)
 end
 
 attempt(work) =
@@ -168,12 +176,12 @@ attempt(work) =
         error
     end
 
-"One error for the samples that failed: the first, if it is not a solve's, or else that of the earliest time."
+"One error for the solves that failed: the first, if it is not a solve's, or else that of the earliest time."
 function together(failed, batch)
     other = findfirst(x -> !(x isa SolveError), failed)
     other === nothing || return failed[other]
     first = argmin(x -> abs(x.time), failed)
-    return SolveError(first.status, first.time, length(failed), batch)
+    return SolveError(first.status, first.time, sum(x -> max(1, x.bad), failed), batch)
 end
 
 function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bool)
@@ -184,10 +192,9 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     keeps_rates = record && solver.sensealg == "Backprop" && !solver.adaptive && !solver.checkpointing
     A = typeof(similar(z))
     system.rates = keeps_rates ? Tuple{Float64,A,A}[] : nothing
-    f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
     # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
     grid = solver.adaptive ? (;) : stepping(solver, tspan, T)
-    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), p; grid...)
+    problem = ODEProblem{true}(ode_function(system), initial_state(system, z), T.(tspan), p; grid...)
     given = solver.options
     if record  # what is saved, the pullback reads: it is not for the options to say
         given = filter(option -> !(first(option) in SAVING), given)
@@ -228,9 +235,7 @@ end
 
 "Writes the state at the end and the integrals (batch, 3 or 4)."
 function results!(z, q, solves::Solves)
-    for (i, solve) in enumerate(solves.each)
-        dynamic(result!, z, q, solve, length(solves.each) == 1 ? (1:(solves.batch)) : (i:i))
-    end
+    foreach((solve, columns) -> dynamic(result!, z, q, solve, columns), solves.each, solves.columns)
     return nothing
 end
 
@@ -244,9 +249,14 @@ end
 "Means over the batch (and the largest number of evaluations): nfe, nfe_max, accepted, rejected."
 function counts(solves::Solves)
     each = [dynamic(count_of, solve)::NTuple{3,Int} for solve in solves.each]
-    total, n = reduce(.+, each), length(each)
-    return (; nfe=total[1] / n, nfe_max=maximum(first, each), accepted=total[2] / n, rejected=total[3] / n)
+    nfe, accepted, rejected = (batch_mean(getindex.(each, i), solves) for i in 1:3)
+    return (; nfe, nfe_max=maximum(first, each), accepted, rejected)
 end
+
+batch_mean(counts, solves) = sum(counts .* length.(solves.columns)) / sum(length, solves.columns)
+
+"Evaluations of the backward pass, the mean over the batch."
+backward_count(solves::Solves) = batch_mean(Int[solve.system.nfe_backward for solve in solves.each], solves)
 
 count_of(solve) = (solve.system.nfe, Int(solve.path.stats.naccept), Int(solve.path.stats.nreject))
 
@@ -303,8 +313,9 @@ function solve_backward!(z0_bar, θ̄, c̄, solves::Solves, z_bar, q_bar)
     shares = [fill!(similar(θ̄), false) for _ in solves.threads]
     in_threads(length(shares)) do i
         for j in solves.threads[i]
-            z0_part, c_part = view(z0_bar, :, j:j), columns_of(c̄, j:j)
-            dynamic(solve_backward!, z0_part, shares[i], c_part, solves.each[j], z_bar[:, j:j], q_bar[j:j, :])
+            mine = solves.columns[j]
+            z0_part, c_part = view(z0_bar, :, mine), columns_of(c̄, mine)
+            dynamic(solve_backward!, z0_part, shares[i], c_part, solves.each[j], z_bar[:, mine], q_bar[mine, :])
         end
     end
     foreach(share -> θ̄ .+= share, shares)
@@ -325,11 +336,16 @@ function adjoint!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     copyto!(q̄, view(q_bar, :, axes(q̄, 2)))
     T = eltype(end_bar)
     before = system.nfe
-    u_bar, p_bar = SciMLSensitivity.adjoint_sensitivities(
-        path, solver.alg; t=[path.t[end]], dgdu_discrete=(out, u, p, t, i) -> (out .= end_bar),
-        sensealg=sensitivity(solver), maxiters=solver.maxiters, verbose=false,
-        stepping(solver, reverse(solve.tspan), T)..., (solver.adaptive ? (;) : (; abstol=T(solver.atol), reltol=T(solver.rtol)))...,
+    options = (;
+        t=[path.t[end]], dgdu_discrete=(out, u, p, t, i) -> (out .= end_bar), sensealg=sensitivity(solver),
+        maxiters=solver.maxiters, verbose=false, stepping(solver, reverse(solve.tspan), T)...,
+        (solver.adaptive ? (;) : (; abstol=T(solver.atol), reltol=T(solver.rtol)))...,
     )
+    u_bar, p_bar = try
+        dynamic(adjoint_of_path, path, solver.alg, options)
+    finally
+        system.product = nothing
+    end
     system.nfe_backward += system.nfe - before
     copyto!(z0_bar, parts(system, vec(u_bar))[1])
     θ_part, c_part = split_parameters(vec(p_bar), system.context)
@@ -338,7 +354,10 @@ function adjoint!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     return nothing
 end
 
-"SciMLSensitivity's algorithm, with our own product behind Zygote's name."
+# Called with options of known types: else inference looks into all products that SciMLSensitivity could take (see `dynamic`).
+adjoint_of_path(path, alg, options) = SciMLSensitivity.adjoint_sensitivities(path, alg; options...)
+
+"SciMLSensitivity's algorithm. It wants to be told whose products to take where a function has none of its own; ours has."
 function sensitivity(solver::Solver)
     vjp, checkpointing = ZygoteVJP(), solver.checkpointing
     solver.sensealg == "InterpolatingAdjoint" && return InterpolatingAdjoint(; autojacvec=vjp, checkpointing)

@@ -265,14 +265,23 @@ end
 
 # --- elementwise work: broadcasts for any array, loops of vector instructions for a CPU's ---
 
-affine!(a, y, ::Nothing, shift) = (a .= y .+ shift; nothing)
-affine!(a, y, scale, shift) = (a .= y .* scale .+ shift; nothing)
+affine!(a, y, scale, shift) = (a .= scale === nothing ? y .+ shift : y .* scale .+ shift; nothing)
 
 "a ← s ⊙ y + β, (h, φ') ← (φ(a), φ'(a))."
 function activate!(φ, h, slope, a, y, scale, shift)
     affine!(a, y, scale, shift)
     h .= (x -> first(forward(φ, x))).(a)
     slope .= (x -> last(forward(φ, x))).(a)
+    return nothing
+end
+
+function affine!(a::Matrix, y::Matrix, scale, shift::VecOrMat)
+    @inbounds for j in axes(a, 2)
+        @simd ivdep for i in axes(a, 1)
+            β = entry_at(shift, i, j)
+            a[i, j] = scale === nothing ? y[i, j] + β : muladd(y[i, j], entry_at(scale, i, j), β)
+        end
+    end
     return nothing
 end
 

@@ -126,10 +126,15 @@ gather(spec::LayerSpec, x::AbstractMatrix) =
 batch_sum(x) = vec(sum(x; dims=2))
 
 function batch_sum(x::Matrix)
-    total = zeros(eltype(x), size(x, 1))
-    @inbounds for j in axes(x, 2)
+    total, rest = zeros(eltype(x), size(x, 1)), size(x, 2) % 4
+    @inbounds for j in 1:rest
         @simd for i in axes(x, 1)
             total[i] += x[i, j]
+        end
+    end
+    @inbounds for j in (rest + 1):4:size(x, 2)
+        @simd for i in axes(x, 1)
+            total[i] += (x[i, j] + x[i, j + 1]) + (x[i, j + 2] + x[i, j + 3])
         end
     end
     return total

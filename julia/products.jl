@@ -6,7 +6,7 @@ using Base.BinaryPlatforms: CPUID
 "Bytes of the processor's vectors; where it has shorter ones, the compiler takes two for one."
 const VECTOR_BYTES = Sys.ARCH === :x86_64 && CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 64 : 32
 
-"Columns of a tile."
+"Columns of a tile of two vectors of rows; of one vector, as many again."
 const TILE = 6
 
 "Numbers of type `T` in a vector."
@@ -61,22 +61,26 @@ end
 end
 
 "Rows of a tile height over all columns, `TILE` of them at a time and then what is left."
-function tiles!(height::Val, c::Ptr{T}, ldc, a::Ptr{T}, lda, b::Ptr{T}, along, across, inner, columns, α, add::Val) where {T}
-    for j in 0:TILE:(columns - 1)
-        to, from, n = c + j * ldc * sizeof(T), b + j * across * sizeof(T), min(TILE, columns - j)
+function tiles!(height::Val{M}, c::Ptr{T}, ldc, a::Ptr{T}, lda, b::Ptr{T}, along, across, inner, columns, α, add::Val) where {M,T}
+    j = 0
+    while j < columns
+        to, from, n = c + j * ldc * sizeof(T), b + j * across * sizeof(T), min(M == 1 ? 2TILE : TILE, columns - j)
+        n = 6 < n < 12 ? 6 : n
+        M == 1 && n == 12 ? tile!(height, Val(12), to, ldc, a, lda, from, along, across, inner, α, add) :
         n == 6 ? tile!(height, Val(6), to, ldc, a, lda, from, along, across, inner, α, add) :
         n == 5 ? tile!(height, Val(5), to, ldc, a, lda, from, along, across, inner, α, add) :
         n == 4 ? tile!(height, Val(4), to, ldc, a, lda, from, along, across, inner, α, add) :
         n == 3 ? tile!(height, Val(3), to, ldc, a, lda, from, along, across, inner, α, add) :
         n == 2 ? tile!(height, Val(2), to, ldc, a, lda, from, along, across, inner, α, add) :
         tile!(height, Val(1), to, ldc, a, lda, from, along, across, inner, α, add)
+        j += n
     end
     return nothing
 end
 
 """
 c (rows, columns) ← a b, or c ← c + α a b with `add`, as in [`tile!`](@ref). In a, a whole vector can be read from where the last
-rows begin, or there are enough rows before them. `spare` is a tile's memory.
+rows begin, or there are enough rows before them. `spare` is the memory of a tile of one vector.
 """
 function small_product!(
     c::Ptr{T}, rows, columns, a::Ptr{T}, lda, b::Ptr{T}, along, across, inner, α::T, add::Val, spare::Ptr{T},
@@ -93,8 +97,8 @@ function small_product!(
     end
     i == rows && return nothing
     start = min(i, lda - V)
-    for j in 0:TILE:(columns - 1)
-        n = min(TILE, columns - j)
+    for j in 0:(2TILE):(columns - 1)
+        n = min(2TILE, columns - j)
         tiles!(Val(1), spare, V, at(a, start), lda, at(b, j * across), along, across, inner, n, α, Val(false))
         for column in 0:(n - 1), row in i:(rows - 1)
             place, x = row + (j + column) * rows + 1, unsafe_load(spare, row - start + column * V + 1)
@@ -120,7 +124,7 @@ function SmallDense(weight::Matrix{T}, gradient::Matrix{T}) where {T}
     view(forward, 1:outputs, :) .= transpose(weight)
     view(back, 1:inputs, :) .= weight
     turned = zeros(T, inputs < lane_count(T) ? (outputs, inputs) : (0, 0))
-    return SmallDense(weight, gradient, forward, back, turned, zeros(T, lane_count(T) * TILE))
+    return SmallDense(weight, gradient, forward, back, turned, zeros(T, lane_count(T) * 2TILE))
 end
 
 "Whether the products of a layer of this size are ours: beyond 64 KiB, BLAS is as fast."

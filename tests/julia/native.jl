@@ -103,7 +103,7 @@ end
 
 println("convolutions ", max(convolutions(Float32), convolutions(Float64)))
 
-"A batch in pieces, held and shared, against the batch in one: the largest difference of solves and of gradients."
+"A batch in many pieces against the same in one and many: the largest difference of solves and of gradients."
 function pieces(sensealg, batch)
     rng = MersenneTwister(7)
     dynamics, solver = MLP(2, (64, 64, 64)), Solver("RK4"; sensealg)
@@ -123,7 +123,7 @@ function pieces(sensealg, batch)
     ))
 end
 
-# 36 samples make a piece, and of 6,500 not all evaluations are held.
+# 36 samples make a piece; of 6,500 the stages are not all kept.
 for sensealg in ("Backprop", "InterpolatingAdjoint"), batch in (97, 6_500)
     println("pieces-$sensealg-$batch ", pieces(sensealg, batch))
 end
@@ -133,12 +133,12 @@ function cost(::Type{T}) where {T}
     dynamics = MLP(2, (64, 64, 64))
     θ = fill(T(0.1), sum(length, dynamics.specs))
     z = ones(T, 2, 512)
-    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, 1), nothing, ones(T, 2, 512, 1), 1.0, size(z), 3)
+    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, size(z, 2), 1, 1), nothing, ones(T, 2, 512, 1), 1.0, size(z), 3)
     u = RNODE.initial_state(system, z)
     du = similar(u)
     RNODE.rate!(du, system, u, 0.5)
     bytes = @allocated RNODE.rate!(du, system, u, 0.5)
-    kernel = first(system.workers[1].kernels)
+    kernel = first(values(system.workers[1].kernels))
     returned = only(Base.return_types(RNODE.rate!, typeof.((du, system, u, 0.5))))
     columns = first(system.workers[1].pieces)
     product = only(Base.return_types(RNODE.evaluate!, typeof.((kernel, 0.5, view(z, :, columns), nothing, view(system.probes, :, columns, :), false))))
