@@ -5,10 +5,9 @@
 const PIECE = 10 * 2^20
 
 "One thread's share of a batch: its columns in pieces, and a kernel for each size of them (there are at most two)."
-mutable struct Worker{K}
-    const pieces::Vector{UnitRange{Int}}
-    const kernels::Dict{Int,K}
-    last::Any  # (f, w, r) of the last evaluation that a pullback may follow
+struct Worker{K}
+    pieces::Vector{UnitRange{Int}}
+    kernels::Dict{Int,K}
 end
 
 "Shares the columns of the batch out to the threads, and binds a kernel to each."
@@ -20,7 +19,7 @@ function workers(dynamics::Dynamics, θ, z0, k)
         most = z0 isa Array && each > 0 ? max(1, PIECE ÷ each) : length(columns)
         pieces = split_range(columns, cld(length(columns), most))
         sizes = unique(length.(pieces))
-        Worker(pieces, Dict(n => bind(dynamics, θ, similar(z0, Base.front(size(z0))..., n), k) for n in sizes), nothing)
+        Worker(pieces, Dict(n => bind(dynamics, θ, similar(z0, Base.front(size(z0))..., n), k) for n in sizes))
     end
 end
 
@@ -49,11 +48,11 @@ mutable struct Augmented{K,P,C}
     const integrals::Int     # 0 without probes, else 3, or 4 with the total derivative
     nfe::Int
     nfe_backward::Int
-    evaluations::Int         # in all, so that a pullback knows whether the last one is still its own
+    product::Any             # the last vector-Jacobian product, or `nothing` (see `product!`)
 end
 
 Augmented(workers, context, probes, weight, shape, integrals) = Augmented(
-    workers, context, context === nothing ? nothing : fill!(similar(context), false), probes, weight, shape, integrals, 0, 0, 0,
+    workers, context, context === nothing ? nothing : fill!(similar(context), false), probes, weight, shape, integrals, 0, 0, nothing,
 )
 
 "The state and the integrals (batch, integrals) as views of the flat state."
@@ -80,7 +79,6 @@ function each_piece(work, system::Augmented)
             work(worker, worker.kernels[length(columns)], columns)
         end
     end
-    system.evaluations += 1
     return nothing
 end
 
@@ -89,17 +87,24 @@ columns_of(x, columns) = view(x, :, columns)
 
 probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : view(system.probes, :, columns, :)
 
-"du = (f, l', E', n', D'); with `tape`, a pullback may follow."
-function rate!(du, system::Augmented, u, t; tape=false)
-    (z, _), (dz, dq) = parts(system, u), parts(system, du)
+"du = (f, l', E', n', D')."
+function rate!(du, system::Augmented, u, t)
+    z, _ = parts(system, u)
     each_piece(system) do worker, kernel, columns
         ε = probes_of(system, columns)
-        f, w, r = found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, tape)
-        tape && (worker.last = found)
-        copyto!(view(dz, :, columns), f)
-        ε === nothing || integrands!(view(dq, columns, :), f, w, r, ε, system.weight)
+        found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, false)
+        write_rate!(du, system, columns, found, ε)
     end
     return du
+end
+
+write_rate!(::Nothing, system, columns, found, ε) = nothing
+
+function write_rate!(du, system, columns, (f, w, r), ε)
+    dz, dq = parts(system, du)
+    copyto!(view(dz, :, columns), f)
+    ε === nothing || integrands!(view(dq, columns, :), f, w, r, ε, system.weight)
+    return nothing
 end
 
 "f alone, into `dz` (event, batch)."
@@ -146,12 +151,13 @@ end
 """
 Cotangent of the state into `ū` (event, batch) and, gathered in the kernels, of θ, from `z_bar` of f and `q_bar`
 (batch, integrals; or `nothing`) of the integrands: f̄ = z̄ + 2 Ē f, w̄ = l̄ ε + 2 n̄ w, r̄ = 2 D̄ r. Evaluates at (t, z)
-first, piece by piece. `z_bar` is overwritten.
+first, piece by piece, and writes the rate to `du`, unless that is `nothing`. `z_bar` is overwritten.
 """
-function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar)
+function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar, du=nothing)
     each_piece(system) do worker, kernel, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
         found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
+        write_rate!(du, system, columns, found, ε)
         pull_piece!(ū, system, kernel, columns, found, ε, z_bar, q_bar)
     end
     system.nfe_backward += 1
@@ -192,10 +198,20 @@ function split_parameters(p, context)
 end
 
 """
-The right-hand side as SciML's solvers call it, in place or not. Its type says nothing of the dynamics, so that a solver is
-compiled once for all of them; one call through `Any` is nothing beside one evaluation.
+The right-hand side as SciML's solvers call it. Its type says nothing of the dynamics, so that a solver is compiled once for all
+of them; one call through `Any` is nothing beside one evaluation.
 """
 struct RightHandSide
+    system::Any
+end
+
+"λᵀ∂f/∂u; with λᵀ∂f/∂p all that SciMLSensitivity's adjoints ask for beside the right-hand side itself."
+struct StateProduct
+    system::Any
+end
+
+"λᵀ∂f/∂p."
+struct ParameterProduct
     system::Any
 end
 
@@ -203,44 +219,66 @@ end
 const State = AbstractVector{<:AbstractFloat}
 
 (rhs::RightHandSide)(du, u::State, p, t) = (dynamic(counted_rate!, du, rhs.system, u, t); nothing)
-(rhs::RightHandSide)(u::State, p, t) = dynamic(counted_rate!, similar(u), rhs.system, u, t)::typeof(u)
+(vjp::StateProduct)(ū, λ, u::State, p, t) = (dynamic(state_product!, ū, vjp.system, λ, u, p, t); nothing)
+(vjp::ParameterProduct)(p̄, λ, u::State, p, t) = (dynamic(parameter_product!, p̄, vjp.system, λ, u, p, t); nothing)
 
-"One vector-Jacobian product of the whole augmented system; all that SciMLSensitivity's adjoints ask of it."
-ChainRulesCore.rrule(rhs::RightHandSide, u::State, p, t) = dynamic(product_rule, rhs.system, u, p, t)
+"The right-hand side with its products, one type for all systems."
+ode_function(system) = ODEFunction{true,SciMLBase.FullSpecialize}(
+    RightHandSide(system); vjp=StateProduct(system), vjp_p=ParameterProduct(system),
+)
 
 function counted_rate!(du, system, u, t)
+    recall!(du, system, u, t) && return du
     system.nfe += 1
     du isa DenseArray && return rate!(du, system, u, t)
     # Low-storage methods hand over something that fuses the assignment with an update.
     return du .= rate!(similar(u), system, u, t)
 end
 
-function product_rule(system::Augmented, u, p, t)
-    du = rate!(similar(u), system, u, t; tape=true)
-    mine, whole = system.evaluations, all(worker -> length(worker.pieces) == 1, system.workers)
-    function product_pullback(ȳ)
-        ū, p̄ = fill!(similar(u), false), fill!(similar(p), false)
-        z_bar, q_bar = parts(system, copyto!(similar(u), unthunk(ȳ)))
-        z̄, z = parts(system, ū)[1], parts(system, u)[1]
-        # The kernels still hold what this evaluation left, unless there were others since, or more than one piece.
-        if whole && system.evaluations == mine
-            pull_last!(z̄, system, z_bar, q_bar)
-        else
-            pull_rate!(z̄, system, t, z, z_bar, system.integrals == 0 ? nothing : q_bar)
-        end
-        gradient!(split_parameters(p̄, system.context)..., system)
-        return NoTangent(), ū, p̄, NoTangent()
-    end
-    return du, product_pullback
+state_product!(ū, system, λ, u, p, t) = copyto!(ū, product!(system, λ, u, p, t).ū)
+parameter_product!(p̄, system, λ, u, p, t) = copyto!(p̄, product!(system, λ, u, p, t).p̄)
+
+"A vector-Jacobian product of the whole augmented system, where it was taken, and the rate there."
+mutable struct Product{U,P}
+    const λ::U
+    const u::U
+    t::Float64
+    const ū::U
+    const p̄::P
+    const du::U
 end
 
-"`pull_rate!` at the evaluation that the kernels hold."
-function pull_last!(ū, system::Augmented, z_bar, q_bar)
-    each_piece(system) do worker, kernel, columns
-        dynamic(pull_piece!, ū, system, kernel, columns, worker.last, probes_of(system, columns), z_bar, q_bar)
-    end
-    system.nfe_backward += 1
-    return ū
+Product(u, p) = Product(similar(u), similar(u), NaN, fill!(similar(u), false), similar(p), similar(u))
+
+"""
+The product at (λ, u, t). SciMLSensitivity asks for its two parts, and `BacksolveAdjoint` then for the rate, one after the other at
+the same place, and one evaluation with its pullback gives them all: so the last one is kept, for as long as an adjoint runs.
+"""
+function product!(system::Augmented, λ, u, p, t)
+    system.product === nothing && (system.product = Product(u, p))
+    return dynamic(product!, system.product, system, λ, u, t)
+end
+
+function product!(product::Product, system, λ, u, t)
+    product.t == t && product.λ == λ && product.u == u && return product
+    product.t = NaN  # what is held is not whole until the end
+    copyto!(product.λ, λ)
+    copyto!(product.u, u)
+    z̄, z = parts(system, product.ū)[1], parts(system, product.u)[1]
+    z_bar, q_bar = parts(system, copy(product.λ))
+    pull_rate!(z̄, system, t, z, z_bar, system.integrals == 0 ? nothing : q_bar, product.du)
+    gradient!(split_parameters(fill!(product.p̄, false), system.context)..., system)
+    product.t = t
+    return product
+end
+
+"Writes the rate, if the last product was at (u, t)."
+recall!(du, system, u, t) = false
+recall!(du, system::Augmented, u, t) = system.product !== nothing && dynamic(recall!, du, system.product, u, t)
+function recall!(du, product::Product, u, t)
+    product.t == t && product.u == u || return false
+    du .= product.du
+    return true
 end
 
 """

@@ -149,7 +149,7 @@ function solve_separately(dynamics, θ, z0, context, ε, weight, integrals, tspa
     p = flat_parameters(θ, columns_of(context, 1:1))  # nobody reads the values, so one vector is enough for all
     in_threads(length(shares)) do i
         kernel = bind(dynamics, θ, similar(z0, Base.front(size(z0))..., 1), probe_count(ε))
-        one = [Worker([1:1], Dict(1 => kernel), nothing)]
+        one = [Worker([1:1], Dict(1 => kernel))]
         for j in shares[i]
             c, e = context === nothing ? nothing : context[:, j:j], ε === nothing ? nothing : ε[:, j:j, :]
             sample = Augmented(one, c, e, weight, (size(z, 1), 1), integrals)
@@ -181,10 +181,9 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     adjoint = record && solver.sensealg != "Backprop"
     dense = adjoint && !solver.checkpointing && solver.sensealg != "BacksolveAdjoint"
     steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
-    f = ODEFunction{!adjoint,SciMLBase.FullSpecialize}(RightHandSide(system))
     # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
     grid = solver.adaptive ? (;) : stepping(solver, tspan, T)
-    problem = ODEProblem{!adjoint}(f, initial_state(system, z), T.(tspan), p; grid...)
+    problem = ODEProblem{true}(ode_function(system), initial_state(system, z), T.(tspan), p; grid...)
     given = solver.options
     if record  # what is saved, the pullback reads: it is not for the options to say
         given = filter(option -> !(first(option) in SAVING), given)
@@ -322,11 +321,16 @@ function adjoint!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     copyto!(q̄, view(q_bar, :, axes(q̄, 2)))
     T = eltype(end_bar)
     before = system.nfe
-    u_bar, p_bar = SciMLSensitivity.adjoint_sensitivities(
-        path, solver.alg; t=[path.t[end]], dgdu_discrete=(out, u, p, t, i) -> (out .= end_bar),
-        sensealg=sensitivity(solver), maxiters=solver.maxiters, verbose=false,
-        stepping(solver, reverse(solve.tspan), T)..., (solver.adaptive ? (;) : (; abstol=T(solver.atol), reltol=T(solver.rtol)))...,
+    options = (;
+        t=[path.t[end]], dgdu_discrete=(out, u, p, t, i) -> (out .= end_bar), sensealg=sensitivity(solver),
+        maxiters=solver.maxiters, verbose=false, stepping(solver, reverse(solve.tspan), T)...,
+        (solver.adaptive ? (;) : (; abstol=T(solver.atol), reltol=T(solver.rtol)))...,
     )
+    u_bar, p_bar = try
+        dynamic(adjoint_of_path, path, solver.alg, options)
+    finally
+        system.product = nothing
+    end
     system.nfe_backward += system.nfe - before
     copyto!(z0_bar, parts(system, vec(u_bar))[1])
     θ_part, c_part = split_parameters(vec(p_bar), system.context)
@@ -335,7 +339,10 @@ function adjoint!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     return nothing
 end
 
-"SciMLSensitivity's algorithm, with our own product behind Zygote's name."
+# Called with options of known types: else inference looks into all products that SciMLSensitivity could take (see `dynamic`).
+adjoint_of_path(path, alg, options) = SciMLSensitivity.adjoint_sensitivities(path, alg; options...)
+
+"SciMLSensitivity's algorithm. It wants to be told whose products to take where a function has none of its own; ours has."
 function sensitivity(solver::Solver)
     vjp, checkpointing = ZygoteVJP(), solver.checkpointing
     solver.sensealg == "InterpolatingAdjoint" && return InterpolatingAdjoint(; autojacvec=vjp, checkpointing)

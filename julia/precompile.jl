@@ -1,26 +1,18 @@
 # What a first solve would otherwise spend a minute on. A solver is compiled for the type of the state alone, so one small
 # network stands for all dynamics (see `RightHandSide`).
 #
-# Of the adjoints only the forward solve is here. SciMLSensitivity's own code, once inferred for our right-hand side, brings
-# types of ReverseDiff into the package image, and Julia crashes when it loads such an image (JuliaLang/julia#62047). For
-# the same reason the workload is made of functions with known types (see `dynamic`).
+# SciMLSensitivity's default adjoint is here with its backward solve; the other adjoints take some seconds on first use. Its own
+# code may come into the package image because it takes the products from us (see `ode_function`) and because the workload is made
+# of functions with known types (see `dynamic`): else it brings types of ReverseDiff, and Julia crashes when it loads such an
+# image (JuliaLang/julia#62047; tests/julia/image.jl looks for them).
 
 function workload(::Type{T}) where {T}
     table, image = MLP(2, (4,)), ConvNet((4, 4, 1), (2,))
     states = (T[0.1 -0.3 0.5; 0.7 0.2 -0.4], T[sin(i + 3j + 5b) for i in 1:4, j in 1:4, _ in 1:1, b in 1:2])
-    for name in ("RK4", "DP5", "Tsit5")
-        dynamic(exercise, table, states[1], Solver(name; sensealg="Backprop"))
-        dynamic(forward_only, table, states[1], Solver(name; sensealg="InterpolatingAdjoint"))
+    for sensealg in ("Backprop", "InterpolatingAdjoint")
+        foreach(name -> dynamic(exercise, table, states[1], Solver(name; sensealg)), ("RK4", "DP5", "Tsit5"))
+        foreach(name -> dynamic(exercise, image, states[2], Solver(name; sensealg)), ("RK4", "DP5"))
     end
-    dynamic(exercise, image, states[2], Solver("RK4"; sensealg="Backprop"))
-    dynamic(exercise, image, states[2], Solver("DP5"; sensealg="Backprop"))
-    dynamic(forward_only, image, states[2], Solver("RK4"; sensealg="InterpolatingAdjoint"))
-    return nothing
-end
-
-function forward_only(dynamics, z::Array{T}, solver) where {T}
-    probes = Probes(fill!(similar(z, size(z)..., 1), one(T)), 1.0)
-    solve_forward(dynamics, fill(T(0.1), LuxCore.parameterlength(dynamics)), z, probes, (0.0, 1.0), solver; record=true)
     return nothing
 end
 

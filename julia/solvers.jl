@@ -134,8 +134,7 @@ rate!(du, system::Swing, u, t) = (du .= (sin(system.λ * u[2]) + t, -system.λ *
 
 "`steps` fixed steps from t0; the problem's type is that of every other solve, for which solvers are compiled already."
 function fixed_steps(system, u, t0, dt, steps, alg)
-    f = ODEFunction{true,SciMLBase.FullSpecialize}(RightHandSide(system))
-    problem = ODEProblem{true}(f, u, (t0, t0 + steps * dt), Float64[])
+    problem = ODEProblem{true}(ode_function(system), u, (t0, t0 + steps * dt), Float64[])
     return SciMLBase.solve(problem, alg; dt, adaptive=false, dense=false, save_everystep=false, verbose=false)
 end
 

@@ -33,6 +33,14 @@ def test_gpu_arrays() -> None:
     assert max(errors.values()) < 1e-10
 
 
+def test_package_image() -> None:
+    """It can be loaded, and the default adjoint, whose compilation takes ten seconds and more, is in it."""
+    found = run("image.jl")
+    assert found.pop("image") == 0
+    assert len(found) == 6
+    assert max(found.values()) < 5
+
+
 def test_native_layer() -> None:
     found = run("native.jl")
     assert found["layer"] < 1e-14  # its density is that of `integrate`
