@@ -420,7 +420,7 @@ def test_checkpoints_keep_to_the_grid(julia_engine: Engine, name: str, sensealg:
 
 @pytest.mark.parametrize(("name", "stages"), [("RK4", 4), ("Heun", 2), ("Tsit5", 6)])
 def test_backprop_keeps_the_stages_of_fixed_steps(julia_engine: Engine, name: str, stages: int) -> None:
-    """They are not evaluated again: one evaluation for each pullback; with checkpoints, all but a step's last as well."""
+    """One evaluation for each pullback and no other; with checkpoints, all stages but a step's last as well."""
     dynamics, gradients = make("mlp"), []
     options: dict[str, Any] = {"adaptive": False} if name == "Tsit5" else {}
     solver = SolverConfig(name=name, step_size=0.25, sensealg="Backprop", options=options)

@@ -13,10 +13,10 @@ from pyrnode import julia_setup
 pytestmark = [pytest.mark.needs_julia, pytest.mark.slow]
 
 
-def run(script: str) -> dict[str, float]:
+def run(script: str, threads: int = 1) -> dict[str, float]:
     """What a script of ``tests/julia`` prints, as a number by name."""
     status = julia_setup.status()
-    command = [str(status.executable), f"--project={status.project}", "--startup-file=no", "--threads=1"]
+    command = [str(status.executable), f"--project={status.project}", "--startup-file=no", f"--threads={threads}"]
     path = Path(__file__).parent / "julia" / script
     done = subprocess.run([*command, str(path)], env=os.environ, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[:4000]
@@ -34,7 +34,7 @@ def test_gpu_arrays() -> None:
 
 
 def test_package_image() -> None:
-    """It can be loaded, and a first gradient by the default adjoint is not compiled, which takes ten seconds and more."""
+    """It can be loaded, and the default adjoint, whose compilation takes ten seconds and more, is in it."""
     found = run("image.jl")
     assert found.pop("image") == 0
     assert len(found) == 6
@@ -42,7 +42,8 @@ def test_package_image() -> None:
 
 
 def test_native_layer() -> None:
-    found = run("native.jl")
+    found = run("native.jl", threads=2)
+    assert found["threads"] == 2
     assert found["layer"] < 1e-14  # its density is that of `integrate`
     assert found["gradient"] < 1e-7  # against central differences
     assert found["trained"] < -0.5

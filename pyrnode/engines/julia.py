@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
@@ -167,7 +167,8 @@ class JuliaEngine(Engine):
             )
         if sensealg == "Backprop" and solver.memory == "store":
             raise ConfigError(
-                "memory = 'store': the Julia engine's Backprop keeps no evaluation's intermediates; use 'checkpoint' or 'auto'"
+                "memory = 'store': the Julia engine's Backprop keeps no evaluation's intermediates; "
+                "use 'checkpoint' or 'auto'"
             )
         try:
             key = json.dumps(solver.to_dict(), sort_keys=True)
@@ -262,7 +263,9 @@ def _shared(x: Tensor | None) -> Any:
     if x is None:
         return None
     x = x.detach()
-    return to_dlpack(x) if x.device.type == "cpu" else x.permute(*reversed(range(x.ndim)))
+    if x.device.type != "cpu":
+        return x.permute(*reversed(range(x.ndim)))
+    return to_dlpack(x)
 
 
 class _Network:
@@ -306,7 +309,8 @@ class _Solve:
         native = type(self.dynamics) in (MLP, ConvNet) and not self.total_derivative
         if native:
             network = self.engine._network(self.dynamics, self.parameters)  # type: ignore[arg-type]
-            dynamics, theta, held = network.handle, network.theta, network
+            dynamics, theta = network.handle, network.theta
+            held: _Network | _Foreign = network
         else:
             alone = bool(bridge.is_separate(self.handle, _shared(z0)))
             rows = slice(0, 1 if alone else len(z0))
