@@ -90,24 +90,24 @@ def _timers() -> Any:
     return bridge
 
 
-def crossing(case: str, sensealg: str, repeats: int = 30) -> float:
-    """Share of the engine's time, forward and backward, that is not spent in Julia's solves and pullbacks themselves.
+def crossing(case: str, sensealg: str, repeats: int = 30) -> dict[str, float]:
+    """Shares of the engine's time, forward and backward, that are not spent in Julia's solves and pullbacks themselves.
 
-    That is what crossing costs: the views of the arrays, the calls, the copy of the results into torch's memory. What
-    is above the engine (the loss, autograd) does not count at all.
+    ``"calls"`` is what the calls into Julia cost: their arguments, the views of the arrays, the copy of the results
+    into torch's memory. ``"all"`` has the engine's Python too, with torch's own part in it: memory, views of the
+    gradient, a node of autograd's graph. What is above the engine (the loss) does not count at all.
     """
     from pyrnode.engines import julia
 
     engine = julia.JuliaEngine()
     bridge = _timers()
-    seconds = 0.0
+    seconds = {"calls": 0.0, "all": 0.0}
 
-    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **keywords: Any) -> Any:
-            nonlocal seconds
             start = time.perf_counter()
             result = work(*args, **keywords)
-            seconds += time.perf_counter() - start
+            seconds[kind] += time.perf_counter() - start
             return result
 
         return wrapped
@@ -117,15 +117,17 @@ def crossing(case: str, sensealg: str, repeats: int = 30) -> float:
     for network in engine._networks.values():
         network.handle = bridge.wrap(network.handle)
     with (
-        mock.patch.object(engine, "integrate", timed(engine.integrate)),
-        mock.patch.object(julia._Solve, "backward", timed(julia._Solve.backward)),
+        mock.patch.object(engine, "integrate", timed("all", engine.integrate)),
+        mock.patch.object(julia._Solve, "backward", timed("all", julia._Solve.backward)),
+        mock.patch.object(julia, "_call", timed("calls", julia._call)),
     ):
         step()
         bridge.seconds_inside()
-        seconds = 0.0
+        seconds.update(calls=0.0, all=0.0)
         for _ in range(repeats):
             step()
-    return 1 - float(bridge.seconds_inside()) / seconds
+    inside = float(bridge.seconds_inside())
+    return {kind: (spent - inside) / seconds["all"] for kind, spent in seconds.items()}
 
 
 def first_gradient() -> float:
@@ -206,7 +208,8 @@ def main() -> None:
             for _, sensealg in SIDES[1:]:
                 share = crossing(case, sensealg, repeats=REPEATS[case])
                 results[f"crossing, {case}, {sensealg}"] = share
-                print(f"{case:<10}{sensealg:<28}{share:>9.2%} of the engine's time is crossing", flush=True)
+                text = f"{share['calls']:>9.2%} of the engine's time in the calls, {share['all']:.2%} outside the solves"
+                print(f"{case:<10}{sensealg:<28}{text}", flush=True)
     if "peers" in args.parts:
         results["peers"] = {name: peer(name, args.pairs or 5, args.limit) for name in args.peers}
         for name, found in results["peers"].items():
