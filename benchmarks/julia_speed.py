@@ -208,7 +208,9 @@ def main() -> None:
             for _, sensealg in SIDES[1:]:
                 share = crossing(case, sensealg, repeats=REPEATS[case])
                 results[f"crossing, {case}, {sensealg}"] = share
-                text = f"{share['calls']:>9.2%} of the engine's time in the calls, {share['all']:.2%} outside the solves"
+                text = (
+                    f"{share['calls']:>9.2%} of the engine's time in the calls, {share['all']:.2%} outside the solves"
+                )
                 print(f"{case:<10}{sensealg:<28}{text}", flush=True)
     if "peers" in args.parts:
         results["peers"] = {name: peer(name, args.pairs or 5, args.limit) for name in args.peers}
