@@ -23,7 +23,12 @@ view_of(::Nothing) = nothing
 view_of(x::Array) = x
 function view_of(x::Py)
     C.PyObject_IsInstance(getptr(x), C.POINTERS.PyCapsule_Type) == 1 || return DLPack.from_dlpack(x)
-    tensor = unsafe_load(Ptr{DLPack.DLTensor}(C.PyCapsule_GetPointer(getptr(x), "dltensor")))
+    place = C.PyCapsule_GetPointer(getptr(x), "dltensor")
+    if place == C_NULL
+        C.PyErr_Clear()
+        throw(ArgumentError("a DLPack capsule that is used already, or of another version than this bridge reads"))
+    end
+    tensor = unsafe_load(Ptr{DLPack.DLTensor}(place))
     bits = tensor.dtype.bits
     tensor.dtype.code == Integer(DLPack.kDLFloat) && bits in (32, 64) || throw(ArgumentError("an array of other numbers than float32 and float64"))
     return bits == 32 ? host_array(Float32, tensor, Val(Int(tensor.ndim))) : host_array(Float64, tensor, Val(Int(tensor.ndim)))

@@ -29,7 +29,7 @@ from pyrnode.engines import Engine, Probes, Solution, TorchEngine
 from pyrnode.errors import ConfigError, EngineUnavailableError
 from pyrnode.flow import base_log_prob
 from pyrnode.solvers import METHODS
-from tests.test_dynamics import CASES, EVENTS, make
+from tests.test_dynamics import CASES, EVENTS, make, perturbed
 from tests.test_engine import Linear, weighted_loss
 
 pytestmark = pytest.mark.needs_julia
@@ -99,6 +99,32 @@ def test_parameters_are_one_piece_of_memory(julia_engine: Engine) -> None:
     assert double.dtype == torch.float64
     assert double.data_ptr() == next(other.parameters()).data_ptr()
     assert torch.equal(double, together(other))
+
+
+def test_a_network_that_changes_is_described_anew(julia_engine: Engine) -> None:
+    """Another activation, another precision, a weight turned over in its place: as in PyTorch, at once."""
+    dynamics, solver = perturbed(MLP(3, (5, 5))), SolverConfig(sensealg="Backprop")
+
+    def both() -> float:
+        return difference(outputs(solve(julia_engine, dynamics, solver)[0]), outputs(solve(TORCH, dynamics, solver)[0]))
+
+    assert both() < 1e-12
+    dynamics.activation = "silu"
+    assert both() < 1e-12
+    square = next(p for p in dynamics.parameters() if p.ndim == 2 and p.shape[0] == p.shape[1])
+    square.data = square.data.t()
+    assert both() < 1e-12
+    dynamics.float()
+    assert both() < 1e-4
+
+
+def test_a_capsule_is_read_once(julia_engine: Engine) -> None:
+    from pyrnode.engines.julia import _bridge, _shared
+
+    capsule = _shared(torch.ones(3))
+    torch.utils.dlpack.from_dlpack(capsule)
+    with pytest.raises(Exception, match="DLPack capsule that is used already"):
+        _bridge().address(capsule)
 
 
 PROGRAM = """

@@ -153,9 +153,11 @@ class JuliaEngine(Engine):
         self._solver(solver)
 
     def _solver(self, solver: SolverConfig) -> Any:
-        if solver is not self._last[0]:
-            self._last = solver, self._look_up(solver)
-        return self._last[1]
+        known, handle = self._last  # in one piece: other threads may look up solvers of theirs
+        if solver is not known:
+            handle = self._look_up(solver)
+            self._last = solver, handle
+        return handle
 
     def _look_up(self, solver: SolverConfig) -> Any:
         if solver.step_size == "auto":
@@ -200,9 +202,9 @@ class JuliaEngine(Engine):
         return self._solvers[key]
 
     def _network(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> _Network:
-        """Julia's side of a network that both engines have; made anew where its parameters have moved."""
+        """Julia's side of a network that both engines have; made anew where it has changed or its parameters moved."""
         network = self._networks.get(dynamics)
-        if network is None or network.addresses != [p.data_ptr() for p in parameters]:
+        if network is None or not network.is_of(dynamics, parameters):
             self._networks[dynamics] = network = _Network(dynamics, parameters)
         return network
 
@@ -276,12 +278,19 @@ class _Network:
         hidden = [layer.weight.shape[0] for layer in layers[:-1]]
         side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
         kind = "mlp" if isinstance(dynamics, MLP) else "conv"
-        rest = (dynamics.activation, layers[0].time, side, dynamics.context_dim > 0)
+        self.activation, self.time = dynamics.activation, layers[0].time
+        rest = (self.activation, self.time, side, dynamics.context_dim > 0)
         bridge = _bridge()
         self.handle = bridge.network(kind, list(dynamics.event_shape), hidden, *rest)
         self.flat = flat_parameters(parameters)  # its memory is not another's as long as this holds it
         self.addresses = [p.data_ptr() for p in parameters]
         self.theta = bridge.view_of(_shared(self.flat))
+
+    def is_of(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> bool:
+        """Whether it is still what the dynamics are, and their parameters lie where they lay."""
+        named = (self.activation, self.time) == (dynamics.activation, dynamics.layers[0].time)
+        places = [p.data_ptr() for p in parameters if p.is_contiguous()]
+        return named and places == self.addresses
 
 
 @dataclass
