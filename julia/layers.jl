@@ -80,15 +80,6 @@ transpose!(x::Matrix{T}, l::BlasDense{T}, g::Matrix{T}) where {T} = BLAS.gemm!('
 accumulate!(l::BlasDense{T}, h::Matrix{T}, g::Matrix{T}, α) where {T} =
     BLAS.gemm!('N', 'T', T(α), h, g, one(T), l.gradient)
 
-apply!(y, l::SmallDense, h) = left_times!(y, l.forward, h, l.spare)
-transpose!(x, l::SmallDense, g) = left_times!(x, l.back, g, l.spare)
-
-function accumulate!(l::SmallDense, h, g, α)
-    isempty(l.turned) && return outer!(l.gradient, h, g, α, Val(true), l.spare)
-    outer!(l.turned, g, h, 1, Val(false), l.spare)
-    return l.gradient .+= eltype(h)(α) .* transpose(l.turned)
-end
-
 "(W, H, in, batch) to (W, H, out, batch): cross-correlation with zero padding; torch's weight (out, in, kh, kw) reversed."
 struct Conv{W,R}
     weight::W

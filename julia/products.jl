@@ -148,3 +148,12 @@ function outer!(c::Matrix{T}, a::Matrix{T}, b::Matrix{T}, α, add::Val, spare) w
     )
     return c
 end
+
+apply!(y, l::SmallDense, h) = left_times!(y, l.forward, h, l.spare)
+transpose!(x, l::SmallDense, g) = left_times!(x, l.back, g, l.spare)
+
+function accumulate!(l::SmallDense, h, g, α)
+    isempty(l.turned) && return outer!(l.gradient, h, g, α, Val(true), l.spare)
+    outer!(l.turned, g, h, 1, Val(false), l.spare)
+    return l.gradient .+= eltype(h)(α) .* transpose(l.turned)
+end

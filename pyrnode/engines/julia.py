@@ -25,7 +25,6 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics import MLP, ConvNet, Dynamics
-from pyrnode.dynamics.base import Evaluation, Kernel
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.base import (
     STUCK,
@@ -40,6 +39,7 @@ from pyrnode.engines.base import (
     stuck,
     unstable,
 )
+from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.errors import ConfigError, EngineError, EngineUnavailableError, unknown_name
 
@@ -319,13 +319,14 @@ class _Solve:
         if native:
             network = self.engine._network(self.dynamics, self.parameters)  # type: ignore[arg-type]
             dynamics, theta = network.handle, network.theta
-            held: _Network | _Foreign = network
+            held: _Network | Foreign = network
         else:
             alone = bool(bridge.is_separate(self.handle, _shared(z0)))
             rows = slice(0, 1 if alone else len(z0))
             c = None if self.context is None else self.context[rows]
-            foreign = _Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
-            dynamics, theta, held = foreign.handle(bridge), _shared(foreign.theta), foreign
+            foreign = Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
+            dynamics = bridge.foreign(foreign.evaluate, foreign.pull, foreign.collect, *map(_shared, foreign.buffers()))
+            theta, held = _shared(foreign.theta), foreign
         z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4)
         weight = 0.0 if self.probes is None else self.probes.weight
         inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, *self.t_span)
@@ -384,77 +385,6 @@ def _synchronize(x: Tensor) -> None:
     """Waits for what torch has queued on the GPU before the other side reads it."""
     if x.device.type == "cuda":
         torch.cuda.current_stream(x.device).synchronize()
-
-
-class _Foreign:
-    """Dynamics that only Python can evaluate, such as a module of the user's own, called by Julia at every evaluation.
-
-    Both sides see the same buffers, so that a call carries no arrays.
-    """
-
-    def __init__(
-        self, dynamics: Dynamics, like: Tensor, c: Tensor | None, probes: Probes | None, total_derivative: bool
-    ) -> None:
-        self.dynamics, self.total_derivative = dynamics, total_derivative
-        self.theta = torch.cat([like.new_zeros(0), *(p.detach().reshape(-1) for p in dynamics.solved_parameters())])
-        self.c, self.c_bar = (None if c is None else torch.zeros_like(c) for _ in range(2))
-        self.z, self.f, self.f_bar, self.z_bar = (torch.empty_like(like) for _ in range(4))
-        k = 0 if probes is None else len(probes.eps)
-        self.eps, self.w, self.w_bar = (like.new_empty(k, *like.shape) if k else None for _ in range(3))
-        self.r, self.r_bar = (torch.empty_like(like) if total_derivative else None for _ in range(2))
-        self.theta_bar = torch.zeros_like(self.theta)
-        self.evaluation: Evaluation | None = None
-        self.kernel = self._bind()
-
-    def _bind(self) -> Kernel:
-        return self.dynamics.kernel(total_derivative=self.total_derivative)
-
-    def handle(self, bridge: Any) -> Any:
-        """Julia's side of it."""
-        arrays = (
-            self.z,
-            self.c,
-            self.eps,
-            self.f,
-            self.w,
-            self.r,
-            self.f_bar,
-            self.w_bar,
-            self.r_bar,
-            self.z_bar,
-            self.c_bar,
-            self.theta_bar,
-        )
-        return bridge.foreign(self.evaluate, self.pull, self.collect, *map(_shared, arrays))
-
-    def evaluate(self, t: float, probe: bool, tape: bool) -> None:
-        """``z, c, ε → f, w, r`` at time `t`."""
-        eps = self.eps.clone() if probe and self.eps is not None else None
-        z, c = self.kernel.layout(self.z.clone()), None if self.c is None else self.c.clone()
-        self.evaluation = self.kernel.evaluate(t, z, eps, c=c, tape=tape)
-        for buffer, value in (
-            (self.f, self.evaluation.f),
-            (self.w, self.evaluation.w),
-            (self.r, self.evaluation.r),
-        ):
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-
-    def pull(self, has_w: bool) -> None:
-        """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the kernel."""
-        assert self.evaluation is not None
-        w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
-        z_bar, c_bar = self.kernel.pullback(self.evaluation, self.f_bar, w_bar, r_bar, 1.0)
-        self.z_bar.copy_(z_bar)
-        if self.c_bar is not None and c_bar is not None:
-            self.c_bar.copy_(c_bar)
-
-    def collect(self) -> None:
-        """The gathered gradient ``→ θ̄``; the next one begins at zero."""
-        gradients = [g.reshape(-1) for g in self.kernel.gradients()]
-        if gradients:
-            torch.cat(gradients, out=self.theta_bar)
-        self.kernel = self._bind()
 
 
 def self_test() -> str:
