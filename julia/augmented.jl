@@ -16,7 +16,7 @@ function workers(dynamics::Dynamics, θ, z0, batch, k, threads)
     states(n) = similar(z0, Base.front(size(z0))..., n)
     return map(split_range(1:batch, threads)) do columns
         most = each > 0 ? max(1, PIECE ÷ each) : length(columns)
-        pieces = split_range(columns, max(1, cld(length(columns), most)))
+        pieces = split_range(columns, cld(length(columns), most))
         one = bind(dynamics, θ, states(length(pieces[1])), k)
         kernels = Dict(length(pieces[1]) => one)
         foreach(piece -> get!(() -> another(one, states(length(piece))), kernels, length(piece)), pieces)
