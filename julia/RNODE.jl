@@ -48,6 +48,7 @@ include("products.jl")     # c = a b for small matrices
 include("convolutions.jl") # the same for a CPU's images
 include("layers.jl")       # a = s(t) ⊙ (W h) + β(t), and its transpose
 include("dynamics.jl")     # what dynamics are to the engine
+include("memory.jl")       # what evaluations keep for their pullbacks
 include("layered.jl")      # MLP and ConvNet with an explicit εᵀ∂f/∂z
 include("module.jl")       # any Lux model, through nested differentiation
 include("augmented.jl")    # the right-hand side, its pullback, and the norm of its error

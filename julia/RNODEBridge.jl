@@ -60,12 +60,12 @@ function network(kind, event, hidden, activation, time, kernel_size, context)
     return ConvNet(reverse(size), widths; activation, time, kernel_size=pyconvert(Int, kernel_size), context)
 end
 
-function solver(name, sensealg, numbers, error_control, checkpointing, options)
+function solver(name, sensealg, numbers, error_control, memory, options)
     step_size, rtol, atol, maxiters = pyconvert(Vector{Float64}, numbers)
     keywords = Dict(Symbol(pyconvert(String, k)) => plain(v) for (k, v) in pyconvert(Dict{Any,Any}, options))
     return Solver(
         pyconvert(String, name); step_size, rtol, atol, maxiters=Int(maxiters), sensealg=pyconvert(String, sensealg),
-        error_control=Symbol(pyconvert(String, error_control)), checkpointing=pyconvert(Bool, checkpointing), keywords...,
+        error_control=Symbol(pyconvert(String, error_control)), memory=Symbol(pyconvert(String, memory)), keywords...,
     )
 end
 

@@ -50,7 +50,7 @@ mutable struct Augmented{K,P,C}
     nfe::Int
     nfe_backward::Int
     product::Any             # the last vector-Jacobian product, or `nothing` (see `product!`)
-    rates::Any               # what the forward solve evaluated, (t, z, f), or `nothing` (see `keep_rate!`)
+    kept::Any                # what the forward solve evaluated, or `nothing` (see `Kept`)
 end
 
 Augmented(workers, context, probes, weight, shape, integrals) = Augmented(
@@ -74,11 +74,13 @@ function initial_state(system::Augmented, z0)
     return u
 end
 
-"Calls `work(kernel, columns)` for every piece of the batch."
-function each_piece(work, system::Augmented)
+"Calls `work(kernel, columns)` for every piece of the batch, with a kernel of its thread's or, of those given, the piece's own."
+function each_piece(work, system::Augmented, kernels=nothing)
     in_threads(length(system.workers)) do i
-        worker = system.workers[i]
-        foreach(columns -> work(worker.kernels[length(columns)], columns), worker.pieces)
+        worker, before = system.workers[i], sum(w -> length(w.pieces), view(system.workers, 1:(i - 1)); init=0)
+        for (j, columns) in enumerate(worker.pieces)
+            work(kernels === nothing ? worker.kernels[length(columns)] : kernels[before + j], columns)
+        end
     end
     return nothing
 end
@@ -88,10 +90,10 @@ columns_of(x, columns) = view(x, :, columns)
 
 probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : view(system.probes, :, columns, :)
 
-"du = (f, l', E', n', D')."
-function rate!(du, system::Augmented, u, t)
+"du = (f, l', E', n', D'); with these kernels, if any."
+function rate!(du, system::Augmented, u, t, kernels=nothing)
     z, _ = parts(system, u)
-    each_piece(system) do kernel, columns
+    each_piece(system, kernels) do kernel, columns
         ε = probes_of(system, columns)
         found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, false)
         write_rate!(du, system, columns, found, ε)
@@ -165,6 +167,16 @@ function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar, du=nothing)
     return ū
 end
 
+"The same for an evaluation that is kept, by its kernels."
+function pull_kept!(ū, system::Augmented, kernels, z_bar, q_bar)
+    each_piece(system, kernels) do kernel, columns
+        ε = q_bar === nothing ? nothing : probes_of(system, columns)
+        found = evaluated!(kernel, columns_of(system.context, columns))
+        pull_piece!(ū, system, kernel, columns, found, ε, z_bar, q_bar)
+    end
+    return ū
+end
+
 function pull_piece!(ū, system, kernel, columns, (f, w, r), ε, z_bar, q_bar)
     part, c̄, f̄ = view(ū, :, columns), columns_of(system.context_bar, columns), view(z_bar, :, columns)
     ε === nothing && return pullback!(kernel, part, c̄, f̄, nothing, nothing, 1)
@@ -232,8 +244,7 @@ function counted_rate!(du, system, u, t)
     recall!(du, system, u, t) && return du
     system.nfe += 1
     # Low-storage methods hand over something that fuses the assignment with an update.
-    rate = rate!(du isa DenseArray ? du : similar(u), system, u, t)
-    keep_rate!(system, t, u, rate)
+    rate = rate_and_keep!(du isa DenseArray ? du : similar(u), system, u, t)
     return rate === du ? du : du .= rate
 end
 

@@ -4,31 +4,89 @@
 #   f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f        w̄ = h b_i (l̄ ε + 2 n̄ w)
 #
 # The steps are those that the solver took, whatever its form: its tableau says what its stages were, from the state at the
-# beginning of the step. Where that state is one which the solver evaluated, its rate may have been kept; else it is evaluated again.
+# beginning of the step. Where that state is one which the solver evaluated, its rate may have been kept, and even all that its
+# pullback needs; else it is evaluated again.
 
-"Bytes of them that are kept."
+"Bytes of states and rates that are kept, and of evaluations (as in PyTorch's `memory = \"auto\"`)."
 const KEPT = 64 * 2^20
+const KEPT_EVALUATIONS = 32 * 2^20
 
-"Keeps a copy of the state and its rate where that is asked for, until there are too many."
-keep_rate!(system, t, u, du) = nothing
-function keep_rate!(system::Augmented, t, u, du)
-    system.rates === nothing && return nothing
+"""
+An evaluation of the forward solve: f at (t, z), and for each piece of the batch the kernel that has what a pullback needs, or
+none at all.
+"""
+struct Evaluation{A,K}
+    t::Float64
+    z::A
+    f::A
+    kernels::Vector{K}
+    memory::Memory  # of the kernels
+end
+
+"The evaluations of a forward solve: up to `most` bytes of their states and rates, and kernels with so many bytes each, if any."
+struct Kept{E<:Evaluation}
+    evaluations::Vector{E}
+    most::Int
+    kernel_bytes::Int
+end
+
+"What a solve with fixed steps is to keep, if it is one of `parts` of a batch; `nothing`: that it is evaluated again."
+function Kept(system::Augmented, solver::Solver, z, tspan, parts)
+    solver.sensealg == "Backprop" && !solver.adaptive && solver.memory !== :checkpoint || return nothing
+    bytes = sum(worker -> sum(piece -> kept_bytes(worker.kernels[length(piece)]), worker.pieces), system.workers)
+    solver.memory === :store && bytes == 0 && throw(ArgumentError(
+        "memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'",
+    ))
+    count = cld(abs(tspan[2] - tspan[1]), solver.step_size) * length(tableau(solver.alg).c)
+    whole = solver.memory === :store || 0 < bytes * count ≤ KEPT_EVALUATIONS ÷ parts
+    most = solver.memory === :store ? typemax(Int) : KEPT ÷ parts
+    return Kept(evaluations_of(system, z), most, whole ? bytes : 0)
+end
+
+evaluations_of(::Augmented{K}, z) where {K} = Evaluation{typeof(similar(z)),K}[]
+
+"The rate, kept where that is asked for, until it is too much."
+rate_and_keep!(du, system, u, t) = rate!(du, system, u, t)
+rate_and_keep!(du, system::Augmented, u, t) =
+    system.kept === nothing ? rate!(du, system, u, t) : dynamic(rate_and_keep!, du, system, system.kept, u, t)
+
+function rate_and_keep!(du, system::Augmented, kept::Kept{Evaluation{A,K}}, u, t) where {A,K}
     z, f = parts(system, u)[1], parts(system, du)[1]
-    if (length(system.rates) + 1) * 2 * length(z) * sizeof(eltype(z)) > KEPT
-        system.rates = nothing
-    else
-        push!(system.rates, (Float64(t), copy(z), copy(f)))
+    if (length(kept.evaluations) + 1) * 2 * length(z) * sizeof(eltype(z)) > kept.most
+        system.kept = nothing
+        return rate!(du, system, u, t)
+    end
+    whole = kept.kernel_bytes > 0
+    memory = Memory(whole && A <: Array ? borrow(kept.kernel_bytes) : UInt8[], 0)
+    kernels = K[]
+    whole && for worker in system.workers, piece in worker.pieces
+        push!(kernels, keeping(worker.kernels[length(piece)], memory))
+    end
+    evaluation = Evaluation{A,K}(t, copy(z), copy(z), kernels, memory)
+    push!(kept.evaluations, evaluation)  # which holds the memory while it is written
+    rate!(du, system, u, t, whole ? kernels : nothing)
+    copyto!(evaluation.f, f)
+    return du
+end
+
+"The kept evaluation at (t, z), but for the rounding of the sums that gave z; `nothing` if there is none."
+kept_evaluation(::Nothing, t, z) = nothing
+function kept_evaluation(kept::Kept, t, z)
+    near = 64eps(eltype(z))
+    for evaluation in kept.evaluations
+        abs(evaluation.t - t) ≤ near * max(1, abs(t)) || continue
+        mapreduce((a, b) -> abs(a - b), max, evaluation.z, z) ≤ near * maximum(abs, z) && return evaluation
     end
     return nothing
 end
 
-"The kept rate at (t, z), but for the rounding of the sums that gave z; `nothing` if there is none."
-kept_rate(::Nothing, t, z) = nothing
-function kept_rate(rates, t, z)
-    near = 64eps(eltype(z))
-    for (time, state, rate) in rates
-        abs(time - t) ≤ near * max(1, abs(t)) || continue
-        mapreduce((a, b) -> abs(a - b), max, state, z) ≤ near * maximum(abs, z) && return rate
+"Gives the kernels' memory back; a second pullback of the same solve evaluates again."
+forget_kernels!(::Nothing) = nothing
+function forget_kernels!(kept::Kept)
+    for evaluation in kept.evaluations
+        isempty(evaluation.kernels) && continue
+        empty!(evaluation.kernels)
+        isempty(evaluation.memory.block) || give_back!(evaluation.memory.block)
     end
     return nothing
 end
@@ -48,6 +106,7 @@ function backprop!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     end
     copyto!(z0_bar, z̄)
     gradient!(θ̄, c̄, system)
+    forget_kernels!(system.kept)
     return nothing
 end
 
@@ -60,12 +119,12 @@ function replay!(stages, rates, system::Augmented, method::Tableau, z, t, h)
             method.a[i, j] == 0 || (stages[i] .+= T(h * method.a[i, j]) .* rates[j])
         end
         i == last_needed && break
-        known = kept_rate(system.rates, t + method.c[i] * h, stages[i])
+        known = kept_evaluation(system.kept, t + method.c[i] * h, stages[i])
         if known === nothing
             state_rate!(rates[i], system, stages[i], t + method.c[i] * h)
             system.nfe_backward += 1
         else
-            copyto!(rates[i], known)
+            copyto!(rates[i], known.f)
         end
     end
     return nothing
@@ -84,8 +143,13 @@ function step_back!(z̄, stages, f̄, system::Augmented, method::Tableau, t, h, 
             used = true
         end
         touched[i] = used || continue
-        probe = q̄ !== nothing && method.b[i] != 0
-        pull_rate!(stages[i], system, t + method.c[i] * h, stages[i], f̄, probe ? T(h * method.b[i]) .* q̄ : nothing)
+        q_bar = q̄ !== nothing && method.b[i] != 0 ? T(h * method.b[i]) .* q̄ : nothing
+        known = kept_evaluation(system.kept, t + method.c[i] * h, stages[i])
+        if known === nothing || isempty(known.kernels)
+            pull_rate!(stages[i], system, t + method.c[i] * h, stages[i], f̄, q_bar)
+        else
+            pull_kept!(stages[i], system, known.kernels, f̄, q_bar)
+        end
     end
     for i in 1:count
         touched[i] && (z̄ .+= stages[i])

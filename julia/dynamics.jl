@@ -35,6 +35,21 @@ Only asked for where `sample_bytes` is known.
 """
 function another end
 
+"""
+    keeping(kernel, memory)
+
+A kernel for the same states, whose next evaluation stays as it is in arrays from `memory` (see [`take!`](@ref)), so that its pullback
+can be asked for at any time, with what [`evaluated!`](@ref) gives. All else it shares with `kernel`. Only asked for where
+`kept_bytes` is not 0.
+"""
+function keeping end
+
+"Bytes of memory that `keeping` takes; 0 for kernels that do not have it."
+kept_bytes(kernel) = 0
+
+"`evaluated!(kernel, c)`: what the last evaluation of a kernel of `keeping`'s gave, and the kernel ready for the pullback."
+function evaluated! end
+
 "Columns of the batch as matrices: (event..., batch) to (event, batch)."
 matrix(x) = reshape(x, :, size(x, ndims(x)))
 

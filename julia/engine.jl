@@ -2,7 +2,7 @@
 
 """
     Solver(name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
-           sensealg="InterpolatingAdjoint", checkpointing=false, together=false, options...)
+           sensealg="InterpolatingAdjoint", memory=:auto, together=false, options...)
 
 How a block is integrated. `name` is any of [`algorithms`](@ref). Methods without an error estimate, and those that are
 customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the others choose their steps by `rtol` and
@@ -10,9 +10,10 @@ customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the 
 whole batch by its hardest sample (faster for small networks; always so on a GPU).
 
 `sensealg` is one of SciMLSensitivity's `InterpolatingAdjoint`, `BacksolveAdjoint`, `QuadratureAdjoint`, `GaussAdjoint`, or
-`Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. `checkpointing` keeps the states
-at the steps rather than a dense solution or the stages of fixed steps (or, for `BacksolveAdjoint`, starts anew from them). Options that SciML's `solve`
-knows (`SOLVE_OPTIONS`, such as `adaptive`, `dtmax` or `saveat`) go to it, all others to the algorithm.
+`Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. With `memory=:checkpoint` only the
+states at the steps are kept rather than a dense solution or the stages of fixed steps (or, for `BacksolveAdjoint`, it starts anew from
+them). For `Backprop` with fixed steps `:store` keeps every intermediate of the network's evaluations, and `:auto` does while that
+is 32 MiB or less. Options that SciML's `solve` knows (`SOLVE_OPTIONS`, such as `adaptive`, `dtmax` or `saveat`) go to it, all others to the algorithm.
 """
 struct Solver
     alg::Any
@@ -24,7 +25,7 @@ struct Solver
     control_all::Bool
     maxiters::Int
     sensealg::String
-    checkpointing::Bool
+    memory::Symbol
     together::Bool
     options::Dict{Symbol,Any}
 end
@@ -42,13 +43,15 @@ const SAVING = (:dense, :save_everystep, :save_start, :saveat)
 
 function Solver(
     name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
-    sensealg="InterpolatingAdjoint", checkpointing=false, together=false, options...,
+    sensealg="InterpolatingAdjoint", memory=:auto, together=false, options...,
 )
     step_size > 0 && rtol > 0 && atol > 0 ||
         throw(ArgumentError("step_size = $step_size, rtol = $rtol, atol = $atol: expected positive numbers"))
     error_control in (:density, :all) || throw(ArgumentError("error_control = $(repr(error_control)): expected :density or :all"))
     sensealg in SENSITIVITIES ||
         throw(ArgumentError("unknown sensitivity algorithm $(repr(sensealg)); known: $(join(SENSITIVITIES, ", "))"))
+    memory in (:auto, :store, :checkpoint) ||
+        throw(ArgumentError("memory = $(repr(memory)): expected :auto, :store or :checkpoint"))
     general = Dict{Symbol,Any}(k => v for (k, v) in options if k in SOLVE_OPTIONS)
     particular = (k => v for (k, v) in options if !(k in SOLVE_OPTIONS))
     alg = algorithm(name; particular...)
@@ -57,13 +60,16 @@ function Solver(
     dense_alg = lazy ? algorithm(name; particular..., lazy=false) : alg
     customary = SciMLBase.isadaptive(alg) && !(nameof(typeof(alg)) in CUSTOMARILY_FIXED)
     adaptive = pop!(general, :adaptive, customary)
+    adaptive && memory === :store && throw(ArgumentError(
+        "memory = 'store' needs a fixed-step solver, and $name is adaptive; use 'checkpoint' or 'auto'",
+    ))
     adaptive && !SciMLBase.isadaptive(alg) && throw(ArgumentError("adaptive = true: $name has no error estimate"))
     sensealg == "Backprop" && tableau(alg) === nothing && throw(ArgumentError(
         "Backprop needs an explicit Runge-Kutta method, and $name is none; use one of the adjoints: " *
         join(SENSITIVITIES[2:end], ", "),
     ))
     return Solver(
-        alg, dense_alg, adaptive, step_size, rtol, atol, error_control === :all, maxiters, sensealg, checkpointing, together,
+        alg, dense_alg, adaptive, step_size, rtol, atol, error_control === :all, maxiters, sensealg, memory, together,
         general,
     )
 end
@@ -127,7 +133,7 @@ function solve_forward(
     columns = separate(solver, z0) ? [i:i for i in 1:batch] : split_range(1:batch, solver.adaptive ? 1 : threads)
     if length(columns) == 1
         system = Augmented(workers(dynamics, θ, z0, batch, probe_count(ε), threads), context, ε, weight, size(matrix(z0)), integrals)
-        found = solve_system(system, flat_parameters(θ, context), matrix(z0), tspan, solver, record)
+        found = solve_system(system, flat_parameters(θ, context), matrix(z0), tspan, solver, record, 1)
         return Solves(Any[found], columns, [1:1])
     end
     return solve_apart(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record, columns, threads)
@@ -161,7 +167,7 @@ function solve_apart(dynamics, θ, z0, context, ε, weight, integrals, tspan, so
         for j in shares[i]
             e = ε === nothing ? nothing : ε[:, columns[j], :]
             system = Augmented(own, part(context, j), e, weight, (size(z, 1), n), integrals)
-            found[j] = attempt(() -> solve_system(system, p, z[:, columns[j]], tspan, solver, record))
+            found[j] = attempt(() -> solve_system(system, p, z[:, columns[j]], tspan, solver, record, length(columns)))
         end
     end
     failed = filter(x -> x isa Exception, found)
@@ -184,14 +190,14 @@ function together(failed, batch)
     return SolveError(first.status, first.time, sum(x -> max(1, x.bad), failed), batch)
 end
 
-function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bool)
+"One solve, of `parts` of the batch."
+function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bool, parts::Int)
     T = eltype(z)
     adjoint = record && solver.sensealg != "Backprop"
-    dense = adjoint && !solver.checkpointing && solver.sensealg != "BacksolveAdjoint"
-    steps = record && (solver.sensealg == "Backprop" || dense || solver.checkpointing)
-    keeps_rates = record && solver.sensealg == "Backprop" && !solver.adaptive && !solver.checkpointing
-    A = typeof(similar(z))
-    system.rates = keeps_rates ? Tuple{Float64,A,A}[] : nothing
+    checkpoints = solver.memory === :checkpoint
+    dense = adjoint && !checkpoints && solver.sensealg != "BacksolveAdjoint"
+    steps = record && (solver.sensealg == "Backprop" || dense || checkpoints)
+    system.kept = record ? Kept(system, solver, z, tspan, parts) : nothing
     # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
     grid = solver.adaptive ? (;) : stepping(solver, tspan, T)
     problem = ODEProblem{true}(ode_function(system), initial_state(system, z), T.(tspan), p; grid...)
@@ -359,7 +365,7 @@ adjoint_of_path(path, alg, options) = SciMLSensitivity.adjoint_sensitivities(pat
 
 "SciMLSensitivity's algorithm. It wants to be told whose products to take where a function has none of its own; ours has."
 function sensitivity(solver::Solver)
-    vjp, checkpointing = ZygoteVJP(), solver.checkpointing
+    vjp, checkpointing = ZygoteVJP(), solver.memory === :checkpoint
     solver.sensealg == "InterpolatingAdjoint" && return InterpolatingAdjoint(; autojacvec=vjp, checkpointing)
     solver.sensealg == "BacksolveAdjoint" && return BacksolveAdjoint(; autojacvec=vjp, checkpointing)
     solver.sensealg == "GaussAdjoint" && return GaussAdjoint(; autojacvec=vjp, checkpointing)

@@ -72,7 +72,38 @@ function sample_bytes(dynamics::Layered, z0, k)
     return sizeof(eltype(z0)) * pixels(dynamics.specs[1]) * channels * (5 + (2 + keeps(dynamics.φ)) * k)
 end
 
-"The kernel of a `Layered`: its layers, bound, and what one evaluation leaves for its pullback."
+"What an evaluation leaves for its pullback."
+struct Tape{A<:AbstractArray}
+    t::Base.RefValue{Float64}
+    h::Vector{A}      # input of each layer
+    a::Vector{A}      # W h, and after the activation its input a; the last is f
+    y::Vector{A}      # W h, kept where there is a scale to differentiate
+    s::Vector{A}      # φ'(a), for all layers but the last
+    g::Vector{A}      # g; the last is ε
+    gs::Vector{A}     # s ⊙ g, what Wᵀ is applied to; overwritten in the pullback
+    r::Vector{A}      # Wᵀ(s ⊙ g); the first is w
+end
+
+"""
+A tape for `columns` samples and `k` probes, in the arrays that `array(channels, columns)` gives. What need not be kept for the
+pullback is that of `other`, if there is one.
+"""
+function Tape(array, dynamics::Layered, columns, k, other=nothing)
+    inputs, outputs = [spec.inputs for spec in dynamics.specs], [spec.outputs for spec in dynamics.specs]
+    hidden, squash, probes = outputs[1:(end - 1)], has_scale(dynamics), columns * k
+    arrays(channels, columns) = [array(n, columns) for n in channels]
+    r = arrays(inputs, probes)
+    g = [keeps(dynamics.φ) ? arrays(hidden, probes) : r[2:end]; arrays(outputs[end:end], probes)]
+    spare = other !== nothing && !squash && !keeps(dynamics.φ)
+    a = [spare ? other.a[1:(end - 1)] : arrays(hidden, columns); arrays(outputs[end:end], columns)]
+    y = squash ? arrays(outputs, columns) : a
+    gs = !squash ? g : other === nothing ? arrays(outputs, probes) : other.gs
+    return Tape(Ref(0.0), arrays(inputs, columns), a, y, arrays(hidden, columns), g, gs, r)
+end
+
+has_scale(dynamics::Layered) = dynamics.time === Val(:concatsquash)
+
+"The kernel of a `Layered`: its layers, bound, and the memory of one evaluation and its pullback."
 struct LayeredKernel{D<:Layered,A<:AbstractArray,Φ<:Activation,L,E,P,V}
     dynamics::D
     specs::Vector{LayerSpec}
@@ -83,14 +114,7 @@ struct LayeredKernel{D<:Layered,A<:AbstractArray,Φ<:Activation,L,E,P,V}
     parameter_bars::Vector{P}
     θ::V
     θ̄::V
-    t::Base.RefValue{Float64}
-    h::Vector{A}      # input of each layer
-    a::Vector{A}      # W h, and after the activation its input a
-    y::Vector{A}      # W h, kept where there is a scale to differentiate
-    s::Vector{A}      # φ'(a), for all layers but the last
-    g::Vector{A}      # g; the last is ε
-    gs::Vector{A}     # s ⊙ g, what Wᵀ is applied to
-    r::Vector{A}      # Wᵀ(s ⊙ g); the first is w
+    tape::Tape{A}
     gb::Vector{A}     # ḡ, and then p
     ab::Vector{A}     # ā
     as::Vector{A}     # s ⊙ ā
@@ -123,22 +147,44 @@ function layered_kernel(dynamics::Layered, layers, plain, bars, θ, θ̄, z0, k)
     entries = contextual(dynamics.context, specs, plain, batch)
     ends = cumsum([spec.outputs * context_parts(spec.time) for spec in specs])
     context = [(last - spec.outputs * context_parts(spec.time) + 1):last for (spec, last) in zip(specs, ends)]
-    space = Base.front(Base.front(size(z0)))
-    array(channels, columns) = similar(z0, space..., channels, columns)
-    inputs(columns) = [array(spec.inputs, columns) for spec in specs]
+    array = array_like(z0)
     outputs(columns) = [array(spec.outputs, columns) for spec in specs]
     hidden(columns) = outputs(columns)[1:(end - 1)]
-    squash, probes = dynamics.time === Val(:concatsquash), batch * k
-    r = inputs(probes)
-    g = [keeps(dynamics.φ) ? hidden(probes) : r[2:end]; [array(specs[end].outputs, probes)]]
-    gs = squash ? outputs(probes) : g
-    a = outputs(batch)
-    y, as = squash ? (outputs(batch), outputs(batch)) : (a, empty(a))
+    squash, probes = has_scale(dynamics), batch * k
+    tape = Tape(array, dynamics, batch, k)
     return LayeredKernel(
-        dynamics, specs, dynamics.φ, layers, entries, context, bars, θ, θ̄, Ref(0.0), inputs(batch), a, y, hidden(batch), g, gs, r,
-        squash ? outputs(probes) : hidden(probes), hidden(batch), as, inputs(batch), [array(specs[1].inputs, probes)],
-        [array(specs[end].outputs, batch)], k,
+        dynamics, specs, dynamics.φ, layers, entries, context, bars, θ, θ̄, tape, squash ? outputs(probes) : hidden(probes),
+        hidden(batch), squash ? outputs(batch) : empty(tape.a), [array(spec.inputs, batch) for spec in specs],
+        [array(specs[1].inputs, probes)], [array(specs[end].outputs, batch)], k,
     )
+end
+
+array_like(z0) = (channels, columns) -> similar(z0, Base.front(Base.front(size(z0)))..., channels, columns)
+
+function keeping(kernel::LayeredKernel, memory)
+    like = kernel.f̄[1]
+    space, batch = Base.front(Base.front(size(like))), size(like, ndims(like))
+    array(channels, columns) = take!(memory, like, (space..., channels, columns))
+    tape = Tape(array, kernel.dynamics, batch, kernel.k, kernel.tape)
+    return LayeredKernel(
+        kernel.dynamics, kernel.specs, kernel.φ, kernel.layers, kernel.entries, kernel.context, kernel.parameter_bars, kernel.θ,
+        kernel.θ̄, tape, kernel.gb, kernel.ab, kernel.as, kernel.hb, kernel.p, kernel.f̄, kernel.k,
+    )
+end
+
+function kept_bytes(kernel::LayeredKernel)
+    counter = Counter()
+    keeping(kernel, counter)
+    return counter.bytes
+end
+
+function evaluated!(kernel::LayeredKernel, c)
+    tape, T = kernel.tape, eltype(kernel.θ)
+    has_scale(kernel.dynamics) && for i in eachindex(kernel.layers)
+        at!(kernel.entries[i], kernel.specs[i], T(tape.t[]), context_of(kernel, c, i))
+        kernel.k == 0 || scale_probes!(kernel, i)
+    end
+    return matrix(tape.a[end]), kernel.k == 0 ? nothing : probes(kernel, tape.r[1]), nothing
 end
 
 without_context(entry::TimeEntry) = entry
@@ -154,40 +200,43 @@ context_of(kernel::LayeredKernel, ::Nothing, i) = nothing
 context_of(kernel::LayeredKernel, c, i) = view(c, kernel.context[i], :)
 
 function evaluate!(kernel::LayeredKernel, t, z, c, ε, tape::Bool)
-    last, kernel.t[] = length(kernel.layers), t
-    copyto!(kernel.h[1], z)
+    last, tape = length(kernel.layers), kernel.tape
+    tape.t[] = t
+    copyto!(tape.h[1], z)
     for i in 1:last
         entry = kernel.entries[i]
         shift = at!(entry, kernel.specs[i], eltype(z)(t), context_of(kernel, c, i))
-        apply!(kernel.y[i], kernel.layers[i], kernel.h[i])
-        a, y = matrix(kernel.a[i]), matrix(kernel.y[i])
+        apply!(tape.y[i], kernel.layers[i], tape.h[i])
+        a, y = matrix(tape.a[i]), matrix(tape.y[i])
         if i < last
-            activate!(kernel.φ, matrix(kernel.h[i + 1]), matrix(kernel.s[i]), a, y, scale(entry), shift)
+            activate!(kernel.φ, matrix(tape.h[i + 1]), matrix(tape.s[i]), a, y, scale(entry), shift)
         else
             affine!(a, y, scale(entry), shift)
         end
     end
-    f = matrix(kernel.a[last])
+    f = matrix(tape.a[last])
     ε === nothing && return f, nothing, nothing
-    copyto!(kernel.g[last], ε)
+    copyto!(tape.g[last], ε)
     return f, product!(kernel), nothing
 end
 
 "w = εᵀ∂f/∂z, (event, batch, k)."
 function product!(kernel::LayeredKernel)
+    tape = kernel.tape
     for i in length(kernel.layers):-1:1
-        if kernel.gs !== kernel.g
-            by_probe!(*, probes(kernel, kernel.gs[i]), probes(kernel, kernel.g[i]), scale(kernel.entries[i]))
-        end
-        transpose!(kernel.r[i], kernel.layers[i], kernel.gs[i])
+        tape.gs === tape.g || scale_probes!(kernel, i)
+        transpose!(tape.r[i], kernel.layers[i], tape.gs[i])
         i == 1 && break
-        r = probes(kernel, kernel.r[i])
+        r = probes(kernel, tape.r[i])
         # One array in place of two that share memory: a broadcast would copy it first.
-        g = kernel.g[i - 1] === kernel.r[i] ? r : probes(kernel, kernel.g[i - 1])
-        by_probe!(*, g, r, matrix(kernel.s[i - 1]))
+        g = tape.g[i - 1] === tape.r[i] ? r : probes(kernel, tape.g[i - 1])
+        by_probe!(*, g, r, matrix(tape.s[i - 1]))
     end
-    return probes(kernel, kernel.r[1])
+    return probes(kernel, tape.r[1])
 end
+
+scale_probes!(kernel, i) =
+    by_probe!(*, probes(kernel, kernel.tape.gs[i]), probes(kernel, kernel.tape.g[i]), scale(kernel.entries[i]))
 
 "(event..., batch k) as (event, batch, k)."
 function probes(kernel::LayeredKernel, x)
@@ -197,8 +246,8 @@ end
 
 function pullback!(kernel::LayeredKernel, z̄, c̄, f̄, w̄, r̄, α)
     w̄ === nothing ? foreach(x -> fill!(x, false), kernel.ab) : pull_product!(kernel, w̄, α)
-    last, T = length(kernel.layers), eltype(kernel.θ̄)
-    t = T(kernel.t[])
+    last, tape, T = length(kernel.layers), kernel.tape, eltype(kernel.θ̄)
+    t = T(tape.t[])
     a_bar = copyto!(kernel.f̄[1], f̄)
     for i in last:-1:1
         layer, entry, spec = kernel.layers[i], kernel.entries[i], kernel.specs[i]
@@ -210,11 +259,11 @@ function pullback!(kernel::LayeredKernel, z̄, c̄, f̄, w̄, r̄, α)
         end
         s_bar = s === nothing ? nothing : scale_bar(kernel, i, a_bar, w̄ !== nothing)
         accumulate!(entry, spec, t, matrix(a_bar), s_bar, T(α), context_of(kernel, c̄, i))
-        accumulate!(layer, kernel.h[i], scaled, T(α))
+        accumulate!(layer, tape.h[i], scaled, T(α))
         transpose!(kernel.hb[i], layer, scaled)
         if i > 1
             a_bar = kernel.ab[i - 1]
-            add_product!(matrix(a_bar), matrix(kernel.hb[i]), matrix(kernel.s[i - 1]))
+            add_product!(matrix(a_bar), matrix(kernel.hb[i]), matrix(tape.s[i - 1]))
         end
     end
     return copyto!(z̄, matrix(kernel.hb[1]))
@@ -222,18 +271,18 @@ end
 
 "The transpose of the product: ā of the hidden layers begins with φ'' ⊙ Σ_k r ⊙ ḡ."
 function pull_product!(kernel::LayeredKernel, w̄, α)
-    last, T = length(kernel.layers), eltype(kernel.θ̄)
+    last, tape, T = length(kernel.layers), kernel.tape, eltype(kernel.θ̄)
     p = copyto!(kernel.p[1], w̄)
     for i in 1:last
         layer = kernel.layers[i]
-        accumulate!(layer, p, kernel.gs[i], T(α))
+        accumulate!(layer, p, tape.gs[i], T(α))
         i > length(kernel.gb) && break  # ε is held constant: nothing is asked of the last product but its weight
         ḡ = apply!(kernel.gb[i], layer, p)
-        kernel.gs === kernel.g || scale_product!(kernel, i)
+        tape.gs === tape.g || scale_product!(kernel, i)
         if i < last
             bend!(
-                matrix(kernel.ab[i]), probes(kernel, ḡ), kernel.φ, matrix(kernel.a[i]), matrix(kernel.h[i + 1]),
-                matrix(kernel.s[i]), probes(kernel, kernel.g[i]), probes(kernel, kernel.r[i + 1]),
+                matrix(kernel.ab[i]), probes(kernel, ḡ), kernel.φ, matrix(tape.a[i]), matrix(tape.h[i + 1]),
+                matrix(tape.s[i]), probes(kernel, tape.g[i]), probes(kernel, tape.r[i + 1]),
             )
             p = ḡ
         end
@@ -243,16 +292,16 @@ end
 
 "With a scale: what ḡ gives the scale's cotangent is kept in place of s ⊙ g, and ḡ is scaled."
 function scale_product!(kernel::LayeredKernel, i)
-    ḡ = matrix(kernel.gb[i])
-    matrix(kernel.gs[i]) .= ḡ .* matrix(kernel.g[i])
+    ḡ, tape = matrix(kernel.gb[i]), kernel.tape
+    matrix(tape.gs[i]) .= ḡ .* matrix(tape.g[i])
     probes(kernel, kernel.gb[i]) .*= scale(kernel.entries[i])
     return nothing
 end
 
 "The cotangent of a layer's scale, elementwise (event, batch): from the layer itself, and from the product."
 function scale_bar(kernel::LayeredKernel, i, a_bar, product)
-    s_bar = matrix(a_bar) .* matrix(kernel.y[i])
-    product && (s_bar .+= dropdims(sum(probes(kernel, kernel.gs[i]); dims=3); dims=3))
+    s_bar = matrix(a_bar) .* matrix(kernel.tape.y[i])
+    product && (s_bar .+= dropdims(sum(probes(kernel, kernel.tape.gs[i]); dims=3); dims=3))
     return s_bar
 end
 

@@ -198,8 +198,8 @@ GRADIENTS = [
 @pytest.mark.parametrize("solver", GRADIENTS, ids=lambda s: f"{s.name}-{s.sensealg}-{s.memory}")
 @pytest.mark.parametrize("kind", [*EVENTS, "module", "total"])
 def test_gradients_are_finite_differences(engine: Engine, kind: str, solver: SolverConfig) -> None:
-    if solver.memory == "store" and (kind in ("module", "total") or engine.name == "julia"):
-        solver = replace(solver, memory="auto")  # refused: test_storing_needs_..., test_what_the_engine_lacks
+    if solver.memory == "store" and kind in ("module", "total"):
+        solver = replace(solver, memory="auto")  # refused: test_storing_needs_an_explicit_product
     total = kind == "total"
     dynamics = ModuleDynamics(Field().double(), (3,)) if kind == "module" else make("mlp" if total else kind)
     z0 = torch.randn(3, *dynamics.event_shape, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
@@ -237,7 +237,7 @@ def test_conditional_gradients_are_finite_differences(engine: Engine, case: str,
     """Of the context, the start state and every parameter, those that embed the context among them."""
     kind, _, time = case.partition("-")
     total = kind == "total"
-    if solver.memory == "store" and (kind in ("module", "total") or engine.name == "julia"):
+    if solver.memory == "store" and kind in ("module", "total"):
         solver = replace(solver, memory="auto")
     dynamics: Dynamics
     if kind == "module":
@@ -295,7 +295,7 @@ def test_context_that_does_not_fit_is_refused(engine: Engine) -> None:
 
 def test_stored_and_recomputed_intermediates_give_the_same_gradient(engine: Engine) -> None:
     gradients = []
-    for memory in ("store" if engine.name == "torch" else "auto", "checkpoint"):
+    for memory in ("store", "checkpoint"):
         dynamics, z0 = make("conv"), torch.ones(2, *EVENTS["conv"]).double()
         solver = exact_gradient(SolverConfig(memory=memory))  # type: ignore[arg-type]
         weighted_loss(solve(engine, dynamics, z0, solver)).backward()
@@ -400,7 +400,7 @@ LACKS: dict[str, list[tuple[SolverConfig, type[Exception], str]]] = {
     "julia": [
         (SolverConfig(name="RK45"), EngineUnavailableError, "unknown solver .* 'RK45'.*`pyrnode solvers` lists them"),
         (SolverConfig(sensealg="Backprob"), EngineUnavailableError, "did you mean 'Backprop'"),
-        (SolverConfig(sensealg="Backprop", memory="store"), ConfigError, "keeps no evaluation"),
+        (SolverConfig(name="DP5", memory="store"), ConfigError, "needs a fixed-step solver"),
         (SolverConfig(options={"lazy": False}), ConfigError, r"options given \(lazy\); its options are"),
         (SolverConfig(step_size="auto"), ConfigError, "resolved by training"),
     ],
@@ -433,13 +433,22 @@ def test_what_does_not_fit_the_dynamics(engine: Engine, state: Any, eps: Any, me
             engine.integrate(MLP(4), torch.zeros(state), Probes(probes.eps.double(), 1.0), (0.0, 1.0), solver)
 
 
-def test_storing_needs_an_explicit_product() -> None:
-    dynamics = ModuleDynamics(Field(), (3,))
+def test_storing_needs_an_explicit_product(engine: Engine) -> None:
+    dynamics, solver = ModuleDynamics(Field(), (3,)), SolverConfig(memory="store", sensealg="Backprop")
     with pytest.raises(ConfigError, match="explicit product"):
-        create("torch").integrate(dynamics, torch.zeros(1, 3), None, (0.0, 1.0), SolverConfig(memory="store"))
+        engine.integrate(dynamics, torch.zeros(1, 3), None, (0.0, 1.0), solver)
 
 
-@pytest.mark.parametrize("solver", [SolverConfig(), SolverConfig(memory="checkpoint"), SolverConfig(name="DP5")])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        SolverConfig(),
+        SolverConfig(sensealg="Backprop"),
+        SolverConfig(memory="store", sensealg="Backprop"),
+        SolverConfig(memory="checkpoint", sensealg="Backprop"),
+        SolverConfig(name="DP5"),
+    ],
+)
 def test_second_backward_gives_the_same(engine: Engine, solver: SolverConfig) -> None:
     dynamics = make("mlp")
     loss = weighted_loss(solve(engine, dynamics, torch.ones(2, 3).double(), solver))

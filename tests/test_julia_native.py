@@ -57,6 +57,8 @@ def test_native_layer() -> None:
             assert found[f"pieces-{sensealg}-{batch}"] < 1e-12
     assert found["products"] < 50  # roundings
     assert found["convolutions"] < 50
+    assert found["memory"] == 1
+    assert found["memory-error"] < 1e-13
     assert found["stable"] == 1
     # One hidden layer's array alone has 131,072 bytes.
     assert found["bytes"] < 8_000

@@ -167,11 +167,6 @@ class JuliaEngine(Engine):
             raise EngineUnavailableError(
                 unknown_name("sensitivity algorithm of the Julia engine", sensealg, SENSITIVITIES)
             )
-        if sensealg == "Backprop" and solver.memory == "store":
-            raise ConfigError(
-                "memory = 'store': the Julia engine's Backprop keeps no evaluation's intermediates; "
-                "use 'checkpoint' or 'auto'"
-            )
         try:
             key = json.dumps(solver.to_dict(), sort_keys=True)
         except TypeError:
@@ -194,7 +189,7 @@ class JuliaEngine(Engine):
                     sensealg,
                     numbers,
                     solver.error_control,
-                    solver.memory == "checkpoint",
+                    solver.memory,
                     solver.options,
                 )
             except _JuliaFailure as failure:

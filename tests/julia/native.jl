@@ -128,6 +128,30 @@ for sensealg in ("Backprop", "InterpolatingAdjoint"), batch in (97, 6_500)
     println("pieces-$sensealg-$batch ", pieces(sensealg, batch))
 end
 
+"""
+The memory of kept evaluations: a pullback gives it back and the next solve has the same again; a solve whose pullback never came
+keeps its own, so that it still gives what it did at first.
+"""
+function kept_memory()
+    dynamics, solver, rng = MLP(2, (64, 64, 64)), Solver("RK4"; sensealg="Backprop"), MersenneTwister(3)
+    θ, x = 0.2 .* randn(rng, sum(length, dynamics.specs)), randn(rng, 2, 200)
+    probes, bars = Probes(rng, x), (randn(rng, 2, 200), randn(rng, 200, 3))
+    held() = sum(length, RNODE.FREE; init=0)
+    start() = last(pullback(dynamics, θ, x, probes, (0.0, 1.0), solver))
+    empty!(RNODE.FREE)
+    first_back = start()
+    taken, expected = held(), start()(bars...)
+    after_one = held()
+    foreach(_ -> start()(bars...), 1:3)
+    again = first_back(bars...)
+    return taken == 0 && after_one > 0, held() == 2after_one, maximum(relative.(again, expected))
+end
+
+let (given_back, used_again, error) = kept_memory()
+    println("memory ", Int(given_back && used_again))
+    println("memory-error ", error)
+end
+
 "Bytes of one right-hand side, compiled, and whether its types are known."
 function cost(::Type{T}) where {T}
     dynamics = MLP(2, (64, 64, 64))
