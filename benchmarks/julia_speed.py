@@ -3,7 +3,7 @@
     python -m benchmarks.julia_speed              all of it, a table
     python -m benchmarks.julia_speed --json out.json --parts crossing peers --pairs 3
 
-Between the engines steps alternate in one process: the same flow, batch, probes and RK4 grid of step 0.25, both with
+The engines take turns in one process: the same flow, batch, probes and RK4 grid of step 0.25, both with
 ``Backprop``, and Julia's default adjoint beside them. `peers.jl` does the same for DiffEqFlux's FFJORD layer and
 ContinuousNormalizingFlows.jl (where the Julia environment has it), each in a Julia process of its own, which
 is given up when a first step takes longer than ``--limit`` seconds.
@@ -40,7 +40,8 @@ CASES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "conv-16": (16, (1, 28, 28), (16, 16, 16)),
 }
 SIDES = (("torch", "Backprop"), ("julia", "Backprop"), ("julia", "InterpolatingAdjoint"))
-PAIRS = {"mlp-512": 60, "conv-16": 5}
+TURNS = {"mlp-512": 60, "conv-16": 5}
+STEPS = {"mlp-512": 5, "conv-16": 1}
 REPEATS = {"mlp-512": 30, "conv-16": 5}
 PARTS = ("first", "engines", "crossing", "peers")
 PEERS = ("tsit5-loose", "rk4-backsolve", "tsit5", "rk4", "icnf")
@@ -66,17 +67,19 @@ def engine_step(case: str, engine: str, sensealg: str, instance: Engine | None =
     return step
 
 
-def engines(case: str, pairs: int) -> dict[str, float]:
-    """Median milliseconds of a step by side, the sides taken in turn."""
+def engines(case: str, turns: int) -> dict[str, float]:
+    """Median milliseconds of a step by side. In its turn a side takes some steps in a row, as in training.
+
+    The first of them is not timed: the threads of the side before spin for some milliseconds until they rest.
+    """
     steps = {" ".join(side): engine_step(case, *side) for side in SIDES}
     for step in steps.values():
         step()
-        step()
     times: dict[str, list[float]] = {side: [] for side in steps}
-    for _ in range(pairs):
+    for _ in range(turns):
         for side, step in steps.items():
-            time.sleep(0.02)  # the threads of the other side spin for some milliseconds before they rest
-            times[side].append(_milliseconds(step))
+            step()
+            times[side] += [_milliseconds(step) for _ in range(STEPS[case])]
     return {side: statistics.median(values) for side, values in times.items()}
 
 
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results there")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="beside whom (default: all)")
-    parser.add_argument("--pairs", type=int, help="steps of each side (default: by case)")
+    parser.add_argument("--pairs", type=int, help="turns of each side (default: by case)")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for a peer's first step (default: 300)")
     args = parser.parse_args()
     julia_setup.require()
@@ -199,7 +202,7 @@ def main() -> None:
         print(f"first gradient in a new process: {results['first gradient, s']:.1f} s", flush=True)
     if "engines" in args.parts:
         for case in CASES:
-            results[case] = engines(case, args.pairs or PAIRS[case])
+            results[case] = engines(case, args.pairs or TURNS[case])
             base = results[case]["torch Backprop"]
             for side, ms in results[case].items():
                 print(f"{case:<10}{side:<28}{ms:>9.1f} ms{base / ms:>8.2f} times PyTorch's speed", flush=True)

@@ -154,6 +154,12 @@ def check_state(dynamics: Dynamics, z0: Tensor, probes: Probes | None) -> None:
         raise ConfigError(f"probes {tuple(eps.shape)} of {eps.dtype} on {eps.device}: expected {expected}")
 
 
+def nothing_to_solve(z0: Tensor) -> Solution:
+    """The solution of an empty batch."""
+    l, E, n, D = z0.new_zeros(4, 0).unbind(0)
+    return Solution(z0, l, E, n, D)
+
+
 def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:
     """The error of a fixed-step solve whose `step`-th of `steps` steps, from `t` by `h`, left non-finite values."""
     return SolverError(
@@ -207,7 +213,7 @@ class Engine(ABC):
 
         Args:
             dynamics: ``f(z, t; θ)``, or ``f(z, t, c; θ)``.
-            z0: State at the start, ``(batch, *event)``.
+            z0: State at the start, ``(batch, *event)``; an empty batch comes back as it is.
             probes: Probes of the divergence; `None` solves for the state alone.
             t_span: Start and end time; the end may come first (decoding).
             solver: Method, step or tolerances, sensitivity algorithm.
