@@ -83,7 +83,7 @@ end
 "Gives the kernels' memory back; a second pullback of the same solve evaluates again."
 forget_kernels!(::Nothing) = nothing
 function forget_kernels!(kept::Kept)
-    for evaluation in kept.evaluations
+    for evaluation in Iterators.reverse(kept.evaluations)  # the first is the last that was used
         isempty(evaluation.kernels) && continue
         empty!(evaluation.kernels)
         isempty(evaluation.memory.block) || give_back!(evaluation.memory.block)

@@ -1,28 +1,37 @@
 # Memory for what the evaluations of a solve keep for its pullback: megabytes for each training step, and the same for the next.
 # Given anew by the system, every page of it would be cleared first, which costs as much as keeping saves.
 
-"Memory that solves have done with, on a CPU."
+"Blocks that solves have done with, the last used at the end, on a CPU."
 const FREE = Vector{UInt8}[]
+const FREE_BYTES = Ref(0)
 const FREE_LOCK = ReentrantLock()
 
-"Bytes of it that are held."
-const FREE_LIMIT = 64 * 2^20
+"Bytes of them that are held."
+const FREE_LIMIT = 256 * 2^20
 
 function borrow(bytes)
     found = lock(FREE_LOCK) do
-        i = findfirst(block -> bytes ≤ length(block) ≤ 2bytes, FREE)
-        i === nothing ? nothing : popat!(FREE, i)
+        i = findlast(block -> bytes ≤ length(block) ≤ 2bytes, FREE)
+        i === nothing && return nothing
+        FREE_BYTES[] -= length(FREE[i])
+        return popat!(FREE, i)
     end
     return found === nothing ? Vector{UInt8}(undef, bytes) : found
 end
 
-"The caller, and all arrays in the block, must not be used again."
+"Neither the block nor an array in it may be used again by the caller."
 function give_back!(block::Vector{UInt8})
     lock(FREE_LOCK) do
-        sum(length, FREE; init=0) + length(block) ≤ FREE_LIMIT && push!(FREE, block)
+        push!(FREE, block)
+        FREE_BYTES[] += length(block)
+        while FREE_BYTES[] > FREE_LIMIT
+            FREE_BYTES[] -= length(popfirst!(FREE))
+        end
     end
     return nothing
 end
+
+forget_memory!() = lock(() -> (empty!(FREE); FREE_BYTES[] = 0), FREE_LOCK)
 
 "A block from which arrays are taken one after the other. Whoever holds these holds the block."
 mutable struct Memory

@@ -36,6 +36,6 @@ end
 @compile_workload begin
     workload(Float32)
     workload(Float64)
-    empty!(FREE)
+    forget_memory!()
     empty!(TABLEAUS)  # its keys are hashed by what is new in each process
 end

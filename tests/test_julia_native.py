@@ -20,7 +20,7 @@ def run(script: str, threads: int = 1, trace: Path | None = None) -> dict[str, f
     command += [] if trace is None else [f"--trace-compile={trace}"]
     path = Path(__file__).parent / "julia" / script
     variables = os.environ | {"TRACE": str(trace)}
-    done = subprocess.run([*command, str(path)], env=variables, capture_output=True, text=True, timeout=290)
+    done = subprocess.run([*command, str(path)], env=variables, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[:4000]
     pairs = (line.split() for line in done.stdout.splitlines() if line)
     return {name: float(value) for name, value in pairs}

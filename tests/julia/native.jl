@@ -129,26 +129,30 @@ for sensealg in ("Backprop", "InterpolatingAdjoint"), batch in (97, 6_500)
 end
 
 """
-The memory of kept evaluations: a pullback gives it back and the next solve has the same again; a solve whose pullback never came
-keeps its own, so that it still gives what it did at first.
+The memory of kept evaluations: a pullback gives it back and the next solve has the same again. Neither a pullback that comes after
+other solves nor a second one, when others have had the memory, gives anything else than the first.
 """
 function kept_memory()
     dynamics, solver, rng = MLP(2, (64, 64, 64)), Solver("RK4"; sensealg="Backprop"), MersenneTwister(3)
     θ, x = 0.2 .* randn(rng, sum(length, dynamics.specs)), randn(rng, 2, 200)
     probes, bars = Probes(rng, x), (randn(rng, 2, 200), randn(rng, 200, 3))
-    held() = sum(length, RNODE.FREE; init=0)
+    held() = (bytes = sum(length, RNODE.FREE; init=0); bytes == RNODE.FREE_BYTES[] ? bytes : error("not counted"))
     start() = last(pullback(dynamics, θ, x, probes, (0.0, 1.0), solver))
-    empty!(RNODE.FREE)
+    RNODE.forget_memory!()
     first_back = start()
     taken, expected = held(), start()(bars...)
     after_one = held()
     foreach(_ -> start()(bars...), 1:3)
-    again = first_back(bars...)
-    return taken == 0 && after_one > 0, held() == 2after_one, maximum(relative.(again, expected))
+    again, after_both = first_back(bars...), held()
+    last(pullback(dynamics, θ, 2x, probes, (0.0, 1.0), solver))
+    second = first_back(bars...)
+    foreach(_ -> RNODE.give_back!(zeros(UInt8, 2^20)), 1:300)
+    bounded = held() == RNODE.FREE_LIMIT
+    return taken == 0 && after_one > 0, after_both == 2after_one, bounded, max(maximum(relative.(again, expected)), maximum(relative.(second, expected)))
 end
 
-let (given_back, used_again, error) = kept_memory()
-    println("memory ", Int(given_back && used_again))
+let (given_back, used_again, bounded, error) = kept_memory()
+    println("memory ", Int(given_back && used_again && bounded))
     println("memory-error ", error)
 end
 
