@@ -39,7 +39,12 @@ CASES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "mlp-512": (512, (2,), (64, 64, 64)),
     "conv-16": (16, (1, 28, 28), (16, 16, 16)),
 }
-SIDES = (("torch", "Backprop"), ("julia", "Backprop"), ("julia", "InterpolatingAdjoint"))
+SIDES = {
+    "torch Backprop": ("torch", "Backprop", "auto"),
+    "julia Backprop": ("julia", "Backprop", "auto"),
+    "julia Backprop, checkpoint": ("julia", "Backprop", "checkpoint"),
+    "julia InterpolatingAdjoint": ("julia", "InterpolatingAdjoint", "auto"),
+}
 TURNS = {"mlp-512": 60, "conv-16": 5}
 STEPS = {"mlp-512": 5, "conv-16": 1}
 REPEATS = {"mlp-512": 30, "conv-16": 5}
@@ -47,11 +52,18 @@ PARTS = ("first", "engines", "crossing", "peers")
 PEERS = ("tsit5-loose", "rk4-backsolve", "tsit5", "rk4", "icnf")
 
 
-def engine_step(case: str, engine: str, sensealg: str, instance: Engine | None = None) -> Step:
+def engine_step(case: str, engine: str, sensealg: str, memory: str = "auto", *, instance: Engine | None = None) -> Step:
     """A training step with one engine, or with this instance of it."""
     batch, shape, hidden = CASES[case]
     config = Config().override(
-        {"engine": engine, "sensealg": sensealg, "flow.network.hidden": hidden, "standardize": False, "blocks": 1}
+        {
+            "engine": engine,
+            "sensealg": sensealg,
+            "memory": memory,
+            "flow.network.hidden": hidden,
+            "standardize": False,
+            "blocks": 1,
+        }
     )
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
     flow = Flow.build(config, shape)
@@ -72,7 +84,7 @@ def engines(case: str, turns: int) -> dict[str, float]:
 
     The first of them is not timed: the threads of the side before spin for some milliseconds until they rest.
     """
-    steps = {" ".join(side): engine_step(case, *side) for side in SIDES}
+    steps = {side: engine_step(case, *how) for side, how in SIDES.items()}
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {side: [] for side in steps}
@@ -115,7 +127,7 @@ def crossing(case: str, sensealg: str, repeats: int = 30) -> dict[str, float]:
 
         return wrapped
 
-    step = engine_step(case, "julia", sensealg, engine)
+    step = engine_step(case, "julia", sensealg, instance=engine)
     step()
     for network in engine._networks.values():
         network.handle = bridge.wrap(network.handle)
@@ -208,7 +220,7 @@ def main() -> None:
                 print(f"{case:<10}{side:<28}{ms:>9.1f} ms{base / ms:>8.2f} times PyTorch's speed", flush=True)
     if "crossing" in args.parts:
         for case in CASES:
-            for _, sensealg in SIDES[1:]:
+            for sensealg in ("Backprop", "InterpolatingAdjoint"):
                 share = crossing(case, sensealg, repeats=REPEATS[case])
                 results[f"crossing, {case}, {sensealg}"] = share
                 text = (

@@ -50,7 +50,7 @@ mutable struct Augmented{K,P,C}
     nfe::Int
     nfe_backward::Int
     product::Any             # the last vector-Jacobian product, or `nothing` (see `product!`)
-    kept::Any                # what the forward solve evaluated, or `nothing` (see `Kept`)
+    kept::Any                # what the forward solve evaluated, or `nothing` (see [`Kept`](@ref))
 end
 
 Augmented(workers, context, probes, weight, shape, integrals) = Augmented(
@@ -90,12 +90,12 @@ columns_of(x, columns) = view(x, :, columns)
 
 probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : view(system.probes, :, columns, :)
 
-"du = (f, l', E', n', D'); with these kernels, if any."
+"du = (f, l', E', n', D'); with these kernels, if any, whose pullback may follow."
 function rate!(du, system::Augmented, u, t, kernels=nothing)
     z, _ = parts(system, u)
     each_piece(system, kernels) do kernel, columns
         ε = probes_of(system, columns)
-        found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, false)
+        found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, kernels !== nothing)
         write_rate!(du, system, columns, found, ε)
     end
     return du

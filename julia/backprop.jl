@@ -31,7 +31,7 @@ struct Kept{E<:Evaluation}
 end
 
 "What a solve with fixed steps is to keep, if it is one of `parts` of a batch; `nothing`: that it is evaluated again."
-function Kept(system::Augmented, solver::Solver, z, tspan, parts)
+function to_keep(system::Augmented, solver::Solver, z, tspan, parts)
     solver.sensealg == "Backprop" && !solver.adaptive && solver.memory !== :checkpoint || return nothing
     bytes = sum(worker -> sum(piece -> kept_bytes(worker.kernels[length(piece)]), worker.pieces), system.workers)
     solver.memory === :store && bytes == 0 && throw(ArgumentError(
@@ -62,7 +62,7 @@ function rate_and_keep!(du, system::Augmented, kept::Kept{Evaluation{A,K}}, u, t
     whole && for worker in system.workers, piece in worker.pieces
         push!(kernels, keeping(worker.kernels[length(piece)], memory))
     end
-    evaluation = Evaluation{A,K}(t, copy(z), copy(z), kernels, memory)
+    evaluation = Evaluation{A,K}(t, copy(z), similar(z), kernels, memory)
     push!(kept.evaluations, evaluation)  # which holds the memory while it is written
     rate!(du, system, u, t, whole ? kernels : nothing)
     copyto!(evaluation.f, f)

@@ -197,7 +197,7 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     checkpoints = solver.memory === :checkpoint
     dense = adjoint && !checkpoints && solver.sensealg != "BacksolveAdjoint"
     steps = record && (solver.sensealg == "Backprop" || dense || checkpoints)
-    system.kept = record ? Kept(system, solver, z, tspan, parts) : nothing
+    system.kept = record ? to_keep(system, solver, z, tspan, parts) : nothing
     # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
     grid = solver.adaptive ? (;) : stepping(solver, tspan, T)
     problem = ODEProblem{true}(ode_function(system), initial_state(system, z), T.(tspan), p; grid...)

@@ -94,7 +94,7 @@ function Tape(array, dynamics::Layered, columns, k, other=nothing)
     arrays(channels, columns) = [array(n, columns) for n in channels]
     r = arrays(inputs, probes)
     g = [keeps(dynamics.φ) ? arrays(hidden, probes) : r[2:end]; arrays(outputs[end:end], probes)]
-    spare = other !== nothing && !squash && !keeps(dynamics.φ)
+    spare = other !== nothing && !keeps(dynamics.φ)
     a = [spare ? other.a[1:(end - 1)] : arrays(hidden, columns); arrays(outputs[end:end], columns)]
     y = squash ? arrays(outputs, columns) : a
     gs = !squash ? g : other === nothing ? arrays(outputs, probes) : other.gs

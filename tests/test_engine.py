@@ -437,11 +437,17 @@ def test_what_does_not_fit_the_dynamics(engine: Engine, state: Any, eps: Any, me
 @pytest.mark.parametrize("kind", [*EVENTS, "module"])
 def test_an_empty_batch(engine: Engine, kind: str, name: str) -> None:
     dynamics = ModuleDynamics(Field().double(), (3,)) if kind == "module" else make(kind)
-    z0 = torch.zeros(0, *dynamics.event_shape).double()
-    for probes in (None, Probes(z0[None], 1.0)):
+    z0 = torch.zeros(0, *dynamics.event_shape).double().requires_grad_()
+    for probes in (None, Probes(z0.detach()[None], 1.0)):
         solution = engine.integrate(dynamics, z0, probes, (0.0, 1.0), SolverConfig(name=name))
         assert solution.z.shape == z0.shape
         assert [x.shape for x in (solution.l, solution.E, solution.n, solution.D)] == [(0,)] * 4
+        (solution.z.sum() + solution.l.sum()).backward()
+        assert z0.grad is not None
+        assert z0.grad.shape == z0.shape
+        for p in dynamics.parameters():
+            assert p.grad is not None
+            assert not p.grad.any()
 
 
 def test_storing_needs_an_explicit_product(engine: Engine) -> None:

@@ -105,6 +105,20 @@ class Solve(Protocol):
         """Cotangents of the start state, of the embedded context, and of the parameters that the solve depends on."""
 
 
+class _Nothing:
+    """The solve of an empty batch: no gradient comes of it."""
+
+    def __init__(self, c: Tensor | None, parameters: tuple[Tensor, ...]) -> None:
+        self.c, self.parameters = c, parameters
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+        return z0.clone(), z0.new_zeros(0, 4)
+
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        c_bar = None if self.c is None else torch.zeros_like(self.c)
+        return z_bar, c_bar, [torch.zeros_like(p) for p in self.parameters]
+
+
 class _Differentiable(torch.autograd.Function):
     """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
 
@@ -125,6 +139,8 @@ def run(solve: Solve, z0: Tensor, c: Tensor | None, parameters: tuple[Tensor, ..
 
     `c` is the context as the solve sees it (`embedded`).
     """
+    if not len(z0):
+        solve = _Nothing(c, parameters)
     inputs = [z0, *parameters, *([] if c is None else [c])]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         z, q = _Differentiable.apply(solve, z0, c, *parameters)
@@ -152,12 +168,6 @@ def check_state(dynamics: Dynamics, z0: Tensor, probes: Probes | None) -> None:
     if eps.shape[1:] != z0.shape or eps.dtype != z0.dtype or eps.device != z0.device:
         expected = f"(k, {', '.join(map(str, z0.shape))}) of {z0.dtype} on {z0.device}, as the state is"
         raise ConfigError(f"probes {tuple(eps.shape)} of {eps.dtype} on {eps.device}: expected {expected}")
-
-
-def nothing_to_solve(z0: Tensor) -> Solution:
-    """The solution of an empty batch."""
-    l, E, n, D = z0.new_zeros(4, 0).unbind(0)
-    return Solution(z0, l, E, n, D)
 
 
 def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:

@@ -35,7 +35,6 @@ from pyrnode.engines.base import (
     check_state,
     embedded,
     not_finite_at_start,
-    nothing_to_solve,
     run,
     stuck,
     unstable,
@@ -225,8 +224,6 @@ class JuliaEngine(Engine):
             raise EngineUnavailableError(
                 "CUDA.jl is not installed for the Julia engine; run: pyrnode install-julia --cuda"
             )
-        if not len(z0):
-            return nothing_to_solve(z0)
         total_derivative = total_derivative and probes is not None
         c = embedded(dynamics, context, len(z0))
         detached = None if c is None else c.detach()

@@ -24,7 +24,7 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.base import Engine, Probes, Solution, Stats, check_state, embedded, nothing_to_solve, run
+from pyrnode.engines.base import Engine, Probes, Solution, Stats, check_state, embedded, run
 from pyrnode.engines.fused import FusedSolve, fuse
 from pyrnode.engines.runge_kutta import (
     ErrorNorm,
@@ -80,8 +80,6 @@ class TorchEngine(Engine):
     ) -> Solution:
         self.check(solver)
         check_state(dynamics, z0, probes)
-        if not len(z0):
-            return nothing_to_solve(z0)
         if solver.sensealg == "auto":
             solver = replace(solver, sensealg="Backprop")
         total_derivative = total_derivative and probes is not None
