@@ -17,7 +17,7 @@ ACTIVATIONS = ("softplus", "tanh", "silu", "gelu", "elu")
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _ROW_BYTES = 256  # of one feature of a block of samples
-_PADDING_BYTES = 128  # a row of a weight's gradient has a multiple of this
+_PADDING_BYTES = 128  # a row of a weight's gradient has a multiple of this, and so has all that a thread gathers
 
 _INTEGERS = ctypes.POINTER(ctypes.c_int64)
 _DOUBLES = ctypes.POINTER(ctypes.c_double)
@@ -113,11 +113,12 @@ class Solve:
         columns = [-(-weight.shape[1] // unit) * unit for weight in self.weights]
         sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
         kinds = [sum(sizes), self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
+        kinds.append(-sum(kinds) % unit)  # so that each part's begins at a whole vector, which is how it is written
         parts = max(1, min(torch.get_num_threads(), _blocks(z1_bar)))
         bars = self.shift.new_zeros(parts, sum(kinds))
         arrays = {"record": self.record, "z1_bar": z1_bar, "q_bar": q_bar, "z0_bar": z0_bar}
         self._run("backward", z1_bar, eps, weight, arrays, parts, bars)
-        w_bar, b_bar, s_bar = bars.sum(0).split(kinds)
+        w_bar, b_bar, s_bar, _ = bars.sum(0).split(kinds)
         w_bars = [
             bar.view(len(weight), -1)[:, : weight.shape[1]]
             for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
