@@ -19,11 +19,17 @@ from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from pyrnode.errors import ConfigError, unknown_name
+
+CHUNK = 500
+"""Samples per solve where a flow is used."""
+
+EXACT_LIMIT = 64
+"""Up to how many dimensions the divergence ``"auto"`` is the exact trace."""
 
 Activation = Literal["softplus", "tanh", "silu", "gelu", "elu"]
 Engine = Literal["auto", "torch", "julia"]
@@ -42,6 +48,9 @@ def _at_least(section: object, minimum: float, *names: str, strict: bool = False
 class _Section:
     """What all sections share: checked construction from a mapping, and conversion back to plain TOML values."""
 
+    _bare_word: ClassVar[str | None] = None
+    """The setting that a bare word stands for where the section is expected."""
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):  # type: ignore[arg-type]
@@ -53,12 +62,66 @@ class _Section:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Builds the section from a mapping of plain values, as read from TOML or JSON."""
+        """Builds the section from a mapping of plain values, as read from TOML or JSON.
+
+        Of a section inside it the mapping may name some settings alone; the others keep this section's defaults.
+        """
         known = _keys(cls)
         for key in table:
             if key not in known:
                 raise ConfigError(unknown_name(f"key in {cls.__name__}", key, known))
-        return cls(**table)
+        values = dict(table)
+        for f in fields(cls):  # type: ignore[arg-type]
+            given = values.get(f.name)
+            if f.name in _sections(cls) and isinstance(given, (Mapping, str)):
+                default: _Section = f.default_factory()  # type: ignore[misc]
+                values[f.name] = default.changed(given)
+        return cls(**values)
+
+    def changed(self, value: Self | Mapping[str, Any] | str | None) -> Self:
+        """Another section as its user gives it: whole, or as the settings that differ from this one.
+
+        Args:
+            value: A section; a mapping of settings; the one setting that a bare word stands for (``"DP5"`` is
+                ``{"name": "DP5"}`` of a solver, ``"exact"`` is ``{"kind": "exact"}`` of a divergence); `None` for this
+                section itself.
+
+        Raises:
+            ConfigError: A setting is unknown or does not fit.
+        """
+        if value is None or isinstance(value, type(self)):
+            return self if value is None else value
+        if isinstance(value, str) and self._bare_word is not None:
+            value = {self._bare_word: value}
+        if not isinstance(value, Mapping):
+            keys = ", ".join(_keys(type(self)))
+            raise ConfigError(f"{value!r}: expected a section, {type(self).__name__}; its settings are {keys}")
+        return type(self).from_dict({**self.to_dict(), **value})
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with some settings changed.
+
+        Args:
+            values: Settings by name: ``"section.key"``, or ``"key"`` alone, which is the outermost setting of that
+                name (``"rtol"`` is the training solver's, not the evaluation's). A mapping changes the settings of a
+                section that it names, and leaves the others.
+
+        Raises:
+            ConfigError: A key is unknown or ambiguous, or a value does not fit.
+        """
+        table = self.to_dict()
+        paths = _setting_paths(type(self))
+        for name, value in flatten(values).items():
+            path = _setting(name, paths)
+            inner = paths[path]
+            if inner is not None and inner._bare_word is not None and isinstance(value, str):
+                path = f"{path}.{inner._bare_word}"
+            *sections, key = path.split(".")
+            target = table
+            for section in sections:
+                target = target[section]
+            target[key] = value
+        return type(self).from_dict(table)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for TOML and JSON: settings that are `None` are left out, tuples become lists."""
@@ -74,6 +137,12 @@ class _Section:
 
 def _keys(section: type[_Section]) -> list[str]:
     return [f.name for f in fields(section)]  # type: ignore[arg-type]
+
+
+def _sections(section: type[_Section]) -> dict[str, type[_Section]]:
+    """The sections inside a section, by key."""
+    hints = get_type_hints(section)
+    return {k: h for k in _keys(section) if isinstance(h := hints[k], type) and issubclass(h, _Section)}
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
@@ -216,10 +285,14 @@ class FlowConfig(_Section):
 class SolverConfig(_Section):
     """How a block is integrated, under DifferentialEquations.jl's names.
 
+    A bare word where a solver is expected is its name.
+
     Args:
         name: Solver, e.g. ``"RK4"`` or ``"DP5"``; see ``pyrnode solvers``.
         step_size: Step of a fixed-step solver in units of time; ``"auto"`` starts at 0.5 and halves until stable
             (the paper's rule). Adaptive solvers ignore it.
+        adaptive: Whether a solver with an error estimate chooses its own steps; false takes its formula along the grid
+            of `step_size` (PyTorch).
         rtol, atol: Tolerances of an adaptive solver.
         error_control: What an adaptive solver's step answers for: the state and the log-determinant (``"density"``), or
             the penalties' integrals too (``"all"``).
@@ -233,6 +306,7 @@ class SolverConfig(_Section):
 
     name: str = "RK4"
     step_size: float | Literal["auto"] = 0.25
+    adaptive: bool = True
     rtol: float = 1e-5
     atol: float = 1e-5
     error_control: Literal["density", "all"] = "density"
@@ -240,6 +314,8 @@ class SolverConfig(_Section):
     sensealg: str = "auto"
     memory: Literal["auto", "store", "checkpoint"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+
+    _bare_word = "name"
 
     def _validate(self) -> None:
         _at_least(self, 0, "step_size", "rtol", "atol", strict=True)
@@ -268,6 +344,11 @@ class PenaltyConfig(_Section):
     divergence: Literal["hutchinson", "exact"] = "hutchinson"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     probes: int = 1
+
+    @property
+    def estimator(self) -> Divergence:
+        """The divergence of training."""
+        return Divergence(self.divergence, self.probes)
 
     def _validate(self) -> None:
         _at_least(self, 0, "kinetic", "jacobian", "total_derivative")
@@ -334,34 +415,63 @@ class TrainingConfig(_Section):
         return min(steps, self.max_steps or steps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(_Section):
-    """How a trained flow is scored: with an accurate solver, other than the one of training.
+@dataclass(frozen=True)
+class Divergence(_Section):
+    """How the divergence ``tr ∂f/∂z`` is got where a flow is used.
+
+    A bare word where a divergence is expected is its kind.
 
     Args:
-        solver: Adaptive solver of the evaluation.
-        rtol, atol: Its tolerances.
-        divergence: ``"exact"``, ``"hutchinson"``, or ``"auto"``: exact up to 64 dimensions.
-        probes: Probes per sample where the divergence is estimated.
+        kind: ``"exact"`` takes the trace itself, ``"hutchinson"`` estimates it with Gaussian probes, ``"auto"`` is
+            exact up to `EXACT_LIMIT` dimensions.
+        probes: Probes ``k`` per sample and block of an estimate; `None` is 1, or 16 where its error is asked for.
+        seed: Seed of the probes, and of the noise that dequantises integers: the same numbers for the same samples.
+    """
+
+    kind: Literal["auto", "exact", "hutchinson"] = "auto"
+    probes: int | None = None
+    seed: int = 0
+
+    _bare_word = "kind"
+
+    def _validate(self) -> None:
+        _at_least(self, 1, "probes")
+        _at_least(self, 0, "seed")
+
+    def exact(self, dim: int) -> bool:
+        """Whether it is exact for a flow of that many dimensions."""
+        return self.kind == "exact" or (self.kind == "auto" and dim <= EXACT_LIMIT)
+
+
+SolverLike = SolverConfig | Mapping[str, Any] | str | None
+"""A solver as its user gives it: whole, by the settings that differ from the usual one's, by its name, or that one."""
+
+DivergenceLike = Divergence | Mapping[str, Any] | str | None
+"""A divergence as its user gives it, likewise; a bare word is its kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(_Section):
+    """How a trained flow is used and scored: with an accurate solver, other than the one of training.
+
+    Args:
+        solver: The accurate solver.
+        divergence: Its divergence.
         draws: Dequantisation draws ``K`` per image.
         chunk: Samples per solve.
         test_limit: Score at most this many test samples; `None` scores all.
         grid: Samples drawn for the report's picture.
     """
 
-    solver: str = "DP5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    divergence: Literal["auto", "hutchinson", "exact"] = "auto"
-    probes: int = 1
+    solver: SolverConfig = field(default_factory=lambda: SolverConfig(name="DP5"))
+    divergence: Divergence = field(default_factory=Divergence)
     draws: int = 3
-    chunk: int = 500
+    chunk: int = CHUNK
     test_limit: int | None = None
     grid: int = 64
 
     def _validate(self) -> None:
-        _at_least(self, 0, "rtol", "atol", strict=True)
-        _at_least(self, 1, "probes", "draws", "chunk", "test_limit", "grid")
+        _at_least(self, 1, "draws", "chunk", "test_limit", "grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,38 +527,12 @@ class Config(_Section):
             raise ConfigError(unknown_name("preset", name, table))
         return cls.from_toml((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
 
-    def override(self, values: Mapping[str, Any]) -> Self:
-        """A copy with some settings changed.
-
-        Args:
-            values: Settings by name: ``"section.key"``, or ``"key"`` where only one section has that key. A mapping
-                changes the settings of a section that it names, and leaves the others.
-
-        Raises:
-            ConfigError: A key is unknown or ambiguous, or a value does not fit.
-        """
-        table = self.to_dict()
-        paths = _setting_paths(type(self))
-        for name, value in flatten(values).items():
-            matches = [name] if name in paths else [p for p in paths if p.endswith("." + name)]
-            if not matches:
-                names = {*paths, *(p.rpartition(".")[2] for p in paths)}
-                listing = "`pyrnode presets digits` shows them all"
-                raise ConfigError(unknown_name("setting", name, names, listing=listing))
-            if len(matches) > 1:
-                raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(matches)}")
-            *sections, key = matches[0].split(".")
-            target = table
-            for section in sections:
-                target = target[section]
-            target[key] = value
-        return type(self).from_dict(table)
-
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested table with ``section.key`` for keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
+        value = value.to_dict() if isinstance(value, _Section) else value
         if isinstance(value, Mapping) and key.rpartition(".")[2] != "options":
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -456,13 +540,27 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _setting_paths(cls: type[_Section], prefix: str = "") -> list[str]:
-    paths = []
-    for name, hint in get_type_hints(cls).items():
-        if isinstance(hint, type) and issubclass(hint, _Section):
-            paths += [prefix + name, *_setting_paths(hint, f"{prefix}{name}.")]
-        else:
-            paths.append(prefix + name)
+def _setting(name: str, paths: Mapping[str, type[_Section] | None]) -> str:
+    """The path of a setting, given that or its last part."""
+    found = [name] if name in paths else [path for path in paths if path.endswith("." + name)]
+    outermost = min((path.count(".") for path in found), default=0)
+    found = [path for path in found if path.count(".") == outermost]
+    if not found:
+        names = {*paths, *(p.rpartition(".")[2] for p in paths)}
+        raise ConfigError(unknown_name("setting", name, names, listing="`pyrnode presets digits` shows them all"))
+    if len(found) > 1:
+        raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
+    return found[0]
+
+
+def _setting_paths(cls: type[_Section], prefix: str = "") -> dict[str, type[_Section] | None]:
+    """The settings of a section and of those inside it, by path; with the section, where it is one."""
+    paths: dict[str, type[_Section] | None] = {}
+    inner = _sections(cls)
+    for key in _keys(cls):
+        paths[prefix + key] = inner.get(key)
+        if key in inner:
+            paths |= _setting_paths(inner[key], f"{prefix}{key}.")
     return paths
 
 

@@ -11,48 +11,42 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints, register_kl
 
-from pyrnode.config import SolverConfig
+from pyrnode.composition import Composition, check_context, chunked, context_tensor
+from pyrnode.config import DivergenceLike, SolverLike
 from pyrnode.errors import ConfigError, DataError
-from pyrnode.export.module import TorchFlow
-from pyrnode.flow import Flow, base_log_prob, check_context, chunked, context_tensor
-from pyrnode.noise import SampleNoise
-from pyrnode.transforms import Dequantize
-from pyrnode.transforms import Transform as DataTransform
+from pyrnode.export import TorchFlow
+from pyrnode.probes import SampleNoise
 
 KL_SAMPLES = 4096
 """Samples from which `torch.distributions.kl_divergence` estimates where a flow takes part."""
 
 _KL_SEED = 0
 
-_CHUNK = 500  # samples per solve
+
+class _Encoded(NamedTuple):
+    """What encoding gives of values ``(..., *event)``: ``(..., d)``, and nats ``(...)``."""
+
+    z: Tensor
+    log_det: Tensor
+    log_prob: Tensor
 
 
 class _Bijection:
     """Both directions of a flow, differentiable, on continuous values: for discrete data ``p + u``."""
 
-    def __init__(
-        self,
-        flow: Flow | TorchFlow,
-        context: Tensor | None,
-        solver: SolverConfig | None,
-        divergence: str,
-        probes: int,
-        seed: int,
-    ) -> None:
-        if isinstance(flow, TorchFlow):
-            if (solver, divergence, probes, seed) != (None, "auto", 1, 0):
-                raise ConfigError("a module of to_torch has its own solver and divergence: give them to to_torch")
-        elif isinstance(flow, Flow):
-            flow.draw(divergence, probes=probes, generator=torch.Generator())  # an unknown divergence fails here
-        else:
+    def __init__(self, flow: Composition, context: Tensor | None, solver: SolverLike, divergence: DivergenceLike) -> None:
+        if not isinstance(flow, Composition):
             raise ConfigError(f"flow = {type(flow).__name__}: expected a pyrnode flow, or what its to_torch gives")
-        self.flow, self.solver, self.divergence, self.probes, self.seed = flow, solver, divergence, probes, seed
+        if isinstance(flow, TorchFlow) and (solver, divergence) != (None, None):
+            raise ConfigError("a module of to_torch has its own solver and divergence: give them to to_torch")
+        self.flow = flow
+        self.solver, self.divergence = flow.solver.changed(solver), flow.divergence.changed(divergence)
         self.event_shape = torch.Size(flow.event_shape)
         self.dim = flow.dim
         context = context_tensor(context)
@@ -64,10 +58,10 @@ class _Bijection:
     @property
     def like(self) -> Tensor:
         """A tensor of the flow's type and device."""
-        return next(self.flow.parameters(), torch.zeros(()))
+        return self.flow.reference
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` ``(..., d)`` and ``log |det ∂z/∂x|`` ``(...)`` of ``x`` ``(..., *event)``, broadcast with the contexts.
+    def encode(self, x: Tensor) -> _Encoded:
+        """Latents of values ``(..., *event)``, broadcast with the contexts.
 
         Raises:
             DataError: Not a floating-point tensor, or of another shape.
@@ -75,39 +69,29 @@ class _Bijection:
         x, lead = self.flat(x, self.event_shape, "values")
         if not x.is_floating_point():
             raise DataError(f"values of {x.dtype}: expected floating-point values, for discrete data p + u")
-        if not len(x):
-            return self.like.new_zeros(*lead, self.dim), self.like.new_zeros(lead)
-        zs, log_dets = zip(*(self._encode(*pair) for pair in chunked(x, self._contexts(lead), _CHUNK)), strict=True)
-        return torch.cat(zs).reshape(*lead, self.dim), torch.cat(log_dets).reshape(lead)
+        parts = [self._encode(*pair) for pair in chunked(x, self._contexts(lead), self.flow.chunk)]
+        if not parts:
+            return _Encoded(self.like.new_zeros(*lead, self.dim), *[self.like.new_zeros(lead)] * 2)
+        z, log_det, log_prob = (torch.cat(values) for values in zip(*parts, strict=True))
+        return _Encoded(z.reshape(*lead, self.dim), log_det.reshape(lead), log_prob.reshape(lead))
 
-    def _encode(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if isinstance(self.flow, TorchFlow):
-            return self.flow.forward(x, context)
-        x = self.flow.prepare(x)
-        noise = SampleNoise(x, self.seed, x.dtype)  # that of Flow.log_prob
-        draw = self.flow.draw(self.divergence, probes=self.probes, generator=noise)
-        y, log_det = self.flow.transform(x)
-        solution = self.flow.solve(y, draw, self.solver, context=self.flow.condition(context, len(x)))
-        return solution.z, solution.log_det + log_det
+    def _encode(self, x: Tensor, context: Tensor | None) -> _Encoded:
+        x, c = self.flow.admit(x, context)
+        noise = SampleNoise(x, self.divergence.seed, x.dtype)  # that of Flow.log_prob
+        passage = self.flow.solve(x, self.flow.draw(self.divergence, noise), self.solver, context=c)
+        return _Encoded(passage.z, passage.log_det, passage.log_prob)
 
     def decode(self, z: Tensor) -> Tensor:
         """``x`` ``(..., *event)`` of ``z`` ``(..., d)``, broadcast with the contexts; `DataError` for another shape."""
         z, lead = self.flat(z, torch.Size([self.dim]), "latents")
         if not len(z):
             return self.like.new_zeros(*lead, *self.event_shape)
-        x = torch.cat([self._decode(*pair) for pair in chunked(z, self._contexts(lead), _CHUNK)])
+        x = torch.cat([self._decode(*pair) for pair in chunked(z, self._contexts(lead), self.flow.chunk)])
         return x.reshape(*lead, *self.event_shape)
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
-        if isinstance(self.flow, TorchFlow):
-            return self.flow.inverse(z, context)
-        if not bool(torch.isfinite(z).all()):
-            raise DataError("latents have NaN or infinite values")
-        state = self.flow.unsolve(z, self.solver, context=self.flow.condition(context, len(z)))
-        for part in reversed(self.flow.transform.transforms):
-            assert isinstance(part, DataTransform)
-            state = state * part.levels if isinstance(part, Dequantize) else part.inverse(state)  # not to integers
-        return state
+        z, c = self.flow.admit_latents(z, context)
+        return self.flow.transform.continuous(self.flow.unsolve(z, self.solver, context=c))
 
     def _contexts(self, lead: torch.Size) -> Tensor | None:
         """The contexts of values ``(*lead, ...)``, as ``(n, m)``."""
@@ -144,9 +128,7 @@ class FlowDistribution(Distribution):
         flow: A flow, or what its `to_torch` gives.
         context: ``(*batch_shape, m)``, for conditional flows: a batch of densities, one for each context.
         solver: Solver; default the flow's accurate one.
-        divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"``, as in `Flow.log_prob`.
-        probes: Probes of an estimated divergence.
-        seed: Seed of the probes: the same values always get the same numbers.
+        divergence: How the divergence is got, as in `Flow.log_prob`; default that of the flow.
         validate_args: As in `torch.distributions.Distribution`; what torch is set to is left alone.
 
     Raises:
@@ -159,16 +141,14 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: Flow | TorchFlow,
+        flow: Composition,
         context: Tensor | None = None,
         *,
-        solver: SolverConfig | None = None,
-        divergence: str = "auto",
-        probes: int = 1,
-        seed: int = 0,
+        solver: SolverLike = None,
+        divergence: DivergenceLike = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._bijection = _Bijection(flow, context, solver, divergence, probes, seed)
+        self._bijection = _Bijection(flow, context, solver, divergence)
         shapes = self._bijection.batch_shape, self._bijection.event_shape
         super().__init__(*shapes, validate_args=validate_args)
 
@@ -205,8 +185,7 @@ class FlowDistribution(Distribution):
         self._bijection.flat(value, self.event_shape, "values")  # the shape, in our words
         if self._validate_args and value.numel():  # torch's own check fails on no values
             self._validate_sample(value)
-        z, log_det = self._bijection.encode(value)
-        log_prob = base_log_prob(z) + log_det
+        log_prob = self._bijection.encode(value).log_prob
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def __repr__(self) -> str:
@@ -225,9 +204,7 @@ class FlowTransform(Transform):
         flow: A flow, or what its `to_torch` gives.
         context: ``(..., m)``, for conditional flows; values are broadcast with it.
         solver: Solver; default the flow's accurate one.
-        divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"``, as in `Flow.log_prob`.
-        probes: Probes of an estimated divergence.
-        seed: Seed of the probes.
+        divergence: How the divergence is got, as in `Flow.log_prob`; default that of the flow.
         cache_size: 0 or 1.
 
     Raises:
@@ -240,17 +217,15 @@ class FlowTransform(Transform):
 
     def __init__(
         self,
-        flow: Flow | TorchFlow,
+        flow: Composition,
         context: Tensor | None = None,
         *,
-        solver: SolverConfig | None = None,
-        divergence: str = "auto",
-        probes: int = 1,
-        seed: int = 0,
+        solver: SolverLike = None,
+        divergence: DivergenceLike = None,
         cache_size: int = 0,
     ) -> None:
         super().__init__(cache_size=cache_size)
-        self._bijection = _Bijection(flow, context, solver, divergence, probes, seed)
+        self._bijection = _Bijection(flow, context, solver, divergence)
         self.codomain = self._bijection.support()
         self._cached_log_det: tuple[Tensor, Tensor] | None = None
 
@@ -282,16 +257,16 @@ class FlowTransform(Transform):
         return self._bijection.decode(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        z, log_det = self._bijection.encode(y)
+        encoded = self._bijection.encode(y)
         if self._cache_size:
-            self._cached_log_det = (y, log_det)
-        return z
+            self._cached_log_det = (y, encoded.log_det)
+        return encoded.z
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log |det ∂y/∂x|`` in nats for latents `x` and their data `y`, shape ``(...)``: found by encoding `y`."""
         if self._cached_log_det is not None and self._cached_log_det[0] is y:
             return -self._cached_log_det[1]
-        return -self._bijection.encode(y)[1]
+        return -self._bijection.encode(y).log_det
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FlowTransform) and other._bijection is self._bijection

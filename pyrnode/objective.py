@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrnode.composition import Passage
 from pyrnode.config import PenaltyConfig
-from pyrnode.flow import FlowSolution, base_log_prob
 
 
 @dataclass
@@ -35,9 +35,7 @@ class Objective:
         return float(self.nll) / math.log(2)
 
 
-def objective(
-    solution: FlowSolution, log_det: Tensor, penalties: PenaltyConfig, weights: Tensor | None = None
-) -> Objective:
+def objective(passage: Passage, penalties: PenaltyConfig, weights: Tensor | None = None) -> Objective:
     """The regularised negative log-likelihood of a batch.
 
     ``1/(N d) Σ_i [−log p(x_i) + λ_K E_i(T) + λ_J n_i(T)]``, sums running over all blocks (eq. 17); with
@@ -45,8 +43,7 @@ def objective(
     the block's own dimensions, as in the reference code.
 
     Args:
-        solution: The pass through the blocks.
-        log_det: Log-determinant of the fixed transform, nats, ``(batch,)``.
+        passage: The pass through transform and blocks.
         penalties: ``λ_K``, ``λ_J``, the weight of the total derivative, and the convention.
         weights: Weight of each sample, ``(batch,)``, with mean 1 over the whole training set (not the batch, so that
             the gradient stays unbiased); `None` weighs all alike.
@@ -55,44 +52,44 @@ def objective(
     def mean(values: Tensor) -> Tensor:
         return values.mean() if weights is None else (weights * values).mean()
 
-    d = solution.z.shape[1]
-    nll = -mean(base_log_prob(solution.z) + solution.log_det + log_det) / d
+    d = passage.z.shape[1]
+    nll = -mean(passage.log_prob) / d
     if penalties.convention == "paper":
-        loss, E, n = regularised(nll, solution, penalties, weights)
+        loss, E, n = regularised(nll, passage, penalties, weights)
         return Objective(loss, nll.detach(), E, n)
     lambda_K, lambda_J, lambda_D = penalties.kinetic, penalties.jacobian, penalties.total_derivative
     per_block = [
         mean(lambda_K * 0.5 * block.E + lambda_J * block.n + lambda_D * block.D) / block.z[0].numel()
-        for block in solution.blocks
+        for block in passage.blocks
     ]
     loss = nll / math.log(2) + torch.stack(per_block).sum()
-    E, n = (mean(solution.total(name)).detach() / d for name in ("E", "n"))
+    E, n = (mean(passage.total(name)).detach() / d for name in ("E", "n"))
     return Objective(loss, nll.detach(), E, n)
 
 
 def regularised(
-    loss: Tensor, solution: FlowSolution, penalties: PenaltyConfig, weights: Tensor | None = None
+    loss: Tensor, passage: Passage, penalties: PenaltyConfig, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A loss plus the paper's penalties, ``λ_K E + λ_J n`` (and the total derivative's) per dimension.
 
     Args:
         loss: What the penalties are added to: nats per dimension of a density (eq. 17), or any other loss.
-        solution: The pass through the blocks.
+        passage: The pass through the blocks.
         penalties: The weights; the convention is the paper's.
         weights: As in `objective`.
 
     Returns:
         The sum, and E and n, detached: means over the batch, summed over the blocks, per dimension.
     """
-    d = solution.z.shape[1]
+    d = passage.z.shape[1]
 
     def mean(values: Tensor) -> Tensor:
         return (values.mean() if weights is None else (weights * values).mean()) / d
 
-    E, n = mean(solution.total("E")), mean(solution.total("n"))
+    E, n = mean(passage.total("E")), mean(passage.total("n"))
     for weight, value in ((penalties.kinetic, E), (penalties.jacobian, n)):
         if weight:
             loss = loss + weight * value
     if penalties.total_derivative:
-        loss = loss + penalties.total_derivative * mean(solution.total("D"))
+        loss = loss + penalties.total_derivative * mean(passage.total("D"))
     return loss, E.detach(), n.detach()

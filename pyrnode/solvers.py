@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pyrnode.config import SolverConfig
 from pyrnode.errors import EngineUnavailableError, unknown_name
 
 
@@ -134,6 +135,19 @@ def method(name: str) -> Method:
     if name not in METHODS:
         raise EngineUnavailableError(unknown_name("solver of the PyTorch engine", name, METHODS))
     return METHODS[name]
+
+
+def adaptive(solver: SolverConfig) -> bool:
+    """Whether a solver of the PyTorch engine chooses its own steps."""
+    return method(solver.name).adaptive and solver.adaptive
+
+
+def describe(solver: SolverConfig) -> str:
+    """A solver with what determines its accuracy, in a few words."""
+    known = METHODS.get(solver.name)
+    if not solver.adaptive or (known is not None and not known.adaptive):
+        return f"{solver.name} step {solver.step_size}"
+    return f"{solver.name} rtol {solver.rtol:g} atol {solver.atol:g}"
 
 
 def check_sensitivity(name: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.errors import ConfigError, DataError
+from pyrnode.tracing import holds
 
 
 class Transform(nn.Module, ABC):
@@ -24,11 +25,15 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """``x`` of ``y``."""
+        """``x`` of ``y``; integers of discrete data."""
+
+    def continuous(self, y: Tensor) -> Tensor:
+        """`inverse` without rounding to integers: differentiable, ``p + u`` for discrete data."""
+        return self.inverse(y)
 
 
 def _zeros(x: Tensor) -> Tensor:
-    return x.new_zeros(len(x))
+    return x.new_zeros(x.shape[0])  # not len(x): in a program that is being recorded the batch is a symbol
 
 
 class Dequantize(Transform):
@@ -59,13 +64,16 @@ class Dequantize(Transform):
             device = x.device if generator is None else generator.device
             noise = torch.rand(x.shape, generator=generator, dtype=self.dtype, device=device)
             x = x.to(self.dtype) + noise.to(x.device)
-        elif bool((x < 0).any() | (x > self.levels).any()):
+        elif not holds(((x >= 0) & (x <= self.levels)).all()):
             raise DataError(f"dequantised values {float(x.min()):g} to {float(x.max()):g}: expected 0 to {self.levels}")
-        return x / self.levels, _zeros(x) - x[0].numel() * math.log(self.levels)
+        return x / self.levels, _zeros(x) - math.prod(x.shape[1:]) * math.log(self.levels)
 
     def inverse(self, y: Tensor) -> Tensor:
         dtype = torch.uint8 if self.levels <= 256 else torch.int64
-        return (y * self.levels).floor().clamp(0, self.levels - 1).to(dtype)
+        return self.continuous(y).floor().clamp(0, self.levels - 1).to(dtype)
+
+    def continuous(self, y: Tensor) -> Tensor:
+        return y * self.levels
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"
@@ -117,9 +125,18 @@ class Standardize(Transform):
         self.register_buffer("std", std)
 
     @classmethod
-    def fit(cls, x: Tensor) -> Standardize:
-        """The mean and standard deviation of ``x`` ``(n, *event)``."""
-        return cls(x.mean(0), x.std(0, correction=0))
+    def identity(cls, event_shape: tuple[int, ...]) -> Standardize:
+        """Mean 0 and standard deviation 1: what a flow without data has, until those of one are loaded."""
+        return cls(torch.zeros(event_shape), torch.ones(event_shape))
+
+    @classmethod
+    def fit(cls, x: Tensor, weight: Tensor | None = None) -> Standardize:
+        """The mean and standard deviation of ``x`` ``(n, *event)``, of samples with a `weight` each, ``(n,)``, or alike."""
+        if weight is None:
+            return cls(x.mean(0), x.std(0, correction=0))
+        share = (weight / weight.sum()).reshape(-1, *[1] * (x.ndim - 1))
+        mean = (share * x).sum(0)
+        return cls(mean, (share * (x - mean).square()).sum(0).sqrt())
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.mean) / self.std, _zeros(x) - self.std.log().sum()
@@ -146,4 +163,10 @@ class Chain(Transform):
         for transform in reversed(self.transforms):
             assert isinstance(transform, Transform)
             y = transform.inverse(y)
+        return y
+
+    def continuous(self, y: Tensor) -> Tensor:
+        for transform in reversed(self.transforms):
+            assert isinstance(transform, Transform)
+            y = transform.continuous(y)
         return y

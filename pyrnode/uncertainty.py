@@ -18,22 +18,21 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrnode import solvers
-from pyrnode.config import SolverConfig
-from pyrnode.engines import Probes, TorchEngine
+from pyrnode.composition import Composition, chunked
+from pyrnode.config import Divergence, SolverConfig
+from pyrnode.engines import TorchEngine
 from pyrnode.errors import ConfigError, SolverError
-from pyrnode.flow import Flow, base_log_prob, chunked
-from pyrnode.noise import SampleNoise, spread
+from pyrnode.probes import Draw, Probes, SampleNoise
 
 PROBES = 16
 """Probes of an estimate with an error, where none are asked for."""
 
-_ROWS = 500  # samples times probes in one solve
 _ONE_SIGMA = 0.8413447460685429  # Φ(1)
 _SAFETY = 1.5
 
@@ -52,14 +51,7 @@ class LogProb(NamedTuple):
 
 
 def log_prob_with_error(
-    flow: Flow,
-    x: Tensor,
-    context: Tensor | None = None,
-    *,
-    solver: SolverConfig | None = None,
-    divergence: str = "auto",
-    probes: int | None = None,
-    seed: int = 0,
+    flow: Composition, x: Any, context: Any = None, *, solver: SolverConfig, divergence: Divergence
 ) -> LogProb:
     """Log-density of samples with a standard error; see `Flow.log_prob`.
 
@@ -67,10 +59,8 @@ def log_prob_with_error(
         flow: The flow.
         x: ``(batch, *event)``.
         context: ``(batch, m)`` or ``(m,)``, for conditional flows.
-        solver: Solver; default the accurate one.
-        divergence: ``"exact"``, ``"hutchinson"`` or ``"auto"`` (exact up to 64 dimensions).
-        probes: Probes per sample where the divergence is estimated, at least 2; default 16.
-        seed: Seed of the probes and of the dequantisation.
+        solver: Solver.
+        divergence: How the divergence is got; at least 2 probes where it is estimated, by default 16.
 
     Returns:
         Estimate and error, ``(batch,)``; the estimate is differentiable.
@@ -80,21 +70,18 @@ def log_prob_with_error(
         DataError: `x` or `context` has the wrong shape or is not finite.
         SolverError: A solve failed.
     """
-    exact = flow.draw(divergence, generator=torch.Generator()) is Probes.exact
-    k = 1 if exact else PROBES if probes is None else probes
-    if not exact and k < 2:
+    k = 0 if divergence.exact(flow.dim) else divergence.probes or PROBES
+    if k == 1:
         raise ConfigError(f"probes = {k}: an error needs the spread of at least 2; leave it out for {PROBES}")
-    solver, x = solver or flow.solver, flow.prepare(x)
-    reference = next(flow.parameters())
     accurate = copy.deepcopy(flow, {id(flow.engine): TorchEngine()}).double()
-    estimates, errors = [reference.new_zeros(0)], [reference.new_zeros(0)]
-    for chunk, c in chunked(x, flow.condition(context, len(x)), max(1, _ROWS // k)):
-        noise = SampleNoise(chunk, seed, reference.dtype)
-        values = spread(chunk, noise)
-        rows = _each_probe(flow, values, c, solver, noise, 0 if exact else k)
+    estimates, errors = [flow.reference.new_zeros(0)], [flow.reference.new_zeros(0)]
+    for piece, c in chunked(*flow.admit(x, context), max(1, flow.chunk // max(k, 1))):  # each probe has a solve
+        noise = SampleNoise(piece, divergence.seed, flow.reference.dtype)
+        values = noise.spread(piece)
+        rows = _each_probe(flow, values, c, solver, noise, k)
         estimate = rows.mean(0)
         with torch.no_grad():
-            finer = _finer(accurate, values, c, solver, noise, 0 if exact else k)
+            finer = _finer(accurate, values, c, solver, noise, k)
             error = _total(rows.double(), estimate.double(), finer)
         estimates.append(estimate)
         errors.append(error.to(estimate))
@@ -117,31 +104,31 @@ def finer_solver(solver: SolverConfig) -> SolverConfig:
     )
 
 
-def _finer(flow: Flow, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
+def _finer(
+    flow: Composition, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int
+) -> Tensor:
     """Log-density ``(batch,)`` by the finer solver, with the mean of the same k probes; exact for k = 0."""
-    y, log_det = flow.transform(x.double())
+    draw: Draw = noise.draw(k) if k else Probes.exact
+    c = None if c is None else c.double()
     try:
-        draw, c = noise.draw(k) if k else Probes.exact, None if c is None else c.double()
-        solution = flow.solve(y, draw, finer_solver(solver), context=c)
+        return flow.solve(x.double(), draw, finer_solver(solver), context=c).log_prob
     except SolverError as error:
         message = f"the finer solve, from which the error is taken, failed: {error}"
         raise SolverError(message, status=error.status, block=error.block) from error
-    result: Tensor = base_log_prob(solution.z) + solution.log_det + log_det
-    return result
 
 
-def _each_probe(flow: Flow, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
+def _each_probe(
+    flow: Composition, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int
+) -> Tensor:
     """Log-density by each of k probes, ``(k, batch)``, or exact, ``(1, batch)``, for k = 0.
 
     An engine returns the mean over its probes, so each of them has a solve of its own.
     """
-    y, log_det = flow.transform(x)
     copies = max(k, 1)
-    draw = noise.draw(k, one_each=True) if k else Probes.exact
+    draw: Draw = noise.draw(k, one_each=True) if k else Probes.exact
     c = None if c is None else c.repeat(copies, 1)
-    solution = flow.solve(y.repeat(copies, *[1] * (y.ndim - 1)), draw, solver, context=c)
-    rows: Tensor = (base_log_prob(solution.z) + solution.log_det).reshape(copies, -1) + log_det
-    return rows
+    passage = flow.solve(x.repeat(copies, *[1] * (x.ndim - 1)), draw, solver, context=c)
+    return passage.log_prob.reshape(copies, -1)
 
 
 def _total(rows: Tensor, estimate: Tensor, finer: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ Example:
 
 from pyrnode.data import synthetic
 from pyrnode.data.loading import labels, load, sources
-from pyrnode.data.samples import Contexts, DatasetSamples, Samples, Splits, TensorSamples
+from pyrnode.data.samples import Batch, DatasetSamples, Samples, Splits, TensorSamples
 
 __all__ = [
-    "Contexts",
+    "Batch",
     "DatasetSamples",
     "Samples",
     "Splits",

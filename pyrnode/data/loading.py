@@ -61,7 +61,7 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     """
     if isinstance(data, Splits):
         if context is not None:
-            raise DataError("Splits have contexts of their own: make them with Splits(..., contexts=Contexts(...))")
+            raise DataError("Splits have contexts of their own: make them of samples.carrying(context=...)")
         return data
     if data is None or (isinstance(data, str) and not data):
         data = config.name
@@ -71,8 +71,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     if context is not None:
         source = replace(source, context=_context(context, source))
     splits = source.split(config)
-    if splits.contexts is not None:
-        check_varies(splits.contexts.train, "the context (training split)", None)
+    if splits.train.context is not None:
+        check_varies(splits.train.context, "the context (training split)", None)
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)
     return splits
@@ -107,7 +107,7 @@ def _context(context: Any, source: Source) -> Tensor:
     if source.validation is not None or source.test is not None:
         raise DataError(
             f"{source.name} has a test set of its own, which a context cannot be divided for: pass the samples as one "
-            "array, or Splits(..., contexts=Contexts(train, validation, test))"
+            "array, or Splits of samples.carrying(context=...)"
         )
     if (pandas := sys.modules.get("pandas")) and isinstance(context, pandas.DataFrame):
         context = context.to_numpy()
@@ -167,8 +167,7 @@ def _from_dataset(dataset: Dataset[Any], config: DataConfig) -> Source:
     if not samples.dtype.is_floating_point:
         levels = levels or 256
     elif len(shape) == 3:
-        first = next(samples.batches(torch.arange(min(len(samples), 10)), 10))
-        check_not_scaled_pixels(first, name)
+        check_not_scaled_pixels(samples.first(10).x, name)
     return Source(name, samples, shape, levels)
 
 

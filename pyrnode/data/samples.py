@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -22,22 +23,74 @@ MINIMUM = 10
 """Fewest samples that are worth splitting in three."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Samples with what belongs to each of them.
+
+    Attributes:
+        x: ``(batch, *event)``, in the values of the source.
+        context: What they are conditional on, ``(batch, m)``; `None` without one.
+        weight: Their weights, ``(batch,)``, float64; `None` where all weigh alike.
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    weight: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
 class Samples(ABC):
-    """A set of samples with random access, in the values of the source: nothing is scaled or dequantised."""
+    """A set of samples with random access, in the values of the source: nothing is scaled or dequantised.
+
+    Attributes:
+        context: What the samples are conditional on, ``(n, m)``, on the CPU; `None` without one.
+        weight: Their weights, ``(n,)``, positive and with mean 1, float64; `None` where all weigh alike.
+    """
+
+    context: Tensor | None = None
+    weight: Tensor | None = None
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples."""
 
     @abstractmethod
-    def take(self, indices: Tensor) -> Samples:
-        """The samples with these indices, in this order, as a set of their own."""
+    def _take(self, indices: Tensor) -> Samples:
+        """`take`, without context and weights."""
 
     @abstractmethod
     def _batches(self, order: Tensor, batch_size: int, workers: int) -> Iterator[Tensor]:
-        """`batches` after its arguments have been checked."""
+        """The samples of `batches`, after its arguments have been checked."""
 
-    def batches(self, order: Tensor, batch_size: int, *, workers: int = 0) -> Iterator[Tensor]:
+    def carrying(self, *, context: Tensor | None = None, weight: Tensor | None = None) -> Self:
+        """The same samples with contexts ``(n, m)``, and with weights ``(n,)``, which are brought to mean 1.
+
+        Raises:
+            DataError: They are not one for each sample; a weight is not finite and positive.
+        """
+        count = len(self)
+        if context is not None and (context.ndim != 2 or len(context) != count or not context.shape[1]):
+            raise DataError(f"contexts of shape {tuple(context.shape)}: expected ({count}, m), one for each sample")
+        if weight is not None:
+            weight = weight.double().cpu()
+            if tuple(weight.shape) != (count,):
+                raise DataError(f"weights of shape {tuple(weight.shape)}: expected one for each of {count} samples")
+            if not bool((torch.isfinite(weight) & (weight > 0)).all()):
+                raise DataError("weights must be finite and positive: leave out the samples of weight zero")
+            weight = weight / weight.mean()
+        new = copy.copy(self)
+        new.context, new.weight = context, weight
+        return new
+
+    def take(self, indices: Tensor) -> Samples:
+        """The samples with these indices, in this order, as a set of their own, with what belongs to them."""
+        context = None if self.context is None else self.context[indices]
+        weight = None if self.weight is None else self.weight[indices]
+        return self._take(indices).carrying(context=context, weight=weight)
+
+    def batches(self, order: Tensor, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
         """Batches of the samples ``order[0], order[1], …``; the last one may be smaller.
 
         Args:
@@ -46,7 +99,7 @@ class Samples(ABC):
             workers: Loader processes, where the samples are not in memory; 0 loads in this process.
 
         Returns:
-            An iterator over tensors ``(<=batch_size, *event_shape)``: uint8 for images and discrete data (int32 from
+            An iterator over batches of at most `batch_size` samples: uint8 for images and discrete data (int32 from
             257 levels on), float32 or float64 for continuous data.
 
         Raises:
@@ -58,11 +111,20 @@ class Samples(ABC):
             raise DataError(f"order: indices {int(order.min())}..{int(order.max())} of {len(self)} samples")
         if batch_size < 1 or workers < 0:
             raise DataError(f"batch_size = {batch_size}, workers = {workers}: expected at least 1 and at least 0")
-        return self._batches(order, batch_size, workers) if len(order) else iter(())
+        return self._joined(order, batch_size, workers) if len(order) else iter(())
+
+    def _joined(self, order: Tensor, batch_size: int, workers: int) -> Iterator[Batch]:
+        for rows, x in zip(order.split(batch_size), self._batches(order, batch_size, workers), strict=True):
+            context = None if self.context is None else self.context[rows]
+            yield Batch(x, context, None if self.weight is None else self.weight[rows])
+
+    def first(self, count: int) -> Batch:
+        """The first samples, at most `count`, as one batch."""
+        return next(self.batches(torch.arange(min(count, len(self))), count))
 
     def tensor(self) -> Tensor:
         """All samples in memory, ``(n, *event_shape)``."""
-        return torch.cat(list(self.batches(torch.arange(len(self)), 1024)))
+        return torch.cat([batch.x for batch in self.batches(torch.arange(len(self)), 1024)])
 
 
 class TensorSamples(Samples):
@@ -83,7 +145,7 @@ class TensorSamples(Samples):
     def __repr__(self) -> str:
         return f"TensorSamples({_kind(self._values)})"
 
-    def take(self, indices: Tensor) -> TensorSamples:
+    def _take(self, indices: Tensor) -> TensorSamples:
         return TensorSamples(self._values[indices])
 
     def _batches(self, order: Tensor, batch_size: int, workers: int) -> Iterator[Tensor]:
@@ -144,7 +206,7 @@ class DatasetSamples(Samples):
     def __repr__(self) -> str:
         return f"DatasetSamples({type(self._items.dataset).__name__}, {len(self)} of shape {self.event_shape})"
 
-    def take(self, indices: Tensor) -> DatasetSamples:
+    def _take(self, indices: Tensor) -> DatasetSamples:
         return DatasetSamples(self._items.dataset, indices=self._indices[indices], levels=self._levels)
 
     def _batches(self, order: Tensor, batch_size: int, workers: int) -> Iterator[Tensor]:
@@ -232,15 +294,6 @@ def _kind(tensor: Tensor) -> str:
 
 
 @dataclass(frozen=True)
-class Contexts:
-    """The contexts of a conditional flow's samples, in their order; each part is ``(n, m)``, on the CPU."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-
-
-@dataclass(frozen=True)
 class Splits:
     """Train, validation and test samples of one source.
 
@@ -253,7 +306,8 @@ class Splits:
         levels: Number of grey levels of discrete data (values ``0 .. levels-1``); `None` for continuous data.
         density: The true density, where the data is synthetic.
         features: Names of the columns of a table.
-        contexts: What the density is conditional on, if it is.
+
+    Where the density is conditional, all three carry contexts (`Samples.carrying`).
     """
 
     name: str
@@ -264,25 +318,21 @@ class Splits:
     levels: int | None = None
     density: Density | None = None
     features: tuple[str, ...] | None = None
-    contexts: Contexts | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
             count = len(getattr(self, part))
             if count == 0:
                 raise DataError(f"{self.name}: the {part} split is empty; give more samples or a larger share")
-            if self.contexts is not None:
-                shape = tuple(getattr(self.contexts, part).shape)
-                if shape != (count, self.context_dim):
-                    raise DataError(
-                        f"{self.name}: contexts of shape {shape} in the {part} split: "
-                        f"expected {(count, self.context_dim)}"
-                    )
+            context = getattr(self, part).context
+            given, expected = (None if x is None else (count, x.shape[1]) for x in (context, self.train.context))
+            if given != expected:
+                raise DataError(f"{self.name}: contexts of shape {given} in the {part} split: expected {expected}")
 
     @property
     def context_dim(self) -> int:
         """Number of features of the context; 0 without one."""
-        return 0 if self.contexts is None else self.contexts.train.shape[1]
+        return 0 if self.train.context is None else self.train.context.shape[1]
 
     @property
     def is_image(self) -> bool:
@@ -324,15 +374,14 @@ class Source:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(config.split_seed))
         test, validation, train = order.tensor_split([n_test, n_test + n_validation])
         train = train[: config.limit]
-        context = self.context
+        samples = self.samples.carrying(context=self.context)
         return Splits(
             name=self.name,
-            train=self.samples.take(train),
-            validation=self.validation or self.samples.take(validation),
-            test=self.test or self.samples.take(test),
+            train=samples.take(train),
+            validation=self.validation or samples.take(validation),
+            test=self.test or samples.take(test),
             event_shape=self.event_shape,
             levels=self.levels,
             density=self.density,
             features=self.features,
-            contexts=None if context is None else Contexts(context[train], context[validation], context[test]),
         )

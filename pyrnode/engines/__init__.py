@@ -6,10 +6,11 @@ from torch import cuda  # the name `torch` in this package is the submodule of t
 
 from pyrnode import julia_setup
 from pyrnode.engines.base import Engine, Probes, Solution, Stats
+from pyrnode.engines.plain import PlainEngine
 from pyrnode.engines.torch import TorchEngine
 from pyrnode.errors import ConfigError, unknown_name
 
-__all__ = ["Engine", "Probes", "Solution", "Stats", "TorchEngine", "choose", "create"]
+__all__ = ["Engine", "PlainEngine", "Probes", "Solution", "Stats", "TorchEngine", "choose", "create"]
 
 
 def choose(name: str, device: str = "cpu") -> tuple[str, str]:

@@ -1,11 +1,12 @@
-"""``f(z, t; θ)`` and its divergence in plain differentiable operations, which torch can trace, transform and export.
+"""The plain engine: the state and l in ordinary differentiable operations, which torch can trace, transform and export.
 
-The engines' kernels are faster in training: they write into their own intermediates and keep tapes. Here nothing is
-written in place and nothing depends on values, so the same code runs under autograd, `torch.func` and `torch.export`.
+The other engines' dynamics are faster in training: they write into their own intermediates and keep tapes. Here nothing
+is written in place and nothing depends on values, so the same code runs under autograd, to any order, under
+`torch.func` and `torch.export`. Steps are a fixed grid, written out one after the other.
 
-The probes are shared by the samples of a batch: ``Σ_k ε_k · (∂f/∂z) ε_k`` over the unit vectors is the trace, over
-seeded noise an estimate. Jacobian-vector products run forward with the network, so that the first layer's is one
-product for the whole batch, and so is the transpose of the last one's, at which they end.
+Probes may be shared by the samples of a batch, ``(k, 1, *event)``: ``Σ_k ε_k · (∂f/∂z) ε_k`` over the unit vectors is the
+trace, over seeded noise an estimate. Jacobian-vector products run forward with the network, so that the first layer's is
+one product for the whole batch, and so is the transpose of the last one's, at which they end.
 """
 
 from __future__ import annotations
@@ -19,9 +20,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrnode import solvers
+from pyrnode.config import SolverConfig
 from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import TIME_ENTRIES, Conv, Dense, Layer, Linear, TimeEntry
+from pyrnode.engines.base import Engine, Probes, Solution, Stats
+from pyrnode.engines.runge_kutta import combine, grid
+from pyrnode.errors import ConfigError, SolverError
+from pyrnode.tracing import holds
+
+_MAX_STEPS = 10_000
+
+
+class PlainEngine(Engine):
+    """Explicit Runge-Kutta methods along a fixed grid, those with an error estimate too; integrates z and l alone."""
+
+    name = "plain"
+
+    def check(self, solver: SolverConfig) -> None:
+        solvers.method(solver.name)
+        if isinstance(solver.step_size, str):
+            raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+
+    def steps(self, t_span: tuple[float, float], solver: SolverConfig) -> list[tuple[float, float]]:
+        """Times and lengths of the steps; `ConfigError` where they are too many to be written out."""
+        step_size = float(solver.step_size)
+        if abs(t_span[1] - t_span[0]) / step_size > _MAX_STEPS:
+            raise ConfigError(f"step_size = {step_size:g}: more than {_MAX_STEPS} steps; take a larger one")
+        return grid(t_span, step_size)
+
+    def integrate(
+        self,
+        dynamics: Dynamics,
+        z0: Tensor,
+        probes: Probes | None,
+        t_span: tuple[float, float],
+        solver: SolverConfig,
+        *,
+        context: Tensor | None = None,
+        total_derivative: bool = False,
+    ) -> Solution:
+        self.check(solver)
+        if total_derivative:
+            raise ConfigError("the plain engine integrates z and l alone; for the penalties take another engine")
+        tableau, steps = solvers.method(solver.name).tableau, self.steps(t_span, solver)
+        rates, eps = bind(dynamics, context), None if probes is None else probes.eps
+        z, l = z0, None
+        for t, h in steps:
+            fs: list[Tensor] = []
+            for node, row, b in zip(tableau.c, tableau.a, tableau.b, strict=True):
+                f, div = rates(t + node * h, combine(z, fs, row, h), eps if b else None)
+                fs.append(f)
+                if div is not None:
+                    l = h * b * div if l is None else torch.add(l, div, alpha=h * b)
+            z = combine(z, fs, tableau.b, h)
+        zero = z.new_zeros(z.shape[0])
+        l = zero if l is None or probes is None else l if probes.weight == 1 else l * probes.weight
+        if not holds(torch.isfinite(z.sum() + l.sum())):
+            raise SolverError(
+                f"the state is not finite at t = {t_span[1]:g} ({solvers.describe(solver)}); take a smaller step_size",
+                status="Unstable",
+            )
+        nfe = len(steps) * len(tableau.b)
+        unknown = zero if probes is None else torch.full_like(zero, math.nan)
+        return Solution(z, l, unknown, unknown, zero, Stats(nfe=nfe, nfe_max=nfe, accepted=len(steps)))
 
 
 class Smooth(NamedTuple):
@@ -83,7 +146,7 @@ class Rates(Protocol):
     """The right-hand side of ``z' = f`` and ``l' = tr ∂f/∂z``, bound to the present parameters."""
 
     def __call__(self, t: float, z: Tensor, probes: Tensor | None, /) -> tuple[Tensor, Tensor | None]:
-        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)`` for `probes` ``(k, *event)``."""
+        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)``, for probes ``(k, batch or 1, *event)``."""
         ...
 
 
@@ -107,7 +170,7 @@ class LayeredRates:
     def __call__(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
         entries = [(layer.linear, *entry) for layer, entry in zip(self.layers, self._at(t), strict=True)]
         hidden, (last, last_scale, last_shift) = entries[:-1], entries[-1]
-        h, p = z, None if probes is None else probes.unsqueeze(1)
+        h, p = z, probes
         for linear, scale, shift in hidden:
             a = _affine(linear, h, scale, shift)
             h = self.phi.value(a)
@@ -116,7 +179,7 @@ class LayeredRates:
         f = _affine(last, h, last_scale, last_shift)
         if p is None or probes is None:
             return f, None
-        q = _scaled(probes.unsqueeze(1), last_scale)
+        q = _scaled(probes, last_scale)
         q = last.transpose(q.flatten(0, 1)).unflatten(0, q.shape[:2])
         return f, (p * q).flatten(2).sum((0, 2)).expand(z.shape[0])
 
@@ -173,7 +236,7 @@ class Recorded(nn.Module):
         sizes |= {*self.event_shape, probes, dynamics.context_dim}
         batch = next(n for n in itertools.count(5) if n not in sizes)
         like = next(iter(values.values()), torch.zeros(()))
-        z, eps = (like.new_ones(count, *self.event_shape) for count in (batch, probes))
+        z, eps = like.new_ones(batch, *self.event_shape), like.new_ones(probes, 1, *self.event_shape)
         context = [like.new_ones(batch, dynamics.context_dim)] if dynamics.context_dim else []
 
         def rates(

@@ -1,4 +1,4 @@
-"""What a flow is composed of: ODE blocks, and between them the steps of the multi-scale composition (FFJORD)."""
+"""The parts that a flow is composed of: ODE blocks, and what stands between them in the multi-scale flow (FFJORD)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Block(nn.Module):
 class Squeeze(nn.Module):
     """``(C, H, W)`` to ``(4C, H/2, W/2)``: each 2×2 patch becomes channels."""
 
+    @staticmethod
+    def shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what comes out of a state of that shape."""
+        return (shape[0] * 4, shape[1] // 2, shape[2] // 2)
+
     def forward(self, z: Tensor) -> Tensor:
         return F.pixel_unshuffle(z, 2)
 
@@ -36,6 +41,11 @@ class Squeeze(nn.Module):
 
 class FactorOut(nn.Module):
     """The second half of the channels leaves the flow here and is normal as it is."""
+
+    @staticmethod
+    def shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of either half of a state of that shape."""
+        return (shape[0] // 2, *shape[1:])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         kept, out = z.chunk(2, dim=1)
@@ -74,10 +84,10 @@ def network(config: Config, event_shape: tuple[int, ...], context_dim: int) -> C
     return make
 
 
-def stages(
+def multi_scale(
     config: Config, event_shape: tuple[int, ...], make: Callable[[tuple[int, ...]], Dynamics]
 ) -> Iterator[nn.Module]:
-    """The multi-scale composition of FFJORD: per scale blocks, squeeze, blocks, factor out; the last has blocks."""
+    """The multi-scale flow of FFJORD: per scale blocks, squeeze, blocks, factor out; the last has blocks."""
     flow = config.flow
 
     def blocks(shape: tuple[int, ...]) -> Iterator[nn.Module]:
@@ -97,10 +107,10 @@ def stages(
             return
         if shape[1] % 2 or shape[2] % 2:
             raise ConfigError(f"scales = {scales}: a {shape[1]}x{shape[2]} image cannot be halved; at most {scale + 1}")
-        shape = (shape[0] * 4, shape[1] // 2, shape[2] // 2)
+        shape = Squeeze.shape(shape)
         yield Squeeze()
         yield from blocks(shape)
-        shape = (shape[0] // 2, *shape[1:])
+        shape = FactorOut.shape(shape)
         yield FactorOut()
 
 

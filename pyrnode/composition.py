@@ -1,0 +1,350 @@
+"""The composition of a flow: the gate, which says what may enter, and the passage through transform and blocks.
+
+    x --transform--> y --blocks--> z ~ N(0, I)        log p(x) = log N(z; 0, I) + Σ l_block(T) + log |det ∂y/∂x|
+
+Encoding runs the blocks from t = 0 to T, decoding from T to 0. In a conditional flow, ``log p(x | c)``, the context joins
+the dynamics of every block, and stays the same along the way. Everything that passes through a flow does it here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyrnode.config import CHUNK, Divergence, SolverConfig
+from pyrnode.engines import Engine, Solution
+from pyrnode.errors import ConfigError, DataError, SolverError
+from pyrnode.parts import Block, FactorOut, Squeeze
+from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
+from pyrnode.tracing import holds, recording
+from pyrnode.transforms import Chain
+
+
+def base_log_prob(z: Tensor) -> Tensor:
+    """``log N(z; 0, I)`` in nats, ``(...)``, of ``(..., d)``."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+
+
+@dataclass
+class Passage:
+    """What came of a pass through transform and blocks.
+
+    Attributes:
+        y: The samples in the flow's space, where the first block starts, ``(batch, *event)``.
+        z: Latent, ``(batch, d)``.
+        l: ``Σ l`` over the blocks, nats, ``(batch,)``.
+        transform_log_det: Log-determinant of the transform, nats, ``(batch,)``.
+        blocks: The blocks' solutions, in order.
+    """
+
+    y: Tensor
+    z: Tensor
+    l: Tensor
+    transform_log_det: Tensor
+    blocks: list[Solution]
+
+    @property
+    def log_det(self) -> Tensor:
+        """``log |det ∂z/∂x|``, nats, ``(batch,)``."""
+        return self.l + self.transform_log_det
+
+    @property
+    def log_prob(self) -> Tensor:
+        """``log p(x)``, nats, ``(batch,)``; of discrete data the density of ``p + u``."""
+        return base_log_prob(self.z) + self.l + self.transform_log_det
+
+    def total(self, name: Literal["E", "n", "D"]) -> Tensor:
+        """An integral summed over the blocks, ``(batch,)``."""
+        return torch.stack([getattr(block, name) for block in self.blocks]).sum(0)
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations of the dynamics per sample, all blocks together."""
+        return sum(block.stats.nfe for block in self.blocks)
+
+
+def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Samples ``(batch, ...)`` and their contexts, if any, in pieces of at most `size`."""
+    for start in range(0, len(x), size):
+        yield x[start : start + size], None if c is None else c[start : start + size]
+
+
+def context_tensor(context: Any) -> Tensor | None:
+    """A context as its user gives it, a tensor or what torch makes one of, as a tensor; `None` stays.
+
+    Raises:
+        DataError: It does not consist of real numbers.
+    """
+    if context is None:
+        return None
+    try:
+        tensor = torch.as_tensor(context)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"context of type {type(context).__name__}: expected numbers, as a tensor or array") from error
+    if tensor.is_complex():
+        raise DataError("the context has complex numbers: pass real and imaginary parts as features")
+    return tensor
+
+
+def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
+    """Checks the context that a flow is given.
+
+    Args:
+        context: ``(batch, dim)`` or ``(dim,)``; `None` for an unconditional flow.
+        dim: Number of features that the flow is conditional on; 0 for none.
+        batch: Number of samples; `None` for any.
+
+    Raises:
+        DataError: It is missing, superfluous, or of the wrong shape.
+    """
+    if dim == 0:
+        if context is not None:
+            raise DataError("this flow is unconditional (it was trained without a context): leave the context out")
+        return
+    wanted = f"({dim},) for one that all samples share, or ({'n' if batch is None else batch}, {dim}) for each its own"
+    if context is None:
+        raise DataError(f"this flow is conditional on {dim} features: pass their values as context, {wanted}")
+    shape = tuple(context.shape)
+    if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
+        remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
+        raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
+
+
+class Composition(nn.Module):
+    """Transform and parts, the gate before them, and the passage through them, both ways.
+
+    Args:
+        transform: Fixed bijection between the data and the flow's space.
+        parts: Blocks, squeezes and factor-outs, in the order of encoding.
+        event_shape: Shape of one sample.
+        engine: Who integrates the blocks.
+        solver: Solver where none is named.
+        divergence: How the divergence is got where nothing is said.
+        levels: Grey levels of discrete data; `None` for continuous.
+        context_transform: What the context goes through before it reaches the blocks.
+
+    Raises:
+        ConfigError: The blocks differ in the number of features of their contexts.
+    """
+
+    chunk = CHUNK
+    """Samples per solve."""
+
+    def __init__(
+        self,
+        transform: Chain,
+        parts: Iterable[nn.Module],
+        event_shape: tuple[int, ...],
+        *,
+        engine: Engine,
+        solver: SolverConfig,
+        divergence: Divergence,
+        levels: int | None = None,
+        context_transform: Chain | None = None,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.context_transform = context_transform or Chain([])
+        self.parts = nn.ModuleList(parts)
+        self.event_shape, self.levels = tuple(event_shape), levels
+        self.engine, self.solver, self.divergence = engine, solver, divergence
+        widths = sorted({block.dynamics.context_dim for block in self.blocks})
+        if len(widths) != 1:
+            raise ConfigError(f"the blocks take contexts of {widths} features: expected the same for all")
+        (self.context_dim,) = widths
+
+    @property
+    def dim(self) -> int:
+        """Number of data dimensions ``d``."""
+        return math.prod(self.event_shape)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The ODE blocks, in the order of encoding."""
+        return [part for part in self.parts if isinstance(part, Block)]
+
+    @property
+    def reference(self) -> Tensor:
+        """A parameter, whose type and device are those of the flow."""
+        return next(self.parts.parameters(), torch.zeros(()))
+
+    # -- the gate ----------------------------------------------------------------------------------------------------
+
+    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Tensor | None]:
+        """Samples and their contexts as the passage takes them: checked, on the flow's device, in its type.
+
+        Args:
+            x: ``(batch, *event)``; integers of discrete data stay integers.
+            context: ``(batch, m)``, or ``(m,)`` for one that all samples share; `None` for an unconditional flow.
+
+        Returns:
+            Samples, and what `condition` makes of the contexts.
+
+        Raises:
+            DataError: A wrong shape, or values that are not finite; a context that is missing or superfluous.
+        """
+        x = self._admitted(x, self.event_shape, "input")
+        return x, self.condition(context, x.shape[0])
+
+    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Tensor | None]:
+        """`admit` of latents ``(batch, d)``."""
+        z = self._admitted(z, (self.dim,), "latents")
+        return z, self.condition(context, z.shape[0])
+
+    def condition(self, context: Any, batch: int) -> Tensor | None:
+        """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each sample, standardised."""
+        context = context_tensor(context)
+        check_context(context, self.context_dim, batch)
+        if context is None:
+            return None
+        if not holds(torch.isfinite(context).all()):
+            raise DataError("the context has NaN or infinite values")
+        c, _ = self.context_transform(self._converted(context.expand(batch, -1), "the context"))
+        return cast(Tensor, c)
+
+    def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
+        """`x` as a tensor of samples of that shape, checked and converted."""
+        expected = f"expected (batch, {', '.join(map(str, shape))})"
+        try:
+            x = torch.as_tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{what} of type {type(x).__name__}: {expected}, as a tensor or array") from error
+        if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
+            raise DataError(f"{what} of shape {tuple(x.shape)}: {expected}")
+        if not holds(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"{what} has NaN or infinite values, first in sample {bad}")
+        return self._converted(x, what)
+
+    def _converted(self, x: Tensor, what: str) -> Tensor:
+        """`x` on the flow's device, in its type unless it is discrete."""
+        reference = self.reference
+        discrete = self.levels is not None and what == "input" and not x.is_floating_point()
+        return x.to(reference.device, x.dtype if discrete else reference.dtype)
+
+    # -- the passage -------------------------------------------------------------------------------------------------
+
+    def draw(self, divergence: Divergence, source: torch.Generator | SampleNoise, *, noise: str = "gaussian") -> Draw:
+        """How the divergence is probed (`pyrnode.probes.draw`)."""
+        return draw(divergence, self.dim, source, noise=noise)
+
+    def solve(
+        self,
+        x: Tensor,
+        draw: Draw = no_probes,
+        solver: SolverConfig | None = None,
+        *,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        total_derivative: bool = False,
+    ) -> Passage:
+        """Passes samples through transform and blocks.
+
+        Args:
+            x: ``(batch, *event)``, as `admit` gives them.
+            draw: Gives the probes for each block's start state; by default there are none, and the state is all.
+            solver: Solver; default `self.solver`.
+            context: What `condition` gives.
+            generator: Where the noise that dequantises integers comes from.
+            total_derivative: Also integrate D.
+
+        Raises:
+            DataError: Values outside the grey levels.
+            SolverError: A block's solve failed; the message names it.
+        """
+        y, log_det = self.transform(x, generator)
+        z, l, outs, solutions = y, y.new_zeros(y.shape[0]), list[Tensor](), list[Solution]()
+        for part in self.parts:
+            if isinstance(part, Block):
+                span = (0.0, part.end_time)
+                solution = self._integrate(len(solutions), z, draw(z), span, solver, context, total_derivative)
+                solutions.append(solution)
+                z, l = solution.z, l + solution.l
+            elif isinstance(part, FactorOut):
+                z, out = part(z)
+                outs.append(out)
+            else:
+                z = part(z)
+        return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions)
+
+    def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
+        """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *event)``."""
+        shapes = self._latent_shapes()
+        sizes = [math.prod(shape) for shape in shapes]
+        outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
+        state = outs.pop()
+        index = len(self.blocks)
+        for part in reversed(self.parts):
+            if isinstance(part, Block):
+                index -= 1
+                state = self._integrate(index, state, None, (part.end_time, 0.0), solver, context).z
+            elif isinstance(part, FactorOut):
+                state = part.inverse(state, outs.pop())
+            else:
+                assert isinstance(part, Squeeze)
+                state = part.inverse(state)
+        return state
+
+    def _integrate(
+        self,
+        index: int,
+        z: Tensor,
+        probes: Probes | None,
+        span: tuple[float, float],
+        solver: SolverConfig | None,
+        context: Tensor | None,
+        total_derivative: bool = False,
+    ) -> Solution:
+        """One block."""
+        dynamics = self.blocks[index].dynamics
+        try:
+            return self.engine.integrate(
+                dynamics, z, probes, span, solver or self.solver, context=context, total_derivative=total_derivative
+            )
+        except SolverError as error:
+            message = f"block {index} ({tuple(dynamics.event_shape)}): {error}"
+            raise SolverError(message, status=error.status, block=index) from error
+
+    def _latent_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what is factored out, in order, and of the last state."""
+        shape, shapes = self.event_shape, list[tuple[int, ...]]()
+        for part in self.parts:
+            if isinstance(part, Squeeze | FactorOut):
+                shape = part.shape(shape)
+            if isinstance(part, FactorOut):
+                shapes.append(shape)
+        return [*shapes, shape]
+
+    def base_sample(
+        self, n: int, context: Tensor | None, *, seed: int | None = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        """Draws from the base what `n` samples are decoded from.
+
+        Args:
+            n: How many; of a conditional flow, how many for each context.
+            context: ``(m,)`` or ``(b, m)``, for conditional flows.
+            seed: Seed; `None` draws from torch's global generator.
+            temperature: Standard deviation of the base.
+
+        Returns:
+            Latents ``(n, d)`` or ``(b n, d)``, the context of each, and the shape ``(n,)`` or ``(b, n)``.
+
+        Raises:
+            ConfigError: `n` is not a positive number.
+            DataError: The context is missing, superfluous or of the wrong shape.
+        """
+        if not recording() and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise ConfigError(f"n = {n!r}: expected a positive number of samples")
+        context = context_tensor(context)
+        check_context(context, self.context_dim, None)
+        lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
+        noise = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
+        z = torch.randn(*lead, self.dim, dtype=self.reference.dtype, **noise)  # a sampler's n may be a symbol
+        if context is not None and len(lead) == 2:
+            context = context.repeat_interleave(n, 0)
+        return z.flatten(0, -2).to(self.reference.device) * temperature, context, lead
