@@ -20,7 +20,8 @@ from torch import Tensor
 
 import pyrnode
 from pyrnode import Flow, SolverConfig, TorchFlow
-from pyrnode.engines import Engine, Probes, TorchEngine
+from pyrnode.engines import Engine, TorchEngine
+from pyrnode.probes import Probes
 
 LOOSE = {"rtol": 1e-3, "atol": 1e-3}
 SOLVERS: dict[str, dict[str, object]] = {

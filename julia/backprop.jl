@@ -1,4 +1,4 @@
-# Discretise, then optimise: the solve's own accepted steps in reverse (pyrnode/engines/torch.py). At a stage (t_i, z_i) of a
+# Discretise, then optimise: the solve's own accepted steps in reverse (pyrnode/engines/pytorch.py). At a stage (t_i, z_i) of a
 # step of length h, with cotangents z̄ of the new state and q̄ of the integrals,
 #
 #   f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f        w̄ = h b_i (l̄ ε + 2 n̄ w)

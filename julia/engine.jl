@@ -1,4 +1,4 @@
-# One solve of the augmented system of one block, and its pullback (pyrnode/engines/torch.py).
+# One solve of the augmented system of one block, and its pullback (pyrnode/engines/pytorch.py).
 
 """
     Solver(name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,

@@ -1,4 +1,4 @@
-# Dynamics of the user's own: any Lux model, by Lux's nested differentiation (pyrnode/dynamics/module.py).
+# Dynamics of the user's own: any Lux model, by Lux's nested differentiation (pyrnode/dynamics/nested.py).
 
 """
     LuxDynamics(model, ps, st; event, time=:concat)

@@ -237,7 +237,7 @@ class NetworkConfig(_Section):
         hidden: Widths (channels) of the hidden layers.
         activation: Nonlinearity between the layers.
         time: How ``t`` enters each layer: an extra input (``"concat"``), gate and shift (``"concatsquash"``), or not.
-        kernel_size: Side of the convolution kernels; odd.
+        kernel_size: Side of the convolutions' filters; odd.
     """
 
     kind: Literal["auto", "mlp", "conv"] = "auto"

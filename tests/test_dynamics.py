@@ -74,11 +74,11 @@ def test_product_is_autograds(kind: str, time: str, activation: str, own_times: 
     dynamics = make(kind, time, activation)
     z, eps = torch.randn(3, *EVENTS[kind]).double(), torch.randn(2, 3, *EVENTS[kind]).double()
     t = torch.rand(3).double() if own_times else 0.3
-    evaluation = dynamics.kernel().evaluate(t, z, eps)
-    assert torch.allclose(evaluation.f, dynamics(t, z), rtol=0, atol=1e-12)
-    assert evaluation.w is not None
+    linearization = dynamics.bind().linearize(t, z, eps)
+    assert torch.allclose(linearization.f, dynamics(t, z), rtol=0, atol=1e-12)
+    assert linearization.w is not None
     expected = torch.einsum("kbi,bij->kbj", eps.flatten(2), jacobian(dynamics, t, z)).reshape(eps.shape)
-    assert torch.allclose(evaluation.w, expected, rtol=0, atol=1e-10)
+    assert torch.allclose(linearization.w, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kind", "time", "activation"), CASES)
@@ -94,14 +94,14 @@ def test_pullback_is_nested_autograds(kind: str, time: str, activation: str, pro
     w = torch.stack([torch.autograd.grad(f, z, e, create_graph=True)[0] for e in eps])
     expected = torch.autograd.grad((f, w), [z, *dynamics.parameters()], (f_bar, w_bar), allow_unused=True)
 
-    kernel = dynamics.kernel()
+    bound = dynamics.bind()
     with torch.no_grad():
-        z_bar, c_bar = kernel.pullback(kernel.evaluate(t, z.detach(), eps, tape=True), f_bar, w_bar, None, 0.5)
+        z_bar, c_bar = bound.pullback(bound.linearize(t, z.detach(), eps, tape=True), f_bar, w_bar, None, 0.5)
     assert expected[0] is not None
     assert c_bar is None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
     for gradient, reference, (name, _) in zip(
-        kernel.gradients(), expected[1:], dynamics.named_parameters(), strict=True
+        bound.gradients(), expected[1:], dynamics.named_parameters(), strict=True
     ):
         assert reference is not None, name
         assert torch.allclose(gradient, 0.5 * reference, rtol=0, atol=1e-10), name
@@ -123,16 +123,16 @@ def test_context_in_product_and_pullback(kind: str, time: str, probes: int, own_
     w = torch.stack([torch.autograd.grad(f, z, e, create_graph=True)[0] for e in eps])
     expected = torch.autograd.grad((f, w), [z, c, *dynamics.solved_parameters()], (f_bar, w_bar))
 
-    kernel = dynamics.kernel()
+    bound = dynamics.bind()
     with torch.no_grad():
-        evaluation = kernel.evaluate(t, z.detach(), eps, c=c.detach(), tape=True)
-        assert evaluation.w is not None
-        assert torch.allclose(evaluation.f, dynamics(t, z, context), rtol=0, atol=1e-12)
-        assert torch.allclose(evaluation.w, w, rtol=0, atol=1e-10)
-        z_bar, c_bar = kernel.pullback(evaluation, f_bar, w_bar, None, 0.5)
+        linearization = bound.linearize(t, z.detach(), eps, c=c.detach(), tape=True)
+        assert linearization.w is not None
+        assert torch.allclose(linearization.f, dynamics(t, z, context), rtol=0, atol=1e-12)
+        assert torch.allclose(linearization.w, w, rtol=0, atol=1e-10)
+        z_bar, c_bar = bound.pullback(linearization, f_bar, w_bar, None, 0.5)
     assert c_bar is not None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
-    for found, reference in zip([c_bar, *kernel.gradients()], expected[1:], strict=True):
+    for found, reference in zip([c_bar, *bound.gradients()], expected[1:], strict=True):
         assert torch.allclose(found, 0.5 * reference, rtol=0, atol=1e-10)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics import MLP, Dynamics, ModuleDynamics
-from pyrnode.engines import Engine, Probes, Solution, create
+from pyrnode.engines import Engine, Solution, create
 from pyrnode.errors import ConfigError, EngineUnavailableError, SolverError
+from pyrnode.probes import Probes
 from pyrnode.solvers import METHODS
 from tests.test_dynamics import EVENTS, ConditionalField, Field, make
 
@@ -497,7 +498,7 @@ def test_pieces_of_a_batch_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     """Large batches go through in pieces; the result and the gradient must not notice."""
     results = []
     for piece in (2**30, 1):
-        monkeypatch.setattr("pyrnode.engines.torch._PIECE", piece)
+        monkeypatch.setattr("pyrnode.engines.pytorch._PIECE", piece)
         for solver in (SolverConfig(memory="checkpoint"), SolverConfig(name="Tsit5")):
             dynamics, z0 = (
                 make("conv"),

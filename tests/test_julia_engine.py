@@ -25,9 +25,10 @@ from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
 from pyrnode.data.synthetic import DENSITIES
 from pyrnode.dynamics import MLP, Dynamics, ModuleDynamics
-from pyrnode.engines import Engine, Probes, Solution, TorchEngine
+from pyrnode.engines import Engine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, EngineUnavailableError
 from pyrnode.flow import base_log_prob
+from pyrnode.probes import Probes
 from pyrnode.solvers import METHODS
 from tests.test_dynamics import CASES, EVENTS, make, perturbed
 from tests.test_engine import Field, Linear, weighted_loss
@@ -132,7 +133,8 @@ import {first}, json, os, sys
 import {second}, torch
 sys.path.insert(0, {root!r})
 from pyrnode.config import SolverConfig
-from pyrnode.engines import Probes, TorchEngine
+from pyrnode.engines import TorchEngine
+from pyrnode.probes import Probes
 from pyrnode.engines.julia import JuliaEngine, _start
 from pyrnode.dynamics import MLP
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from pyrnode import native
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics import layers
-from pyrnode.dynamics.layered import ConvNet, LayeredKernel
+from pyrnode.dynamics.layered import BoundLayers, ConvNet
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
-from pyrnode.engines.base import Probes
-from pyrnode.engines.torch import TorchEngine
+from pyrnode.engines.pytorch import TorchEngine
 from pyrnode.native import conv
 from pyrnode.native import threads as native_threads
 from pyrnode.native.threads import WORK, ranges
+from pyrnode.probes import Probes
 
 _STATUS = native.status("conv")
 _KERNEL = pytest.mark.skipif(not _STATUS.available, reason=f"no compiled convolution: {_STATUS.why}")
@@ -195,23 +195,23 @@ def test_what_it_does_not_do_is_left_to_torch(weight):
     assert conv.kernel(weight) is None
 
 
-def _evaluation(net: ConvNet) -> list[Tensor]:
-    """f, εᵀ∂f/∂z and all gradients of the explicit kernel at a fixed point."""
+def _linearization(net: ConvNet) -> list[Tensor]:
+    """f, εᵀ∂f/∂z and all gradients of the explicit product at a fixed point."""
     generator = torch.Generator().manual_seed(1)
     z, eps, f_bar = (torch.randn(2, 1, 7, 7, generator=generator) for _ in range(3))
     with torch.no_grad():
-        kernel = net.kernel()
-        evaluation = kernel.evaluate(0.3, kernel.layout(z), kernel.layout(eps[None]), tape=True)
-        z_bar, _ = kernel.pullback(evaluation, f_bar, eps[None], None, 1.0)
-        assert evaluation.w is not None
-        return [evaluation.f, evaluation.w, z_bar, *kernel.gradients()]
+        bound = net.bind()
+        linearization = bound.linearize(0.3, bound.layout(z), bound.layout(eps[None]), tape=True)
+        z_bar, _ = bound.pullback(linearization, f_bar, eps[None], None, 1.0)
+        assert linearization.w is not None
+        return [linearization.f, linearization.w, z_bar, *bound.gradients()]
 
 
 def _second_linear(net: ConvNet) -> layers.Linear:
     """The operator of the layer from 64 channels to 64, as a solve has it."""
-    kernel = net.kernel()
-    assert isinstance(kernel, LayeredKernel)
-    return kernel.layers[1].linear
+    bound = net.bind()
+    assert isinstance(bound, BoundLayers)
+    return bound.layers[1].linear
 
 
 def _net() -> ConvNet:
@@ -256,10 +256,10 @@ def test_between_its_passes_a_solve_holds_no_transformed_weights():
 
 def test_without_it_the_results_are_the_same(monkeypatch):
     net = _net()
-    with_kernel = _evaluation(net)
+    with_kernel = _linearization(net)
     monkeypatch.setenv(native.VARIABLE, "0")
     assert type(_second_linear(net)) is Conv
-    _assert_close(with_kernel, _evaluation(net))
+    _assert_close(with_kernel, _linearization(net))
 
 
 @pytest.fixture
@@ -273,12 +273,12 @@ def fresh(monkeypatch, tmp_path):
 
 def test_without_a_compiler_the_results_are_the_same(monkeypatch, fresh):
     net = _net()
-    with_kernel = _evaluation(net)
+    with_kernel = _linearization(net)
     native._load.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     assert "no C compiler" in native.status("conv").why
     assert conv.kernel(net.layers[1].weight.detach()) is None
-    _assert_close(with_kernel, _evaluation(net))
+    _assert_close(with_kernel, _linearization(net))
 
 
 @_KERNEL

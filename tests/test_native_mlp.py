@@ -11,10 +11,10 @@ from torch import Tensor
 from pyrnode import native
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics import MLP
-from pyrnode.engines.base import Probes
-from pyrnode.engines.torch import TorchEngine
+from pyrnode.engines.pytorch import TorchEngine
 from pyrnode.errors import SolverError
 from pyrnode.native import mlp
+from pyrnode.probes import Probes
 
 pytestmark = pytest.mark.skipif(
     not native.status("mlp").available, reason=f"no compiled kernel: {native.status('mlp').why}"

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from benchmarks.reference import ReferenceImageFlow, ReferenceMLPFlow
 from pyrnode.config import Config
-from pyrnode.engines import Probes
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
+from pyrnode.probes import Probes
 
 STEP = 1 / 32  # torchdiffeq's rk4 is another tableau of order 4: at this step both are exact to 1e-8
 

@@ -1,7 +1,7 @@
 """Dynamics ``f(z, t; θ)`` with their vector-Jacobian products."""
 
-from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
 from pyrnode.dynamics.layered import MLP, ConvNet
-from pyrnode.dynamics.module import ModuleDynamics
+from pyrnode.dynamics.nested import ModuleDynamics
 
-__all__ = ["MLP", "ConvNet", "Dynamics", "Evaluation", "Kernel", "ModuleDynamics"]
+__all__ = ["MLP", "BoundDynamics", "ConvNet", "Dynamics", "Linearization", "ModuleDynamics"]

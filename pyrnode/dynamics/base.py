@@ -1,4 +1,4 @@
-"""What dynamics are to an engine: a kernel that evaluates f with εᵀ∂f/∂z, and pulls cotangents back."""
+"""What dynamics are to an engine: bound to their parameters, they give f with εᵀ∂f/∂z, and pull cotangents back."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from pyrnode.dynamics.layers import Time
 
 
-class Evaluation(NamedTuple):
-    """One evaluation of the dynamics.
+class Linearization(NamedTuple):
+    """The dynamics at a point: f with its vector-Jacobian products.
 
     Attributes:
         f: ``f(z, t; θ)``, ``(batch, *event)``.
         w: ``εᵀ ∂f/∂z`` for each probe, ``(k, batch, *event)``; `None` if no noise was given.
         r: The total derivative ``(∂f/∂z) f + ∂f/∂t``, ``(batch, *event)``; `None` unless asked for.
-        tape: What the kernel needs to pull cotangents back.
+        tape: What `BoundDynamics.pullback` needs to pull cotangents back.
     """
 
     f: Tensor
@@ -35,26 +35,26 @@ class SplitPullback(Protocol):
     stages are pulled back at once, the states stage by stage, and the parameters at once again.
     """
 
-    def join(self, evaluations: list[Evaluation], t: Tensor, eps: Tensor | None) -> Evaluation:
-        """One evaluation of all stages, from taped evaluations of f alone; `t` and `eps` are for the joint batch."""
+    def join(self, linearizations: list[Linearization], t: Tensor, eps: Tensor | None) -> Linearization:
+        """One linearization of all stages, from taped ones of f alone; `t` and `eps` are for the joint batch."""
 
-    def pull_product(self, evaluation: Evaluation, w_bar: Tensor, alpha: float | None) -> None:
+    def pull_product(self, linearization: Linearization, w_bar: Tensor, alpha: float | None) -> None:
         """First: the transpose of the product, for all stages."""
 
-    def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
+    def pull_state(self, linearization: Linearization, f_bar: Tensor, rows: slice) -> Tensor:
         """Then, from the last stage to the first: the cotangent of the state of the stage at `rows` of the batch."""
 
-    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> Tensor | None:
+    def pull_parameters(self, linearization: Linearization, f_bar: Tensor, alpha: float) -> Tensor | None:
         """Last: adds the parameters' gradients, given the f̄ of all stages; gives `alpha` times the cotangent of c."""
 
 
-class Kernel(ABC):
+class BoundDynamics(ABC):
     """The dynamics with their parameters bound for one solve; gradients of the parameters accumulate in it."""
 
     @abstractmethod
-    def evaluate(
+    def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
-    ) -> Evaluation:
+    ) -> Linearization:
         """Evaluates f at ``(z, t, c)`` and, where `eps` ``(k, batch, *event)`` is given, the products εᵀ∂f/∂z.
 
         Args:
@@ -67,7 +67,12 @@ class Kernel(ABC):
 
     @abstractmethod
     def pullback(
-        self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
+        self,
+        linearization: Linearization,
+        f_bar: Tensor,
+        w_bar: Tensor | None,
+        r_bar: Tensor | None,
+        alpha: float | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Cotangents of z and c from those of f, w and r; adds `alpha` times those of θ to the gradients.
 
@@ -88,7 +93,7 @@ class Kernel(ABC):
         """Size of one evaluation's tape for states like `z`."""
 
     def layout(self, z: Tensor) -> Tensor:
-        """`z` in the memory layout in which the kernel is fast."""
+        """`z` in the memory layout in which the bound dynamics are fast."""
         return z.contiguous()
 
 
@@ -129,5 +134,5 @@ class Dynamics(nn.Module, ABC):
         return self.parameters()
 
     @abstractmethod
-    def kernel(self, *, total_derivative: bool = False) -> Kernel:
-        """The kernel that an engine computes with, bound to the present parameters."""
+    def bind(self, *, total_derivative: bool = False) -> BoundDynamics:
+        """The dynamics as an engine computes with them: bound to the present parameters."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS
-from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel, SplitPullback
+from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization, SplitPullback
 from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Time, TimeEntry, channels_last
+from pyrnode.dynamics.nested import BoundModule
 
 
 @dataclass
@@ -45,8 +46,8 @@ class _Tape:
     s_bar: list[Tensor] = field(default_factory=list)  # the product's share in the scales' cotangents, elementwise
 
 
-class LayeredKernel(Kernel):
-    """The explicit kernel of a `LayeredDynamics`."""
+class BoundLayers(BoundDynamics):
+    """A `LayeredDynamics`, bound: every layer's operators, and what they gather."""
 
     def __init__(self, layers: list[TimeEntry], activation: str, names: list[list[str]], images: bool) -> None:
         self.layers = layers
@@ -70,9 +71,9 @@ class LayeredKernel(Kernel):
         kept = 3 + self.phi.keeps_input + probes * (1 + self.phi.keeps_r)  # h, slope, ā, perhaps a; g, perhaps r
         return z.element_size() * len(z) * pixels * hidden * kept
 
-    def evaluate(
+    def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
-    ) -> Evaluation:
+    ) -> Linearization:
         record = _Tape(t, c)
         h, last = z, len(self.layers) - 1
         for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t, c), strict=True)):
@@ -92,10 +93,10 @@ class LayeredKernel(Kernel):
                     record.slope.append(slope)
                 record.a.append(a if self.phi.keeps_input else h)
         w = None if eps is None else self._product(record, eps)
-        return Evaluation(a, w, None, record if tape else None)
+        return Linearization(a, w, None, record if tape else None)
 
-    def join(self, evaluations: list[Evaluation], t: Tensor, eps: Tensor | None) -> Evaluation:
-        records: list[_Tape] = [evaluation.tape for evaluation in evaluations]
+    def join(self, linearizations: list[Linearization], t: Tensor, eps: Tensor | None) -> Linearization:
+        records: list[_Tape] = [linearization.tape for linearization in linearizations]
         batch = len(records[0].h[0])
         c = records[0].c
         joint = _Tape(t, None if c is None else c.repeat(len(records), 1))
@@ -110,7 +111,7 @@ class LayeredKernel(Kernel):
         for i in range(len(self.layers) - 1):
             joint.a.append(torch.cat([r.a[i] for r in records]) if self.phi.keeps_input else joint.h[i + 1])
         w = None if eps is None else self._product(joint, eps)
-        return Evaluation(torch.cat([evaluation.f for evaluation in evaluations]), w, None, joint)
+        return Linearization(torch.cat([linearization.f for linearization in linearizations]), w, None, joint)
 
     def _slopes(self, record: _Tape) -> None:
         if not record.slope:
@@ -147,18 +148,23 @@ class LayeredKernel(Kernel):
         return r
 
     def pullback(
-        self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
+        self,
+        linearization: Linearization,
+        f_bar: Tensor,
+        w_bar: Tensor | None,
+        r_bar: Tensor | None,
+        alpha: float | None,
     ) -> tuple[Tensor, Tensor | None]:
         if w_bar is not None:
-            self.pull_product(evaluation, w_bar, alpha)
-        z_bar = self.pull_state(evaluation, f_bar, slice(None))
-        return z_bar, None if alpha is None else self.pull_parameters(evaluation, f_bar, alpha)
+            self.pull_product(linearization, w_bar, alpha)
+        z_bar = self.pull_state(linearization, f_bar, slice(None))
+        return z_bar, None if alpha is None else self.pull_parameters(linearization, f_bar, alpha)
 
     def split(self) -> SplitPullback:
         return self
 
-    def pull_product(self, evaluation: Evaluation, w_bar: Tensor, alpha: float | None) -> None:
-        record: _Tape = evaluation.tape
+    def pull_product(self, linearization: Linearization, w_bar: Tensor, alpha: float | None) -> None:
+        record: _Tape = linearization.tape
         k, batch = w_bar.shape[:2]
         last = len(self.layers) - 1
         p = w_bar
@@ -177,8 +183,8 @@ class LayeredKernel(Kernel):
                 bend, p = self.phi.pull(record.a[i], record.h[i + 1], record.slope[i], g, record.r.pop(), g_bar)
                 record.a_bar.append(bend[0] if k == 1 else bend.sum(0))
 
-    def pull_state(self, evaluation: Evaluation, f_bar: Tensor, rows: slice) -> Tensor:
-        record: _Tape = evaluation.tape
+    def pull_state(self, linearization: Linearization, f_bar: Tensor, rows: slice) -> Tensor:
+        record: _Tape = linearization.tape
         self._slopes(record)
         if not record.a_bar:
             record.a_bar = [torch.zeros_like(slope) for slope in record.slope]
@@ -192,8 +198,8 @@ class LayeredKernel(Kernel):
                 a_bar = record.a_bar[i - 1][rows].addcmul_(h_bar, record.slope[i - 1][rows])
         return h_bar
 
-    def pull_parameters(self, evaluation: Evaluation, f_bar: Tensor, alpha: float) -> Tensor | None:
-        record: _Tape = evaluation.tape
+    def pull_parameters(self, linearization: Linearization, f_bar: Tensor, alpha: float) -> Tensor | None:
+        record: _Tape = linearization.tape
         parts, c_bars = self._parts(record.c), list[Tensor]()
         for i, (layer, a_bar) in enumerate(zip(self.layers, [*record.a_bar, f_bar], strict=True)):
             scale, y, s_bar = record.scale[i], record.y[i], None
@@ -237,14 +243,14 @@ class LayeredDynamics(Dynamics):
                     bound = 0.0 if layer.zero else 1 / math.sqrt(layer.fan_in + context_dim)
                     rows.uniform_(-bound, bound)
 
-    def _bind(self, *, detach: bool) -> LayeredKernel:
+    def _bind(self, *, detach: bool) -> BoundLayers:
         layers: list[Any] = list(self.layers)
         names = [[name for name, _ in layer.named_parameters()] for layer in layers]
         bound = [layer.bind(detach=detach) for layer in layers]
-        return LayeredKernel(bound, self.activation, names, len(self.event_shape) == 3)
+        return BoundLayers(bound, self.activation, names, len(self.event_shape) == 3)
 
     def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
-        return self._bind(detach=False).evaluate(t, z, None, c=c).f
+        return self._bind(detach=False).linearize(t, z, None, c=c).f
 
     def embed(self, context: Tensor) -> Tensor:
         embedded: Tensor = self.context(context)
@@ -254,11 +260,9 @@ class LayeredDynamics(Dynamics):
         # As `self.layers.parameters()`, at a seventh of its time: engines ask at every solve.
         return [p for layer in self.layers for p in layer._parameters.values() if p is not None]
 
-    def kernel(self, *, total_derivative: bool = False) -> Kernel:
+    def bind(self, *, total_derivative: bool = False) -> BoundDynamics:
         if total_derivative:
-            from pyrnode.dynamics.module import AutogradKernel
-
-            return AutogradKernel(self, total_derivative=True)
+            return BoundModule(self, total_derivative=True)
         return self._bind(detach=True)
 
     def extra_repr(self) -> str:
@@ -300,7 +304,7 @@ class ConvNet(LayeredDynamics):
         hidden: Channels of the hidden layers.
         activation: ``"softplus"``, ``"tanh"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
         time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
-        kernel_size: Side of the kernels; odd.
+        kernel_size: Side of the filters; odd.
         context_dim: Number of features of the context; 0 for none.
     """
 
@@ -317,9 +321,11 @@ class ConvNet(LayeredDynamics):
         channels, height, width = event_shape
         widths = (channels, *hidden, channels)
         last = len(hidden)
-        kernel, size = (kernel_size, kernel_size), (height, width)
+        size = (height, width)
         layers = [
-            Layer(widths[i], widths[i + 1], time=time, kernel=kernel, size=size, zero=i == last)
+            Layer(
+                widths[i], widths[i + 1], time=time, kernel_size=(kernel_size, kernel_size), size=size, zero=i == last
+            )
             for i in range(last + 1)
         ]
         super().__init__(layers, activation, event_shape, context_dim)

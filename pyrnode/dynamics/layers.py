@@ -47,7 +47,7 @@ class Linear(ABC):
 
     @abstractmethod
     def constant(self, weight: Tensor) -> Tensor:
-        """Response to an input channel that is 1 everywhere: ``(*out)``, of a weight ``(out, 1, *kernel)``."""
+        """Response to an input channel that is 1 everywhere: ``(*out)``, of a weight ``(out, 1, *kernel_size)``."""
 
     @abstractmethod
     def constant_gradient(self, bar: Tensor, weight: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Conv(Linear):
     """``(batch, in, H, W)`` to ``(batch, out, H, W)``: cross-correlation with zero padding, channels last.
 
     Channels-last convolutions reach about 1.5 times the throughput of the default layout on a CPU, and the transpose
-    as a convolution with the flipped kernel is never slower than the library's own backward-data.
+    as a convolution with the flipped filter is never slower than the library's own backward-data.
     """
 
     def __init__(self, weight: Tensor, size: tuple[int, int]) -> None:
@@ -338,7 +338,7 @@ class Layer(nn.Module):
         inputs: Input channels.
         outputs: Output channels.
         time: How time enters: a key of `TIME_ENTRIES`.
-        kernel: ``()`` for a dense layer, ``(k, k)`` for a convolution.
+        kernel_size: Sides of the filters: ``()`` for a dense layer, ``(k, k)`` for a convolution.
         size: ``(H, W)`` of the images for a convolution.
         zero: Initialise everything to zero (the last layer, so that training starts at f = 0).
     """
@@ -349,16 +349,16 @@ class Layer(nn.Module):
         outputs: int,
         *,
         time: str,
-        kernel: tuple[int, ...] = (),
+        kernel_size: tuple[int, ...] = (),
         size: tuple[int, int] | None = None,
         zero: bool = False,
     ) -> None:
         super().__init__()
         self.size, self.time, self.zero = size, time, zero
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel_size))
         self.bias = nn.Parameter(torch.empty(outputs))
         if time == "concat":
-            self.time_weight = nn.Parameter(torch.empty(outputs, 1, *kernel))
+            self.time_weight = nn.Parameter(torch.empty(outputs, 1, *kernel_size))
         elif time == "concatsquash":
             self.gate_weight = nn.Parameter(torch.empty(outputs))
             self.gate_bias = nn.Parameter(torch.empty(outputs))
@@ -384,5 +384,5 @@ class Layer(nn.Module):
         return TIME_ENTRIES[self.time](_linear(weight, self.size, detached=detach), values)
 
     def extra_repr(self) -> str:
-        outputs, inputs, *kernel = self.weight.shape
-        return f"{inputs}, {outputs}, kernel={tuple(kernel)}, time={self.time!r}"
+        outputs, inputs, *kernel_size = self.weight.shape
+        return f"{inputs}, {outputs}, kernel_size={tuple(kernel_size)}, time={self.time!r}"

@@ -2,13 +2,14 @@
 
 import os
 
-from torch import cuda  # the name `torch` in this package is the submodule of the PyTorch engine
+import torch
 
 from pyrnode import julia_setup
-from pyrnode.engines.base import Engine, Probes, Solution, Stats
+from pyrnode.engines.base import Engine, Solution, Stats
 from pyrnode.engines.plain import PlainEngine
-from pyrnode.engines.torch import TorchEngine
+from pyrnode.engines.pytorch import TorchEngine
 from pyrnode.errors import ConfigError, unknown_name
+from pyrnode.probes import Probes
 
 __all__ = ["Engine", "PlainEngine", "Probes", "Solution", "Stats", "TorchEngine", "choose", "create"]
 
@@ -26,7 +27,7 @@ def choose(name: str, device: str = "cpu") -> tuple[str, str]:
     status = julia_setup.status()
     if not status.ready:
         return "torch", f"Julia is not ready: {status.explanation}"
-    if (device.startswith("cuda") or (device == "auto" and cuda.is_available())) and not status.has_cuda:
+    if (device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())) and not status.has_cuda:
         return "torch", "CUDA.jl is not installed for Julia; run: pyrnode install-julia --cuda"
     return "julia", status.detail
 

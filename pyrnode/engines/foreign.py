@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyrnode.dynamics import Dynamics
-from pyrnode.dynamics.base import Evaluation, Kernel
-from pyrnode.engines.base import Probes
+from pyrnode.dynamics.base import BoundDynamics, Linearization
+from pyrnode.probes import Probes
 
 
 class Foreign:
@@ -27,11 +27,11 @@ class Foreign:
         self.eps, self.w, self.w_bar = (like.new_empty(k, *like.shape) if k else None for _ in range(3))
         self.r, self.r_bar = (torch.empty_like(like) if total_derivative else None for _ in range(2))
         self.theta_bar = torch.zeros_like(self.theta)
-        self.evaluation: Evaluation | None = None
-        self.kernel = self._bind()
+        self.linearization: Linearization | None = None
+        self.bound = self._bind()
 
-    def _bind(self) -> Kernel:
-        return self.dynamics.kernel(total_derivative=self.total_derivative)
+    def _bind(self) -> BoundDynamics:
+        return self.dynamics.bind(total_derivative=self.total_derivative)
 
     def buffers(self) -> tuple[Tensor | None, ...]:
         """What both sides see, in the order in which Julia takes it."""
@@ -50,31 +50,31 @@ class Foreign:
             self.theta_bar,
         )
 
-    def evaluate(self, t: float, probe: bool, tape: bool) -> None:
+    def linearize(self, t: float, probe: bool, tape: bool) -> None:
         """``z, c, ε → f, w, r`` at time `t`."""
         eps = self.eps.clone() if probe and self.eps is not None else None
-        z, c = self.kernel.layout(self.z.clone()), None if self.c is None else self.c.clone()
-        self.evaluation = self.kernel.evaluate(t, z, eps, c=c, tape=tape)
+        z, c = self.bound.layout(self.z.clone()), None if self.c is None else self.c.clone()
+        self.linearization = self.bound.linearize(t, z, eps, c=c, tape=tape)
         for buffer, value in (
-            (self.f, self.evaluation.f),
-            (self.w, self.evaluation.w),
-            (self.r, self.evaluation.r),
+            (self.f, self.linearization.f),
+            (self.w, self.linearization.w),
+            (self.r, self.linearization.r),
         ):
             if buffer is not None and value is not None:
                 buffer.copy_(value)
 
     def pull(self, has_w: bool) -> None:
-        """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the kernel."""
-        assert self.evaluation is not None
+        """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the bound dynamics."""
+        assert self.linearization is not None
         w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
-        z_bar, c_bar = self.kernel.pullback(self.evaluation, self.f_bar, w_bar, r_bar, 1.0)
+        z_bar, c_bar = self.bound.pullback(self.linearization, self.f_bar, w_bar, r_bar, 1.0)
         self.z_bar.copy_(z_bar)
         if self.c_bar is not None and c_bar is not None:
             self.c_bar.copy_(c_bar)
 
     def collect(self) -> None:
         """The gathered gradient ``→ θ̄``; the next one begins at zero."""
-        gradients = [g.reshape(-1) for g in self.kernel.gradients()]
+        gradients = [g.reshape(-1) for g in self.bound.gradients()]
         if gradients:
             torch.cat(gradients, out=self.theta_bar)
-        self.kernel = self._bind()
+        self.bound = self._bind()

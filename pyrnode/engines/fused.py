@@ -13,15 +13,15 @@ from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics.base import Kernel
-from pyrnode.dynamics.layered import LayeredKernel
-from pyrnode.engines.base import Probes
+from pyrnode.dynamics.base import BoundDynamics
+from pyrnode.dynamics.layered import BoundLayers
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.native import mlp
+from pyrnode.probes import Probes
 
 
 def fuse(
-    kernel: Kernel,
+    kernel: BoundDynamics,
     z0: Tensor,
     probes: Probes | None,
     context: Tensor | None,
@@ -29,7 +29,7 @@ def fuse(
     solver: SolverConfig,
 ) -> FusedSolve | None:
     """The compiled solve; `None` where there is none for this kernel, solver or machine."""
-    if not isinstance(kernel, LayeredKernel) or kernel.images or context is not None or z0.device.type != "cpu":
+    if not isinstance(kernel, BoundLayers) or kernel.images or context is not None or z0.device.type != "cpu":
         return None
     if solvers.method(solver.name).adaptive or isinstance(solver.step_size, str) or solver.memory != "auto":
         return None
@@ -46,7 +46,7 @@ class FusedSolve:
     def __init__(
         self,
         library: CDLL,
-        kernel: LayeredKernel,
+        kernel: BoundLayers,
         probes: Probes | None,
         t_span: tuple[float, float],
         solver: SolverConfig,
@@ -78,9 +78,9 @@ class FusedSolve:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``; no columns without probes."""
         return self.solve.forward(z0, self.eps, self.weight, record=record)
 
-    def backward(self, kernel: Kernel, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+    def backward(self, kernel: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         """The cotangent of the start state; the parameters' gradients go into `kernel`, bound to the same ones."""
-        assert isinstance(kernel, LayeredKernel)
+        assert isinstance(kernel, BoundLayers)
         z0_bar, w_bars, shift_bar, scale_bar = self.solve.backward(z_bar, q_bar, self.eps, self.weight)
         shift_bars = shift_bar.split(self.widths, 1)
         scale_bars = [None] * len(self.widths) if scale_bar is None else scale_bar.split(self.widths, 1)

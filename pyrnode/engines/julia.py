@@ -29,7 +29,6 @@ from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.base import (
     STUCK,
     Engine,
-    Probes,
     Solution,
     Stats,
     check_state,
@@ -42,6 +41,7 @@ from pyrnode.engines.base import (
 from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.errors import ConfigError, EngineError, EngineUnavailableError, unknown_name
+from pyrnode.probes import Probes
 
 SENSITIVITIES: dict[str, str] = {
     "InterpolatingAdjoint": "the adjoint, solved backwards along an interpolation of the solve (Julia's default)",
@@ -388,7 +388,7 @@ def self_test() -> str:
     Raises:
         EngineUnavailableError: Julia does not start, or gives other numbers than PyTorch.
     """
-    from pyrnode.engines.torch import TorchEngine
+    from pyrnode.engines.pytorch import TorchEngine
 
     generator = torch.Generator().manual_seed(0)
     dynamics, z0 = MLP(2, (8,)).double(), torch.randn(4, 2, generator=generator, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """The plain engine: the state and l in ordinary differentiable operations, which torch can trace, transform and export.
 
-The other engines' dynamics are faster in training: they write into their own intermediates and keep tapes. Here nothing
+The other engines' bound dynamics are faster in training: they write into their own intermediates and keep tapes. Here nothing
 is written in place and nothing depends on values, so the same code runs under autograd, to any order, under
 `torch.func` and `torch.export`. Steps are a fixed grid, written out one after the other.
 
@@ -25,9 +25,10 @@ from pyrnode.config import SolverConfig
 from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import TIME_ENTRIES, Conv, Dense, Layer, Linear, TimeEntry
-from pyrnode.engines.base import Engine, Probes, Solution, Stats
+from pyrnode.engines.base import Engine, Solution, Stats
 from pyrnode.engines.runge_kutta import combine, grid
 from pyrnode.errors import ConfigError, SolverError
+from pyrnode.probes import Probes
 from pyrnode.tracing import holds
 
 _MAX_STEPS = 10_000

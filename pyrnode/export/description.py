@@ -119,13 +119,13 @@ def _stage(prefix: str, stage: nn.Module) -> dict[str, Any]:
 
 
 def _layer(prefix: str, layer: Layer) -> dict[str, Any]:
-    outputs, inputs, *kernel = layer.weight.shape
+    outputs, inputs, *kernel_size = layer.weight.shape
     return {
         "kind": "dense" if layer.size is None else "convolution",
         "time": layer.time,
         "inputs": inputs,
         "outputs": outputs,
-        **({} if layer.size is None else {"kernel": kernel, "image": list(layer.size)}),
+        **({} if layer.size is None else {"kernel": kernel_size, "image": list(layer.size)}),
         "tensors": {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()},
     }
 
@@ -174,7 +174,7 @@ def _build_stage(entry: Mapping[str, Any], context_dim: int) -> nn.Module:
             layer["inputs"],
             layer["outputs"],
             time=layer["time"],
-            kernel=tuple(layer.get("kernel", ())),
+            kernel_size=tuple(layer.get("kernel", ())),
             size=tuple(layer["image"]) if "image" in layer else None,
         )
         for layer in entry["layers"]

@@ -1,9 +1,9 @@
 /* Same-size 3x3 convolutions of channels-last float32 images. Between many channels and many by Winograd's F(4x4, 3x3) (Lavin & Gray 2016,
  * arXiv:1509.09308): 36 multiplications for 4x4 outputs where the direct sum takes 144.
  *
- * With d a 6x6 tile of the input, overlapping its neighbours by two, and U = G g G' the transformed kernel (conv.py),
+ * With d a 6x6 tile of the input, overlapping its neighbours by two, and U = G g G' the transformed filter (conv.py),
  *
- *     y = A' [ U * (B' d B) ] A,    and for the gradient of the kernel    dU += (A dy A') * (B' d B),
+ *     y = A' [ U * (B' d B) ] A,    and for the gradient of the filter    dU += (A dy A') * (B' d B),
  *
  * where * is elementwise in the tile and, for each of its 36 elements, a matrix product over channels or tiles. Tiles
  * are taken in strips that fit the caches; all vectors run over channels, whose numbers are multiples of LANES.
@@ -348,8 +348,8 @@ int widen(const Job *job, long start, long stop) {
 }
 
 /* y = conv(x, w) + shift from many channels to few, for images; the weight is (many, columns), of which 9 few are used
- * and the rest are there for the vectors' length. The products of every pixel with the whole kernel come first, then
- * the sum over the kernel. */
+ * and the rest are there for the vectors' length. The products of every pixel with the whole filter come first, then
+ * the sum over the filter. */
 int narrow(const Job *job, long start, long stop) {
     Grid grid = grid_of(job);
     long many = job->inputs, few = job->outputs, columns = job->columns;

@@ -33,7 +33,7 @@ class _Job(ctypes.Structure):
 _SIDE, _OUT = 6, 4
 """Of a tile of the input, and of its outputs, in conv.c."""
 
-# U = G g Gᵀ for one 3×3 kernel g, as one matrix on the kernel's nine numbers: (36, 9).
+# U = G g Gᵀ for one 3×3 filter g, as one matrix on the filter's nine numbers: (36, 9).
 _POINTS = (0, 0.625, -0.625, 1.5, -1.5)
 _G = torch.tensor(
     [[p**j / math.prod(p - q for q in _POINTS if q != p) for j in range(3)] for p in _POINTS] + [[0, 0, 1]],
@@ -121,8 +121,8 @@ class Winograd(Convolution):
 
     def gradient(self) -> Tensor:
         transformed = self._gradient[:, : self._inputs].double().flatten(1)
-        kernels = (_GG.T @ transformed).view(3, 3, self._inputs, self._outputs)
-        return kernels.permute(3, 2, 0, 1).to(torch.float32)
+        filters = (_GG.T @ transformed).view(3, 3, self._inputs, self._outputs)
+        return filters.permute(3, 2, 0, 1).to(torch.float32)
 
 
 class Direct(Convolution):
@@ -166,8 +166,8 @@ class Direct(Convolution):
         ranges(function(self._library, "accumulate_patches"), job, parts)
 
     def gradient(self) -> Tensor:
-        kernels = self._gradient[: 9 * self._few].view(3, 3, self._few, self._many)
-        return kernels.permute(3, 2, 0, 1).contiguous()
+        filters = self._gradient[: 9 * self._few].view(3, 3, self._few, self._many)
+        return filters.permute(3, 2, 0, 1).contiguous()
 
 
 class Reversed(Convolution):
@@ -197,8 +197,8 @@ def _reversed(weight: Tensor) -> Tensor:
 def _transformed(weight: Tensor) -> Tensor:
     """U ``(36, in, out)`` of a weight ``(out, in, 3, 3)``."""
     outputs, inputs = weight.shape[:2]
-    kernels = weight.permute(2, 3, 1, 0).reshape(9, -1).double()
-    return (_GG @ kernels).view(-1, inputs, outputs).to(torch.float32)
+    filters = weight.permute(2, 3, 1, 0).reshape(9, -1).double()
+    return (_GG @ filters).view(-1, inputs, outputs).to(torch.float32)
 
 
 def _tiles(x: Tensor) -> int:

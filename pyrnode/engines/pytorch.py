@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.base import Engine, Probes, Solution, Stats, check_state, embedded, run
+from pyrnode.engines.base import Engine, Solution, Stats, check_state, embedded, run
 from pyrnode.engines.fused import FusedSolve, fuse
 from pyrnode.engines.runge_kutta import (
     ErrorNorm,
@@ -38,6 +38,7 @@ from pyrnode.engines.runge_kutta import (
     per_sample,
 )
 from pyrnode.errors import ConfigError
+from pyrnode.probes import Probes
 
 _STORE_LIMIT = 32 * 2**20
 """Up to how many bytes of intermediates of one block ``memory="auto"`` stores."""
@@ -96,7 +97,7 @@ class TorchEngine(Engine):
 class _Joint(NamedTuple):
     """The stages of one step as one batch: evaluation, probes, and weights in the integrals."""
 
-    evaluation: Evaluation
+    evaluation: Linearization
     eps: Tensor | None
     weights: Tensor
 
@@ -115,17 +116,19 @@ class _Solve:
     steps: list[Step] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the parameters, at the time of the solve
     end: Tensor | None = None
-    evaluations: list[Evaluation] = field(default_factory=list)  # of the present step's stages, until they are joined
+    evaluations: list[Linearization] = field(
+        default_factory=list
+    )  # of the present step's stages, until they are joined
     joints: list[_Joint] = field(default_factory=list)  # of every step, where intermediates are stored
     context_bar: Tensor | None = None
-    bound: Kernel | None = None
+    bound: BoundDynamics | None = None
     fused: FusedSolve | None = None
 
     @property
-    def kernel(self) -> Kernel:
+    def kernel(self) -> BoundDynamics:
         """The dynamics bound to their parameters, from here to the end of a pass; gradients gather in it."""
         if self.bound is None:
-            self.bound = self.dynamics.kernel(total_derivative=self.total_derivative)
+            self.bound = self.dynamics.bind(total_derivative=self.total_derivative)
         return self.bound
 
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
@@ -224,7 +227,7 @@ class _Solve:
         parts = []
         for piece in self._pieces(z):
             part_eps = None if eps is None else eps[:, piece]
-            ev = self.kernel.evaluate(_rows(t, piece), z[piece], part_eps, c=None if c is None else c[piece])
+            ev = self.kernel.linearize(_rows(t, piece), z[piece], part_eps, c=None if c is None else c[piece])
             parts.append((ev.f, self._integrands(ev, part_eps)))
         if len(parts) == 1:
             return Rate(*parts[0])
@@ -238,11 +241,11 @@ class _Solve:
 
     def _state(self, t: Time, z: Tensor, rows: Tensor | None, weight: float) -> Rate:
         """The right-hand side of the state alone, each evaluation of which is kept."""
-        evaluation = self.kernel.evaluate(t, z, None, c=self._context(rows), tape=True)
+        evaluation = self.kernel.linearize(t, z, None, c=self._context(rows), tape=True)
         self.evaluations.append(evaluation)
         return Rate(evaluation.f, z.new_empty(len(z), 0))
 
-    def _integrands(self, ev: Evaluation, eps: Tensor | None) -> Tensor:
+    def _integrands(self, ev: Linearization, eps: Tensor | None) -> Tensor:
         """(l', E', n', D') for each sample."""
         if eps is None or ev.w is None or self.probes is None:
             return ev.f.new_empty(len(ev.f), 0)
@@ -260,7 +263,7 @@ class _Solve:
         return q
 
     def _cotangents(
-        self, ev: Evaluation, f_bar: Tensor, q_bar: Tensor, eps: Tensor | None
+        self, ev: Linearization, f_bar: Tensor, q_bar: Tensor, eps: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Cotangents of f, w and r, given that of the state's rate and those of the four integrands ``(batch, 4)``."""
         if eps is None or ev.w is None or self.probes is None:
@@ -342,7 +345,7 @@ class _Solve:
             for piece in self._pieces(bar):
                 stage_eps = eps[:, piece] if eps is not None and tableau.b[i] else None
                 part_c = None if c is None else c[piece]
-                ev = self.kernel.evaluate(_rows(t, piece), step.stages[i][piece], stage_eps, c=part_c, tape=True)
+                ev = self.kernel.linearize(_rows(t, piece), step.stages[i][piece], stage_eps, c=part_c, tape=True)
                 bars = self._cotangents(ev, f_bar[piece], share[piece], stage_eps)
                 parts.append(self.kernel.pullback(ev, *bars, 1.0))
             self._add_context_bar(rows, [context_bar for _, context_bar in parts])
@@ -381,7 +384,7 @@ class _Solve:
         def adjoint(t: Time, y: Tensor, rows: Tensor | None, weight: float) -> Rate:
             z, a = (self.kernel.layout(x) for x in y.unbind(1))
             eps = self._eps(rows)
-            ev = self.kernel.evaluate(t, z, eps, c=self._context(rows), tape=True)
+            ev = self.kernel.linearize(t, z, eps, c=self._context(rows), tape=True)
             bars = self._cotangents(ev, a, q_bar if rows is None else q_bar[rows], eps)
             a_rate, _ = self.kernel.pullback(ev, *bars, None)
             return Rate(torch.stack((ev.f, -a_rate), 1), y.new_empty(len(y), 0))
@@ -393,7 +396,7 @@ class _Solve:
                     continue
                 z, a = (self.kernel.layout(x) for x in y.unbind(1))
                 t = _cast(step.t + node * step.h, z)
-                ev = self.kernel.evaluate(t, z, eps, c=self._context(rows), tape=True)
+                ev = self.kernel.linearize(t, z, eps, c=self._context(rows), tape=True)
                 share = per_sample(-b * step.h, a)
                 q_rows = q_bar if rows is None else q_bar[rows]
                 q_share = share.reshape(-1, 1) * q_rows if isinstance(share, Tensor) else share * q_rows

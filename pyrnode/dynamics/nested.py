@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyrnode.dynamics.base import Dynamics, Evaluation, Kernel
+from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
 from pyrnode.dynamics.layers import Time
 from pyrnode.errors import ConfigError
 
@@ -23,7 +23,7 @@ class _Graph:
     r: Tensor | None
 
 
-class AutogradKernel(Kernel):
+class BoundModule(BoundDynamics):
     """Evaluates any dynamics: w by a vector-Jacobian product whose graph is kept.
 
     The general path: slower than an explicit product, and the only one that knows the total derivative.
@@ -37,12 +37,12 @@ class AutogradKernel(Kernel):
         self.sums = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.enable_grad()
-    def evaluate(
+    def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
-    ) -> Evaluation:
+    ) -> Linearization:
         if eps is None and not tape:
             with torch.no_grad():
-                return Evaluation(self.dynamics.rate(t, z, c), None, None, None)
+                return Linearization(self.dynamics.rate(t, z, c), None, None, None)
         z = z.detach().requires_grad_()
         c = None if c is None else c.detach().requires_grad_(tape)
         if self.total_derivative:
@@ -57,12 +57,17 @@ class AutogradKernel(Kernel):
             r = _total_derivative(t, z, f)
         graph = _Graph(z, c, f, w, r) if tape else None
         w, r = (None if x is None else x.detach() for x in (w, r))
-        return Evaluation(f.detach(), w, r, graph)
+        return Linearization(f.detach(), w, r, graph)
 
     def pullback(
-        self, evaluation: Evaluation, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, alpha: float | None
+        self,
+        linearization: Linearization,
+        f_bar: Tensor,
+        w_bar: Tensor | None,
+        r_bar: Tensor | None,
+        alpha: float | None,
     ) -> tuple[Tensor, Tensor | None]:
-        graph: _Graph = evaluation.tape
+        graph: _Graph = linearization.tape
         pairs = [(graph.f, f_bar), (graph.w, w_bar), (graph.r, r_bar)]
         live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
         c, scale = (None, 0.0) if alpha is None else (graph.c, alpha)
@@ -159,5 +164,5 @@ class ModuleDynamics(Dynamics):
         result: Tensor = self.module(time, z) if c is None else self.module(time, z, c)
         return result
 
-    def kernel(self, *, total_derivative: bool = False) -> Kernel:
-        return AutogradKernel(self, total_derivative=total_derivative)
+    def bind(self, *, total_derivative: bool = False) -> BoundDynamics:
+        return BoundModule(self, total_derivative=total_derivative)
