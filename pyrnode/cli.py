@@ -105,7 +105,7 @@ def _sample(args: argparse.Namespace) -> int:
     import torch
 
     from pyrnode import plotting
-    from pyrnode.checkpoint import write_atomically
+    from pyrnode.files import write_atomically
 
     out = Path(args.out)
     if out.suffix not in (".png", ".npy"):

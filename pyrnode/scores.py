@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrnode import checkpoint
+from pyrnode import files
 from pyrnode.data.chunks import open_chunks
 from pyrnode.data.samples import Samples
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
@@ -70,7 +70,7 @@ class Calibration:
     def save(self, path: str | Path, flow: Flow) -> None:
         """Writes the scores, atomically, with the fingerprint of the flow that gave them."""
         scores = {"scores": torch.from_numpy(self.scores.copy())}
-        checkpoint.write(path, "calibration", scores, {"model": fingerprint(flow)})
+        files.write(path, "calibration", scores, {"model": fingerprint(flow)})
 
     @classmethod
     def load(cls, path: str | Path, flow: Flow) -> Calibration:
@@ -79,7 +79,7 @@ class Calibration:
         Raises:
             CheckpointError: The file is missing, damaged, foreign, or of another flow.
         """
-        tensors, description = checkpoint.read(path, "calibration")
+        tensors, description = files.read(path, "calibration")
         if description.get("model") != fingerprint(flow) or "scores" not in tensors:
             raise CheckpointError(f"{path} was made with another model: calibrate again, with held-out samples")
         return cls(tensors["scores"].numpy())
@@ -246,7 +246,7 @@ def _writer(path: Path) -> Iterator[Callable[[Columns], None]]:
     writers = {".csv": _csv_writer, ".json": _json_writer, ".parquet": _parquet_writer}
     if path.suffix.lower() not in writers:
         raise ConfigError(unknown_name(f"kind of file of {path}:", path.suffix, writers))
-    with checkpoint.replacing(path) as file, writers[path.suffix.lower()](file) as write:
+    with files.replacing(path) as file, writers[path.suffix.lower()](file) as write:
         yield write
 
 

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 import pyrnode
-from pyrnode import checkpoint, scores
+from pyrnode import files, scores
 from pyrnode.config import Config
 from pyrnode.data import TensorSamples
 from pyrnode.data.chunks import open_chunks
@@ -121,7 +121,7 @@ def test_damaged_and_foreign_calibrations(tmp_path: Path) -> None:
     flow.save(path)
     with pytest.raises(CheckpointError, match="holds a flow, not a calibration"):
         Calibration.load(path, flow)
-    checkpoint.write(path, "calibration", {"ranks": torch.zeros(3)}, {"model": fingerprint(flow)})
+    files.write(path, "calibration", {"ranks": torch.zeros(3)}, {"model": fingerprint(flow)})
     with pytest.raises(CheckpointError, match="calibrate again"):
         Calibration.load(path, flow)
 
