@@ -18,13 +18,13 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config
 from pyrnode.data import Contexts, Splits, TensorSamples
 from pyrnode.data.arrays import check_varies
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
-from pyrnode.scores import Calibration, log_densities
 from pyrnode.trainer import Trainer, Weights
 
 EXACT_TRAINING = 8

@@ -11,7 +11,6 @@ If x is from the same distribution as they are, ``P(p ≤ α) ≤ α`` for every
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -85,6 +84,12 @@ class Calibration:
         return cls(tensors["scores"].numpy())
 
 
+def calibration_path(run: str | Path) -> Path:
+    """Where a run, or a model file, has its calibration."""
+    run = Path(run)
+    return run / "calibration.safetensors" if run.is_dir() else run.with_suffix(".calibration.safetensors")
+
+
 def fingerprint(flow: Flow) -> str:
     """A hash of what determines the flow's log-densities: weights, solver, and estimator of the trace."""
     solver, evaluation = flow.solver, flow.config.evaluation
@@ -99,7 +104,8 @@ def fingerprint(flow: Flow) -> str:
 # -- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def _unconditional(flow: Flow) -> None:
+def check_unconditional(flow: Flow) -> None:
+    """Raises `ConfigError` for a flow with a context, which files of samples do not have."""
     if flow.context_dim:
         raise ConfigError(
             f"this flow is conditional on {flow.context_dim} features, and scores of files know no context: use "
@@ -149,7 +155,7 @@ def calibrate(
         DataError: The samples do not fit.
         SolverError: A solve failed.
     """
-    _unconditional(flow)
+    check_unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
         opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
@@ -221,7 +227,7 @@ def score_file(
     """
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
-    _unconditional(flow)
+    check_unconditional(flow)
     chunks = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
     count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
@@ -293,68 +299,3 @@ def _parquet_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
     finally:
         if writer is not None:
             writer.close()
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-def calibration_path(run: str | Path) -> Path:
-    """Where a run, or a model file, has its calibration."""
-    run = Path(run)
-    return run / "calibration.safetensors" if run.is_dir() else run.with_suffix(".calibration.safetensors")
-
-
-def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
-    """The stored calibration, or a new one, which is stored."""
-    import pyrnode
-
-    path = calibration_path(args.run)
-    if args.scores_only:
-        return None
-    if args.calibrate is None:
-        if not path.is_file():
-            raise DataError(
-                f"{args.run} has no calibration: name a file of held-out samples with --calibrate (or --calibrate "
-                "test, for the run's own test set), or pass --scores-only"
-            )
-        return Calibration.load(path, flow)
-    held_out = args.calibrate
-    if held_out == "test":
-        held_out = pyrnode.data.load(None, config=flow.config.data).test
-    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet)
-    calibration.save(path, flow)
-    return calibration
-
-
-def score_command(args: argparse.Namespace) -> int:
-    """``pyrnode score``."""
-    import pyrnode
-
-    flow = pyrnode.load(args.run, engine=args.engine)
-    _unconditional(flow)
-    calibration = _calibration(flow, args)
-    summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
-    if args.json:
-        below = {str(level): count for level, count in summary.below.items()}
-        print(json.dumps({"out": args.out, **vars(summary), "below": below}, indent=2))
-    else:
-        print(f"{summary}\nwritten to {args.out}")
-    return 0
-
-
-def score_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``pyrnode score``."""
-    parser.add_argument("run", help="folder of a run, or a model file")
-    parser.add_argument("data", help=".npy, .csv or .parquet file of samples; need not fit in memory")
-    parser.add_argument("--out", required=True, help=".csv, .json or .parquet file to write")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--calibrate",
-        metavar="HELD_OUT",
-        help="file of held-out samples to take p-values from, or test: the run's own test set; stored with the run",
-    )
-    source.add_argument("--scores-only", action="store_true", help="log-densities without p-values")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help=f"samples in memory at a time (default {CHUNK})")
-    parser.add_argument("--engine", choices=["auto", "torch", "julia"])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
