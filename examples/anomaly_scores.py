@@ -19,8 +19,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import train_test_split
 
+from pyrnode.anomalies import score_file
 from pyrnode.estimator import RNODEDensity
-from pyrnode.scores import score_file
 
 
 def main() -> dict[str, float]:

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyrnode import data, distribution, export, transforms
+from pyrnode.anomalies import Calibration, calibrate, score_file
 from pyrnode.checkpoint import load_flow as load
 from pyrnode.config import (
     Config,
@@ -41,7 +42,6 @@ from pyrnode.errors import (
 from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow
-from pyrnode.scores import Calibration, calibrate, score_file
 from pyrnode.training import TrainingResult, train
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import tomli_w
 
 from pyrnode.errors import ConfigError, unknown_name
@@ -146,7 +147,11 @@ def _sections(section: type[_Section]) -> dict[str, type[_Section]]:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Fits `value` to its annotation (int → float, list → tuple, mapping → section), or says what was expected."""
+    """Fits `value` to its annotation (int → float, list → tuple, mapping → section), or says what was expected.
+
+    Numbers and texts of numpy's, as searches over settings hand them over, become Python's.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
@@ -161,7 +166,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     elif origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(name, item, args[0]) for item in value)
     elif origin is dict and isinstance(value, Mapping):
-        return dict(value)
+        return {key: item.item() if isinstance(item, np.generic) else item for key, item in value.items()}
     elif isinstance(hint, type) and issubclass(hint, _Section):
         if isinstance(value, hint):
             return value

@@ -18,13 +18,13 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config
 from pyrnode.data import Contexts, Splits, TensorSamples
 from pyrnode.data.arrays import check_varies
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
-from pyrnode.scores import Calibration, log_densities
 from pyrnode.trainer import Trainer, Weights
 
 EXACT_TRAINING = 8
@@ -201,19 +201,19 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         config = Config().override(
             {
                 "flow.network.kind": "mlp",
-                "flow.network.hidden": [_plain(width) for width in self.hidden],
+                "flow.network.hidden": list(self.hidden),
                 "flow.network.activation": self.activation,
-                "flow.blocks": _plain(self.blocks),
-                "penalties.kinetic": _plain(self.kinetic),
-                "penalties.jacobian": _plain(self.jacobian),
+                "flow.blocks": self.blocks,
+                "penalties.kinetic": self.kinetic,
+                "penalties.jacobian": self.jacobian,
                 "penalties.divergence": divergence,
                 "solver.name": self.solver,
-                "solver.step_size": _plain(self.step_size),
-                "training.max_steps": _plain(self.max_steps),
-                "training.batch_size": _plain(self.batch_size),
-                "training.learning_rate": _plain(self.learning_rate),
+                "solver.step_size": self.step_size,
+                "training.max_steps": self.max_steps,
+                "training.batch_size": self.batch_size,
+                "training.learning_rate": self.learning_rate,
                 "training.schedule": "cosine",
-                "training.patience": _plain(self.patience),
+                "training.patience": self.patience,
                 "dtype": self.dtype,
                 "device": self.device,
                 "engine": self.engine,
@@ -314,7 +314,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self._fitted("flow_", "is not fitted: call fit first")
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         given = None if context is None else _checked_context(context, None)
-        return self.flow_.sample(_plain(n_samples), given, seed=seed).double().cpu().numpy()
+        count = int(n_samples) if isinstance(n_samples, np.integer) else n_samples  # as a search may hand it over
+        return self.flow_.sample(count, given, seed=seed).double().cpu().numpy()
 
     def calibrate(self, X: ArrayLike, context: ArrayLike | None = None) -> Self:
         """Takes the scores behind `p_values` from samples ``(n, d)`` that were not trained on.
@@ -348,11 +349,6 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             "calibration_", "is not calibrated: set calibration_fraction, or call calibrate(X) with held-out samples"
         )
         return self.calibration_.p_values(scores)
-
-
-def _plain(value: Any) -> Any:
-    """Numpy's numbers, which searches hand over, as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _checked_context(context: ArrayLike, n: int | None) -> Tensor:

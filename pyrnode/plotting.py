@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrnode.checkpoint import write_atomically
 from pyrnode.errors import ConfigError, DataError, unknown_name
+from pyrnode.files import write_atomically
 from pyrnode.flow import Flow
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from pyrnode import engines, native
-from pyrnode.checkpoint import write_atomically
 from pyrnode.config import Config, flatten
 from pyrnode.errors import CheckpointError, ConfigError
+from pyrnode.files import write_atomically
 
 Record = dict[str, Any]
 

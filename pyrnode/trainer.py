@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyrnode import checkpoint
+from pyrnode import files
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Splits
+from pyrnode.devices import resolve_device
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow, base_log_prob
@@ -113,7 +114,7 @@ class Trainer:
         if config.training.snapshots and (folder is None or dynamics is not None):
             need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
             raise ConfigError(f"training.snapshots = true needs {need}")
-        self.device = checkpoint.resolve_device(config.device)
+        self.device = resolve_device(config.device)
         sample = splits.train.tensor() if splits.levels is None and config.flow.standardize else None
         if sample is not None and self.weights is not None:
             sample = _with_moments_of(sample.double(), self.weights.train)
@@ -501,7 +502,7 @@ class Trainer:
             self.best_flow().save(self.folder.model)
         counts = {"samples": len(self.splits.train), "context_dim": self.splits.context_dim}
         description = {"progress": vars(state), **counts}
-        checkpoint.write(self.folder.checkpoint, "checkpoint", tensors, description)
+        files.write(self.folder.checkpoint, "checkpoint", tensors, description)
 
     def resume(self) -> None:
         """Takes up the run in the folder where its last checkpoint left it.
@@ -511,7 +512,7 @@ class Trainer:
         """
         assert self.folder is not None
         path = self.folder.checkpoint
-        tensors, description = checkpoint.read(path, "checkpoint")
+        tensors, description = files.read(path, "checkpoint")
         samples, given = len(self.splits.train), self.splits.context_dim
         try:
             if description["context_dim"] != given:

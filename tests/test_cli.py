@@ -107,7 +107,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], expected: str, capsys: p
 
 def test_settings_are_read_as_in_toml() -> None:
     pairs = ["epochs=3", "alpha=1e-3", "hidden=[4, 5]", "flip=true", "clip_norm=none", "solver.name=DP5", 'dir="a=b"']
-    assert cli._settings(pairs) == {
+    assert cli.train.settings(pairs) == {
         "epochs": 3,
         "alpha": 1e-3,
         "hidden": [4, 5],
@@ -118,7 +118,7 @@ def test_settings_are_read_as_in_toml() -> None:
     }
     for bad in ("epochs", "=3", ""):
         with pytest.raises(ConfigError, match="expected key=value"):
-            cli._settings([bad])
+            cli.train.settings([bad])
 
 
 def test_options_become_settings(vectors: Path, tmp_path: Path) -> None:

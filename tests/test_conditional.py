@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution
 
 import pyrnode
-from pyrnode import RNODEDensity, export, scores
+from pyrnode import RNODEDensity, anomalies, export
 from pyrnode.cli import main
 from pyrnode.config import Config, DataConfig
 from pyrnode.data import Contexts, Splits, TensorSamples, load
@@ -583,7 +583,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["verify", str(tmp_path / "flow.safetensors")]) == 0
     np.save(tmp_path / "x.npy", x.numpy())
     with pytest.raises(ConfigError, match="scores of files know no context"):
-        scores.score_file(pyrnode.load(run), tmp_path / "x.npy", tmp_path / "scores.csv")
+        anomalies.score_file(pyrnode.load(run), tmp_path / "x.npy", tmp_path / "scores.csv")
     assert not (tmp_path / "scores.csv").exists()
 
 

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyrnode
@@ -136,6 +137,33 @@ def test_values_are_fitted_to_their_types() -> None:
     config = Config(flow={"network": {"hidden": [3, 4]}})  # type: ignore[arg-type]
     assert config.flow.network.hidden == (3, 4)
     assert config.flow.blocks == 1
+
+
+def test_numpys_numbers_become_pythons() -> None:
+    values = {
+        "epochs": (np.int64(3), 3),
+        "learning_rate": (np.float32(0.5), 0.5),
+        "kinetic": (np.int8(2), 2.0),
+        "step_size": (np.float64(0.125), 0.125),
+        "flip": (np.bool_(True), True),
+        "solver.name": (np.str_("DP5"), "DP5"),
+        "schedule": (np.str_("cosine"), "cosine"),
+        "hidden": ([np.int32(4), np.int64(5)], (4, 5)),
+        "options": ({"lazy": np.bool_(False), "order": np.int64(2)}, {"lazy": False, "order": 2}),
+    }
+    given, expected = ({key: pair[i] for key, pair in values.items()} for i in (0, 1))
+    config = Config().override(given)
+    assert config == Config().override(expected)
+    flat = flatten(config.to_dict())
+    for key, plain in expected.items():
+        value = next(v for name, v in flat.items() if name == key or name.endswith("." + key))
+        assert type(value) is type(list(plain) if isinstance(plain, tuple) else plain)
+        if isinstance(value, (list, dict)):
+            assert {type(v) for v in (value.values() if isinstance(value, dict) else value)} <= {int, bool}
+    assert Config.from_toml(config.to_toml()) == config
+    for key, value in (("epochs", np.float64(3)), ("epochs", np.bool_(True)), ("flip", np.int64(1))):
+        with pytest.raises(ConfigError, match=f"{key} = {value.item()!r}: expected"):
+            Config().override({key: value})
 
 
 def test_defaults_are_the_papers() -> None:

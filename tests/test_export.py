@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import pyrnode
-from pyrnode import checkpoint, export
+from pyrnode import export
 from pyrnode.cli import main
 from pyrnode.config import Config
 from pyrnode.dynamics import MLP, ModuleDynamics
@@ -605,7 +605,7 @@ def test_other_versions(exported: dict[str, bytes], tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match=rf"written by torch {re.escape(torch.__version__)}.*export it again"):
         export.verify(path)
     path.write_bytes(exported["safetensors"])
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr("pyrnode.files.FORMAT", 2)
     with pytest.raises(CheckpointError, match="has format 1"):
         export.verify(path)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
-from pyrnode import checkpoint, runs, seeds
+from pyrnode import files, runs, seeds
 from pyrnode.config import Config, FlowConfig, SolverConfig
 from pyrnode.data import load
 from pyrnode.engines import Solution, TorchEngine
@@ -78,8 +78,8 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Parameters, optimiser, averages, best model, counters and metrics, bit for bit; all but the seconds."""
-    x, about_x = checkpoint.read(a / "checkpoint.safetensors", "checkpoint")
-    y, about_y = checkpoint.read(b / "checkpoint.safetensors", "checkpoint")
+    x, about_x = files.read(a / "checkpoint.safetensors", "checkpoint")
+    y, about_y = files.read(b / "checkpoint.safetensors", "checkpoint")
     assert x.keys() == y.keys()
     assert any(name.startswith("optimizer.") for name in x)
     for name in x:
@@ -903,7 +903,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, comman
     assert code == 130
     assert stdout == ""
     assert err.splitlines() == [f"interrupted; go on with: pyrnode train 8gaussians --out '{out}' --resume"]
-    progress = checkpoint.read(out / "checkpoint.safetensors", "checkpoint")[1]["progress"]
+    progress = files.read(out / "checkpoint.safetensors", "checkpoint")[1]["progress"]
     assert 20 <= progress["step"] < 300
     assert steps(read_metrics(out))[-1]["step"] == progress["step"]
     command = [sys.executable, "-m", "pyrnode", "train", "8gaussians", "--out", str(out), "--resume", "--no-evaluation"]
@@ -970,7 +970,7 @@ def test_a_fault_that_a_smaller_step_cures(
     for step in range(12):
         by_hand.state.refinement = 0 if step < 6 else 2
         by_hand._step(next(batches))
-    final, _ = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors", "checkpoint")
+    final, _ = files.read(tmp_path / "run" / "checkpoint.safetensors", "checkpoint")
     for name, value in by_hand.flow.state_dict().items():
         assert torch.equal(final[f"flow.{name}"], value)
 
@@ -1016,7 +1016,7 @@ def test_a_fault_that_nothing_cures_ends_after_a_bounded_number_of_restarts(
         train(tmp_path, checkpoint_every=3, max_restarts=restarts)
     assert isinstance(caught.value.__cause__, SolverError)
     assert tried.count(7) == attempts
-    progress = checkpoint.read(tmp_path / "checkpoint.safetensors", "checkpoint")[1]["progress"]
+    progress = files.read(tmp_path / "checkpoint.safetensors", "checkpoint")[1]["progress"]
     assert (progress["step"], progress["restarts"]) == (6, restarts)
     assert steps(read_metrics(tmp_path))[-1]["step"] == 6
 
@@ -1044,7 +1044,7 @@ def test_a_diverging_run_fails_clearly_and_leaves_a_state_that_works(tmp_path: P
     with pytest.raises(TrainingDivergedError, match="3 restarts with a smaller solver step did not help"):
         train(tmp_path, **settings, max_steps=30, checkpoint_every=1)
     for name, kind in (("checkpoint", "checkpoint"), ("model", "flow")):
-        for key, value in checkpoint.read(tmp_path / f"{name}.safetensors", kind)[0].items():
+        for key, value in files.read(tmp_path / f"{name}.safetensors", kind)[0].items():
             assert bool(torch.isfinite(value).all()), key
     flow = pyrnode.load(tmp_path)
     x = load("8gaussians", config=flow.config.data).train.tensor()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrnode import checkpoint
+from pyrnode import files
 from pyrnode.errors import CheckpointError, ConfigError, PyrnodeError, unknown_name
 from pyrnode.export import programs
 from pyrnode.export.description import build, describe, dtype_name, settings
@@ -107,7 +107,7 @@ def save(flow: TorchFlow, path: str | Path, *, to: str = "torch.export", program
         if program not in programs.PROGRAMS:
             raise ConfigError(unknown_name("program", program, programs.PROGRAMS))
         content = _program_bytes(flow, to, program)
-        checkpoint.write_atomically(path, content)
+        files.write_atomically(path, content)
     return verify(path)
 
 
@@ -330,12 +330,12 @@ def _save_tensors(flow: TorchFlow, path: str | Path) -> None:
         },
         "tolerance": TOLERANCES[dtype_name(flow.reference.dtype)],
     }
-    checkpoint.write(path, _KIND, {**flow.state_dict(), **examples}, description)
+    files.write(path, _KIND, {**flow.state_dict(), **examples}, description)
 
 
 def _load(path: str | Path) -> tuple[TorchFlow, dict[str, Tensor], dict[str, Any]]:
     """The flow, the examples, and the description."""
-    tensors, description = checkpoint.read(path, _KIND)
+    tensors, description = files.read(path, _KIND)
     examples = {name: tensors.pop(name) for name in list(tensors) if name.startswith("example.")}
     try:
         return build(description, tensors), examples, description

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyrnode import data, plotting
-from pyrnode.checkpoint import resolve_device, write_atomically
 from pyrnode.config import Config
+from pyrnode.devices import resolve_device
 from pyrnode.engines import Probes
-from pyrnode.errors import CheckpointError, ConfigError, SolverError, TrainingDivergedError
+from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
+from pyrnode.files import read_json, write_atomically
 from pyrnode.flow import Flow, FlowSolution
 from pyrnode.objective import regularised
 from pyrnode.paper.experiment import Experiment
@@ -175,15 +177,11 @@ def _one(study: Study, name: str, method: str, seed: int, given: ClassifierConfi
     config = settings(name, method, seed, given, study.settings)
     path = study.out / "classifiers" / f"{name}-{method}-seed{seed}.json"
     if path.exists():
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["settings"] != json.loads(json.dumps(asdict(given))):
-                raise ConfigError(f"{path} is of other settings ({kept['settings']}): use another out (--out)")
-            return config, kept["result"]
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and go on with --resume") from error
+        parts = itemgetter("settings", "result")
+        kept = read_json(path, remedy="delete it and go on with --resume", check=parts)
+        if kept["settings"] != json.loads(json.dumps(asdict(given))):
+            raise ConfigError(f"{path} is of other settings ({kept['settings']}): use another out (--out)")
+        return config, kept["result"]
     study.say(f"classifier of {name}, {METHODS[method]}, seed {seed}")
     model, records = train_classifier(config, given, progress=study.progress)
     tested = score_classifier(model, config, given.test_limit)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pyrnode import engines
-from pyrnode.checkpoint import write_atomically
 from pyrnode.errors import CheckpointError, ConfigError, unknown_name
+from pyrnode.files import write_atomically
 from pyrnode.paper import ablation, classifier, convergence, samples, solvers, stiffness, table, trajectories
 from pyrnode.paper.experiment import Experiment
 from pyrnode.paper.report import Finding, read, write, write_reports

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 
 from pyrnode import plotting
-from pyrnode.checkpoint import write_atomically
 from pyrnode.config import Config
-from pyrnode.errors import CheckpointError
+from pyrnode.files import read_json, write_atomically
 from pyrnode.runs import versions
 
 if TYPE_CHECKING:
@@ -128,12 +127,10 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged.
     """
-    path = folder / "finding.json"
-    try:
-        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _sections([(plain, folder)], folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete {folder} and run its experiment again") from error
+    remedy = f"delete {folder} and run its experiment again"
+    plain: dict[str, Any] = read_json(
+        folder / "finding.json", remedy=remedy, check=lambda plain: _sections([(plain, folder)], folder)
+    )
     return plain
 
 

@@ -17,7 +17,8 @@ from pyrnode import evaluation, solvers
 from pyrnode.checkpoint import load_flow
 from pyrnode.config import Config
 from pyrnode.data import Splits, load
-from pyrnode.errors import CheckpointError, TrainingDivergedError
+from pyrnode.errors import TrainingDivergedError
+from pyrnode.files import read_json
 from pyrnode.flow import Flow
 from pyrnode.paper.scales import Scale
 from pyrnode.runs import Record, RunFolder, read_metrics
@@ -198,10 +199,7 @@ class Study:
         """
         path = run.folder.path / "curve.json"
         if path.exists():
-            try:
-                kept: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{path} is damaged ({error}); delete it and go on with --resume") from error
+            kept: list[dict[str, float]] = read_json(path, remedy="delete it and go on with --resume")
             return kept
         if not run.folder.snapshots():
             raise TrainingDivergedError(

@@ -11,7 +11,6 @@ If x is from the same distribution as they are, ``P(p ≤ α) ≤ α`` for every
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrnode import checkpoint
+from pyrnode import files
 from pyrnode.data.chunks import open_chunks
 from pyrnode.data.samples import Samples
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
@@ -70,7 +69,7 @@ class Calibration:
     def save(self, path: str | Path, flow: Flow) -> None:
         """Writes the scores, atomically, with the fingerprint of the flow that gave them."""
         scores = {"scores": torch.from_numpy(self.scores.copy())}
-        checkpoint.write(path, "calibration", scores, {"model": fingerprint(flow)})
+        files.write(path, "calibration", scores, {"model": fingerprint(flow)})
 
     @classmethod
     def load(cls, path: str | Path, flow: Flow) -> Calibration:
@@ -79,10 +78,16 @@ class Calibration:
         Raises:
             CheckpointError: The file is missing, damaged, foreign, or of another flow.
         """
-        tensors, description = checkpoint.read(path, "calibration")
+        tensors, description = files.read(path, "calibration")
         if description.get("model") != fingerprint(flow) or "scores" not in tensors:
             raise CheckpointError(f"{path} was made with another model: calibrate again, with held-out samples")
         return cls(tensors["scores"].numpy())
+
+
+def calibration_path(run: str | Path) -> Path:
+    """Where a run, or a model file, has its calibration."""
+    run = Path(run)
+    return run / "calibration.safetensors" if run.is_dir() else run.with_suffix(".calibration.safetensors")
 
 
 def fingerprint(flow: Flow) -> str:
@@ -99,7 +104,8 @@ def fingerprint(flow: Flow) -> str:
 # -- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def _unconditional(flow: Flow) -> None:
+def check_unconditional(flow: Flow) -> None:
+    """Raises `ConfigError` for a flow with a context, which files of samples do not have."""
     if flow.context_dim:
         raise ConfigError(
             f"this flow is conditional on {flow.context_dim} features, and scores of files know no context: use "
@@ -149,7 +155,7 @@ def calibrate(
         DataError: The samples do not fit.
         SolverError: A solve failed.
     """
-    _unconditional(flow)
+    check_unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
         opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
@@ -221,7 +227,7 @@ def score_file(
     """
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
-    _unconditional(flow)
+    check_unconditional(flow)
     chunks = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
     count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
@@ -246,7 +252,7 @@ def _writer(path: Path) -> Iterator[Callable[[Columns], None]]:
     writers = {".csv": _csv_writer, ".json": _json_writer, ".parquet": _parquet_writer}
     if path.suffix.lower() not in writers:
         raise ConfigError(unknown_name(f"kind of file of {path}:", path.suffix, writers))
-    with checkpoint.replacing(path) as file, writers[path.suffix.lower()](file) as write:
+    with files.replacing(path) as file, writers[path.suffix.lower()](file) as write:
         yield write
 
 
@@ -293,68 +299,3 @@ def _parquet_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
     finally:
         if writer is not None:
             writer.close()
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-def calibration_path(run: str | Path) -> Path:
-    """Where a run, or a model file, has its calibration."""
-    run = Path(run)
-    return run / "calibration.safetensors" if run.is_dir() else run.with_suffix(".calibration.safetensors")
-
-
-def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
-    """The stored calibration, or a new one, which is stored."""
-    import pyrnode
-
-    path = calibration_path(args.run)
-    if args.scores_only:
-        return None
-    if args.calibrate is None:
-        if not path.is_file():
-            raise DataError(
-                f"{args.run} has no calibration: name a file of held-out samples with --calibrate (or --calibrate "
-                "test, for the run's own test set), or pass --scores-only"
-            )
-        return Calibration.load(path, flow)
-    held_out = args.calibrate
-    if held_out == "test":
-        held_out = pyrnode.data.load(None, config=flow.config.data).test
-    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet)
-    calibration.save(path, flow)
-    return calibration
-
-
-def score_command(args: argparse.Namespace) -> int:
-    """``pyrnode score``."""
-    import pyrnode
-
-    flow = pyrnode.load(args.run, engine=args.engine)
-    _unconditional(flow)
-    calibration = _calibration(flow, args)
-    summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
-    if args.json:
-        below = {str(level): count for level, count in summary.below.items()}
-        print(json.dumps({"out": args.out, **vars(summary), "below": below}, indent=2))
-    else:
-        print(f"{summary}\nwritten to {args.out}")
-    return 0
-
-
-def score_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``pyrnode score``."""
-    parser.add_argument("run", help="folder of a run, or a model file")
-    parser.add_argument("data", help=".npy, .csv or .parquet file of samples; need not fit in memory")
-    parser.add_argument("--out", required=True, help=".csv, .json or .parquet file to write")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--calibrate",
-        metavar="HELD_OUT",
-        help="file of held-out samples to take p-values from, or test: the run's own test set; stored with the run",
-    )
-    source.add_argument("--scores-only", action="store_true", help="log-densities without p-values")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help=f"samples in memory at a time (default {CHUNK})")
-    parser.add_argument("--engine", choices=["auto", "torch", "julia"])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")

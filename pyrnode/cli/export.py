@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from typing import Any
+
+import torch
+
+import pyrnode
+from pyrnode.cli.output import engine_argument, json_argument, print_json
+from pyrnode.export import TorchFlow, files
+from pyrnode.flow import Flow
 
 
 def export(args: argparse.Namespace) -> int:
     """Writes a trained flow to a file for other programs, and says how far file and flow are from the truth."""
-    import torch
-
-    import pyrnode
-    from pyrnode.export import files
-    from pyrnode.export.module import to_torch
-
     flow = pyrnode.load(args.run, engine=args.engine)
     names = ("solver", "step_size", "rtol", "atol", "divergence", "probes", "seed")
-    module = to_torch(flow, **{name: getattr(args, name) for name in names})
+    module = flow.to_torch(**{name: getattr(args, name) for name in names})
     if args.dtype is not None:
         module = module.to(getattr(torch, args.dtype))
     result = files.save(module, args.out, to=args.to, program=args.program)
     gap = _solver_gap(flow, module)
     if args.json:
-        print(json.dumps({"out": args.out, **result.to_dict(), "solver_gap": gap}, indent=2))
+        print_json({"out": args.out, **result.to_dict(), "solver_gap": gap})
         return 0
     print(f"written to {args.out}\n{result}")
     accurate = f"{flow.solver.name}, rtol {flow.solver.rtol:g}"
@@ -34,13 +33,9 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _solver_gap(flow: Any, module: Any) -> float:
+def _solver_gap(flow: Flow, module: TorchFlow) -> float:
     """Largest difference of the module's log_prob to the flow's own accurate one, on a few samples, in nats."""
-    import torch
-
-    from pyrnode.export.files import example_contexts
-
-    context = example_contexts(module)
+    context = files.example_contexts(module)
     with torch.no_grad():
         x = module.sample(16, seed=1) if context is None else module.sample(1, context, seed=1)[:, 0]
         return float((module.log_prob(x, context) - flow.log_prob(x, context)).abs().max())
@@ -64,20 +59,18 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probes", type=int, default=1, help="probes of an estimated divergence (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the probes")
     parser.add_argument("--dtype", choices=["float32", "float64"], help="convert to this type first")
-    parser.add_argument("--engine", choices=["auto", "torch", "julia"])
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    engine_argument(parser)
+    json_argument(parser)
 
 
 def verify(args: argparse.Namespace) -> int:
     """Checks an exported file against the outputs that it carries."""
-    from pyrnode.export import files
-
     result = files.verify(args.file)
-    print(json.dumps(result.to_dict(), indent=2)) if args.json else print(result)
+    print_json(result.to_dict()) if args.json else print(result)
     return 0
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode verify`` takes."""
     parser.add_argument("file", help="file that `pyrnode export` wrote")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    json_argument(parser)

@@ -16,13 +16,14 @@ import torch
 from scipy import stats
 
 import pyrnode
-from pyrnode import checkpoint, scores
+from pyrnode import files
+from pyrnode.anomalies import Calibration, calibrate, calibration_path, fingerprint, log_densities, score_file
+from pyrnode.cli import score
 from pyrnode.config import Config
 from pyrnode.data import TensorSamples
 from pyrnode.data.chunks import open_chunks
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError
 from pyrnode.flow import Flow
-from pyrnode.scores import Calibration, calibrate, calibration_path, fingerprint, log_densities, score_file
 
 
 def build(d: int = 2, *, seed: int = 0, levels: int | None = None, image: bool = False) -> Flow:
@@ -121,7 +122,7 @@ def test_damaged_and_foreign_calibrations(tmp_path: Path) -> None:
     flow.save(path)
     with pytest.raises(CheckpointError, match="holds a flow, not a calibration"):
         Calibration.load(path, flow)
-    checkpoint.write(path, "calibration", {"ranks": torch.zeros(3)}, {"model": fingerprint(flow)})
+    files.write(path, "calibration", {"ranks": torch.zeros(3)}, {"model": fingerprint(flow)})
     with pytest.raises(CheckpointError, match="calibrate again"):
         Calibration.load(path, flow)
 
@@ -361,8 +362,8 @@ def test_a_solve_that_fails_names_its_rows(tmp_path: Path, monkeypatch: pytest.M
 
 def command(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    scores.score_arguments(parser)
-    return scores.score_command(parser.parse_args([*arguments, "--quiet"]))
+    score.score_arguments(parser)
+    return score.score(parser.parse_args([*arguments, "--quiet"]))
 
 
 @pytest.fixture

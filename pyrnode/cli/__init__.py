@@ -1,0 +1,262 @@
+"""The command ``pyrnode``: train, evaluate, sample, and what there is to choose from.
+
+Each command is a function of its parsed arguments that returns an exit code, and an entry in `_COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyrnode
+from pyrnode import demo, doctor, julia_install
+from pyrnode.cli import export, score, train
+from pyrnode.cli.output import (
+    INTERRUPTED,
+    data_dir_argument,
+    engine_argument,
+    json_argument,
+    output_arguments,
+    print_json,
+    print_table,
+)
+from pyrnode.errors import PyrnodeError
+
+
+def _presets(args: argparse.Namespace) -> int:
+    if args.name is not None:
+        config = pyrnode.Config.preset(args.name)
+        print_json(config.to_dict()) if args.json else print(config.to_toml(), end="")
+        return 0
+    table = pyrnode.presets()
+    if args.json:
+        print_json(table)
+    else:
+        for name, line in table.items():
+            print(f"{name:<20}{line}")
+    return 0
+
+
+def _torch_solvers() -> list[dict[str, Any]]:
+    from pyrnode.solvers import METHODS
+
+    return [
+        {
+            "name": m.name,
+            "engine": "torch",
+            "order": m.order,
+            "kind": "explicit, adaptive" if m.adaptive else "explicit, fixed step",
+            "package": "pyrnode",
+            "description": m.description,
+        }
+        for m in METHODS.values()
+    ]
+
+
+def _julia_solvers() -> list[dict[str, Any]]:
+    """Asks Julia itself, which starts it."""
+    print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
+    from pyrnode.engines.julia import JuliaEngine
+
+    keys = ("order", "kind", "package", "description")
+    return [
+        {"name": row["name"], "engine": "julia"} | {key: row[key] for key in keys} for row in JuliaEngine().solvers()
+    ]
+
+
+def _solvers(args: argparse.Namespace) -> int:
+    from pyrnode import julia_setup
+    from pyrnode.solvers import SENSITIVITIES
+
+    rows = [] if args.engine == "julia" else _torch_solvers()
+    julia = julia_setup.require() if args.engine == "julia" else julia_setup.status()
+    missing = None if julia.ready or args.engine == "torch" else julia.explanation
+    if julia.ready and args.engine != "torch":
+        rows += _julia_solvers()
+    if args.json:
+        print_json({"solvers": rows, "sensitivities": SENSITIVITIES, "missing": missing and {"julia": missing}})
+        return 0
+    print_table([{**{key: key for key in rows[0]}, "name": "solver"}, *rows])
+    print("\nsensitivity algorithms")
+    for name, text in SENSITIVITIES.items():
+        print(f"{name:<20}{text}")
+    if missing:
+        print(f"\nthe solvers of Julia are not listed: {missing}")
+    return 0
+
+
+def _install_julia(args: argparse.Namespace) -> int:
+    julia_install.install(cuda=args.cuda)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    checks = doctor.diagnose()
+    print_json([asdict(check) for check in checks]) if args.json else print(doctor.format_report(checks))
+    return 1 if any(check.status == "problem" for check in checks) else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    return demo.demo(args.out, progress=not args.quiet)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    try:
+        findings = pyrnode.reproduce(
+            args.experiment,
+            scale=args.scale,
+            out=args.out,
+            resume=args.resume,
+            engine=args.engine,
+            device=args.device,
+            data_dir=args.data_dir,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        command = ["pyrnode", "reproduce", args.experiment, "--scale", args.scale, "--out", args.out, "--resume"]
+        print(f"interrupted; go on with: {shlex.join(command)}", file=sys.stderr)
+        return INTERRUPTED
+    if args.json:
+        print_json([{"name": f.name, "numbers": f.numbers, "claims": [asdict(c) for c in f.claims]} for f in findings])
+        return 0
+    for finding in findings:
+        print(finding, end="\n\n")
+    report = Path(args.out) / ("" if args.experiment == "all" else args.experiment) / "report.html"
+    print(f"{'nothing was left to do; ' if not findings else ''}report in {report}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def _presets_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="show this preset in full")
+    json_argument(parser)
+
+
+def _solvers_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", choices=["torch", "julia"], help="only its solvers (Julia's: about 15 s to start it)"
+    )
+    json_argument(parser)
+
+
+def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cuda", action="store_true", help="also the Julia packages for NVIDIA GPUs")
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="fig1 to fig5, table1, steps, classifier, or all")
+    parser.add_argument("--scale", default="cpu", help="cpu: small, for two cores (default); paper: as published; tiny")
+    parser.add_argument("--out", default="runs/reproduce", help="folder to write to (default runs/reproduce)")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    engine_argument(parser)
+    parser.add_argument("--device", help="torch device, or auto")
+    data_dir_argument(parser)
+    output_arguments(parser)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="folder to write to (default runs/demo)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+_COMMANDS: dict[str, _Command] = {
+    "train": _Command(
+        train.train,
+        "train a flow on a data set",
+        "pyrnode train digits --out runs/digits --set epochs=20",
+        train.train_arguments,
+    ),
+    "evaluate": _Command(
+        train.evaluate,
+        "score a trained flow on a test set",
+        "pyrnode evaluate runs/digits --set draws=5 --json",
+        train.evaluate_arguments,
+    ),
+    "sample": _Command(
+        train.sample,
+        "draw samples from a trained flow",
+        "pyrnode sample runs/digits -n 100 --out digits.png",
+        train.sample_arguments,
+    ),
+    "export": _Command(
+        export.export,
+        "write a trained flow to a file that runs without pyrnode",
+        "pyrnode export runs/digits --to torch.export --out digits.pt2",
+        export.export_arguments,
+    ),
+    "verify": _Command(
+        export.verify,
+        "check an exported file against the outputs that it carries",
+        "pyrnode verify digits.pt2",
+        export.verify_arguments,
+    ),
+    "score": _Command(
+        score.score,
+        "anomaly scores (log-density, p-value) of the samples of a file",
+        "pyrnode score runs/toy new.csv --out scores.csv --calibrate test",
+        score.score_arguments,
+    ),
+    "presets": _Command(_presets, "list the presets, or show one", "pyrnode presets toy", _presets_arguments),
+    "solvers": _Command(
+        _solvers, "list solvers and sensitivity algorithms", "pyrnode solvers --engine torch", _solvers_arguments
+    ),
+    "install-julia": _Command(
+        _install_julia,
+        "install Julia and the packages of its engine, and test it",
+        "pyrnode install-julia --cuda",
+        _install_julia_arguments,
+    ),
+    "doctor": _Command(_doctor, "say what is installed and what to do", "pyrnode doctor", json_argument),
+    "reproduce": _Command(
+        _reproduce,
+        "repeat a figure, the table or a claim of the paper",
+        "pyrnode reproduce fig2 --scale cpu --out runs/reproduce",
+        _reproduce_arguments,
+    ),
+    "demo": _Command(
+        _demo, "train on digits and on a 2-D density, and compare", "pyrnode demo --out runs/demo", _demo_arguments
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyrnode", description="Densities from regularised neural ODEs (Finlay et al. 2020)."
+    )
+    parser.add_argument("--version", action="version", version=f"pyrnode {pyrnode.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.help, description=command.help, epilog=f"example: {command.example}"
+        )
+        command.arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (1: an error of ours, 2: wrong usage, 130: interrupted)."""
+    args = _parser().parse_args(argv)
+    try:
+        return _COMMANDS[args.command].run(args)
+    except PyrnodeError as error:
+        print(f"pyrnode: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pyrnode: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `pyrnode solvers | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

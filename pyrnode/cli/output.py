@@ -1,0 +1,44 @@
+"""What the commands share: how they print, the exit code of Ctrl-C, and arguments that mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def print_json(value: Any) -> None:
+    """A value as a program reads it."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows with the same keys, in columns as wide as they must be; `None` is left empty."""
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def json_argument(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--quiet``."""
+    json_argument(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def engine_argument(parser: argparse.ArgumentParser) -> None:
+    """``--engine``."""
+    parser.add_argument("--engine", choices=["auto", "torch", "julia"])
+
+
+def data_dir_argument(parser: argparse.ArgumentParser) -> None:
+    """``--data-dir``."""
+    parser.add_argument("--data-dir", help="folder of downloaded data sets (default: $PYRNODE_DATA)")

@@ -1,0 +1,62 @@
+"""The command ``pyrnode score``."""
+
+from __future__ import annotations
+
+import argparse
+
+import pyrnode
+from pyrnode.anomalies import CHUNK, Calibration, calibrate, calibration_path, check_unconditional, score_file
+from pyrnode.cli.output import engine_argument, output_arguments, print_json
+from pyrnode.errors import DataError
+from pyrnode.flow import Flow
+
+
+def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
+    """The stored calibration, or a new one, which is stored."""
+    path = calibration_path(args.run)
+    if args.scores_only:
+        return None
+    if args.calibrate is None:
+        if not path.is_file():
+            raise DataError(
+                f"{args.run} has no calibration: name a file of held-out samples with --calibrate (or --calibrate "
+                "test, for the run's own test set), or pass --scores-only"
+            )
+        return Calibration.load(path, flow)
+    held_out = args.calibrate
+    if held_out == "test":
+        held_out = pyrnode.data.load(None, config=flow.config.data).test
+    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet)
+    calibration.save(path, flow)
+    return calibration
+
+
+def score(args: argparse.Namespace) -> int:
+    """Writes the anomaly scores of a file's samples."""
+    flow = pyrnode.load(args.run, engine=args.engine)
+    check_unconditional(flow)
+    calibration = _calibration(flow, args)
+    summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
+    if args.json:
+        below = {str(level): count for level, count in summary.below.items()}
+        print_json({"out": args.out, **vars(summary), "below": below})
+    else:
+        print(f"{summary}\nwritten to {args.out}")
+    return 0
+
+
+def score_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``pyrnode score`` takes."""
+    parser.add_argument("run", help="folder of a run, or a model file")
+    parser.add_argument("data", help=".npy, .csv or .parquet file of samples; need not fit in memory")
+    parser.add_argument("--out", required=True, help=".csv, .json or .parquet file to write")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--calibrate",
+        metavar="HELD_OUT",
+        help="file of held-out samples to take p-values from, or test: the run's own test set; stored with the run",
+    )
+    source.add_argument("--scores-only", action="store_true", help="log-densities without p-values")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help=f"samples in memory at a time (default {CHUNK})")
+    engine_argument(parser)
+    output_arguments(parser)

@@ -1,0 +1,158 @@
+"""The commands ``pyrnode train``, ``evaluate`` and ``sample``: a run, from its first step to its samples."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shlex
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pyrnode
+from pyrnode import plotting
+from pyrnode.cli.output import INTERRUPTED, data_dir_argument, engine_argument, output_arguments, print_json
+from pyrnode.errors import ConfigError
+from pyrnode.files import write_atomically
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` pairs; values as in TOML, bare words as text, ``none`` for no value."""
+    table: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {pair!r}: expected key=value")
+        try:
+            table[key] = None if text == "none" else tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key] = text
+    return table
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains a flow; Ctrl-C says how to go on."""
+    overrides = settings(args.set)
+    if args.data_dir is not None:
+        overrides["data.dir"] = args.data_dir
+    try:
+        result = pyrnode.train(
+            args.data,
+            preset=args.preset,
+            solver=args.solver,
+            step_size=args.step_size,
+            epochs=args.epochs,
+            engine=args.engine,
+            device=args.device,
+            seed=args.seed,
+            out=args.out,
+            resume=args.resume,
+            overrides=overrides,
+            evaluate=not args.no_evaluation,
+            progress=not args.quiet,
+        )
+        interrupted = result.interrupted
+    except KeyboardInterrupt:  # outside the loop, or for the second time: the last checkpoint is there
+        interrupted = True
+    if interrupted:
+        again = shlex.join(["pyrnode", "train", args.data, "--out", args.out, "--resume"])
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
+        return INTERRUPTED
+    if args.json:
+        print_json({"out": str(result.out), "report": result.report and result.report.to_dict()})
+    else:
+        print(result.report if result.report is not None else "trained, not evaluated")
+        print(f"written to {result.out}")
+    return 0
+
+
+def _splits(flow: pyrnode.Flow, args: argparse.Namespace) -> Any:
+    overrides = {} if args.data_dir is None else {"data.dir": args.data_dir}
+    config = flow.config.override({**overrides, **({} if args.data is None else {"data.name": args.data})})
+    return pyrnode.data.load(args.data, config=config.data)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Scores a trained flow on a test set."""
+    flow = pyrnode.load(args.run, engine=args.engine)
+    if flow.context_dim:
+        raise ConfigError(
+            f"{args.run} is conditional on {flow.context_dim} features, and the command line takes no contexts to "
+            "score with: call pyrnode.evaluate(pyrnode.load(run), x, context=c) in Python"
+        )
+    changes = {f"evaluation.{key.removeprefix('evaluation.')}": v for key, v in settings(args.set).items()}
+    config = flow.config.override(changes).evaluation
+    report = pyrnode.evaluate(flow, _splits(flow, args), config=config, progress=not args.quiet)
+    print_json(report.to_dict()) if args.json else print(report)
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    """Draws samples into a picture or an array."""
+    out = Path(args.out)
+    if out.suffix not in (".png", ".npy"):
+        raise ConfigError(f"--out {out}: expected a .png (images) or .npy file")
+    flow = pyrnode.load(args.run, engine=args.engine)
+    if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
+        raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy file")
+    context = None if args.context is None else torch.tensor(args.context)
+    samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
+    if flow.levels is not None and out.suffix == ".png":
+        plotting.save_image_grid(samples, out, levels=flow.levels)
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, samples.numpy())
+        write_atomically(out, buffer.getvalue())
+    print(f"{args.n} samples written to {out}")
+    return 0
+
+
+def _step_size(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+_step_size.__name__ = "step size"  # argparse names it in its message
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``pyrnode train`` takes."""
+    parser.add_argument("data", help="name of a data set, or path of a .npy, .npz, .csv, .parquet file or image folder")
+    parser.add_argument("--preset", help="preset name or .toml file (see: pyrnode presets)")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
+    parser.add_argument("--epochs", type=int, help="passes over the training set")
+    parser.add_argument("--solver", help="training solver (see: pyrnode solvers)")
+    parser.add_argument("--step-size", type=_step_size, help="its step, or auto")
+    engine_argument(parser)
+    parser.add_argument("--device", help="torch device, or auto")
+    parser.add_argument("--seed", type=int)
+    data_dir_argument(parser)
+    parser.add_argument("--no-evaluation", action="store_true", help="do not score the result on the test set")
+    output_arguments(parser)
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``pyrnode evaluate`` takes."""
+    parser.add_argument("run", help="folder of a run, or a model file")
+    parser.add_argument("--data", help="data set or file to take the test set of (default: that of the run)")
+    data_dir_argument(parser)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="evaluation setting")
+    engine_argument(parser)
+    output_arguments(parser)
+
+
+def sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``pyrnode sample`` takes."""
+    parser.add_argument("run", help="folder of a run, or a model file")
+    parser.add_argument("--out", required=True, help=".png grid (images) or .npy array")
+    parser.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
+    parser.add_argument("--context", type=float, nargs="+", help="context of a conditional flow, its features in order")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the base (default 1)")
+    engine_argument(parser)
