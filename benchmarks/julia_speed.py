@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.speed import Step, _milliseconds, _perturb
 from pyrnode import julia_setup
-from pyrnode.config import Config
+from pyrnode.config import Config, Divergence
 from pyrnode.engines import Engine
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
@@ -69,12 +69,11 @@ def engine_step(case: str, engine: str, sensealg: str, memory: str = "auto", *, 
     flow = Flow.build(config, shape)
     flow.engine = instance or flow.engine
     _perturb(flow)
-    log_det = torch.zeros(batch)
-    draw = flow.draw("hutchinson", generator=torch.Generator().manual_seed(2))
+    draw = flow.draw(Divergence("hutchinson"), torch.Generator().manual_seed(2))
 
     def step() -> None:
         flow.zero_grad()
-        objective(flow.solve(x, draw, config.solver), log_det, config.penalties).loss.backward()
+        objective(flow.solve(x, draw, config.solver), config.penalties).loss.backward()
 
     return step
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyrnode import Config, Flow
-from pyrnode.flow import base_log_prob
 
 Builder = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
@@ -47,12 +46,10 @@ class RNODEEstimator(ConditionalDensityEstimator):
     def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
         """−log q(θ | x) and the penalties, with the training solver, which is cheaper than the accurate one."""
         flow, config = self.net, self.net.config
-        y, log_det = flow.transform(input)
-        context = flow.condition(condition, len(input))
-        draw = flow.draw("exact", generator=torch.Generator())
-        solution = flow.solve(y, draw, config.solver, context=context)
-        penalty = config.penalties.kinetic * solution.total("E") + config.penalties.jacobian * solution.total("n")
-        return penalty - (base_log_prob(solution.z) + solution.log_det + log_det)
+        theta, context = flow.admit(input, condition)
+        passage = flow.solve(theta, Probes.exact, config.solver, context=context)
+        penalty = config.penalties.kinetic * passage.total("E") + config.penalties.jacobian * passage.total("n")
+        return penalty - passage.log_prob
 
 
 def rnode(config: Config) -> Builder:

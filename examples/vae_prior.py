@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Binomial, Independent, Normal
 
 from pyrnode import Config, Flow
-from pyrnode.flow import base_log_prob
+from pyrnode.composition import base_log_prob
 
 LATENT, LEVELS = 8, 17
 
@@ -41,10 +41,10 @@ class FlowPrior(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         config = self.flow.config
-        draw = self.flow.draw("exact", generator=torch.Generator())
-        solution = self.flow.solve(z, draw, config.solver if self.training else None)  # RK4, or the accurate solver
-        penalty = config.penalties.kinetic * solution.total("E") + config.penalties.jacobian * solution.total("n")
-        return base_log_prob(solution.z) + solution.log_det, penalty.mean()
+        solver = config.solver if self.training else None  # RK4, or the accurate solver
+        passage = self.flow.solve(z, Probes.exact, solver)
+        penalty = config.penalties.kinetic * passage.total("E") + config.penalties.jacobian * passage.total("n")
+        return passage.log_prob, penalty.mean()
 
 
 class Autoencoder(nn.Module):

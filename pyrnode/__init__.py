@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pyrnode import data, distribution, export, transforms
 from pyrnode.anomalies import Calibration, calibrate, score_file
-from pyrnode.checkpoint import load_flow as load
 from pyrnode.config import (
     Config,
     DataConfig,
+    Divergence,
     EvaluationConfig,
     FlowConfig,
     NetworkConfig,
@@ -41,7 +41,7 @@ from pyrnode.errors import (
 )
 from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
-from pyrnode.flow import Flow
+from pyrnode.flow import Flow, load
 from pyrnode.training import TrainingResult, train
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ __all__ = [
     "ConvNet",
     "DataConfig",
     "DataError",
+    "Divergence",
     "Dynamics",
     "Engine",
     "EngineError",

@@ -92,9 +92,7 @@ def calibration_path(run: str | Path) -> Path:
 
 def fingerprint(flow: Flow) -> str:
     """A hash of what determines the flow's log-densities: weights, solver, and estimator of the trace."""
-    solver, evaluation = flow.solver, flow.config.evaluation
-    settings = (solver.name, solver.rtol, solver.atol, solver.step_size, evaluation.divergence, evaluation.probes)
-    digest = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(repr((flow.solver, flow.divergence)).encode())
     for name, value in sorted(flow.state_dict().items()):
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -115,11 +113,8 @@ def check_unconditional(flow: Flow) -> None:
 
 @torch.no_grad()
 def log_densities(flow: Flow, x: Tensor, context: Tensor | None = None) -> NDArray[np.float64]:
-    """Log-densities ``(n,)`` in nats of samples ``(n, *event)``, by the flow's evaluation settings."""
-    evaluation = flow.config.evaluation
-    scores: NDArray[np.float64] = (
-        flow.log_prob(x, context, divergence=evaluation.divergence, probes=evaluation.probes).double().cpu().numpy()
-    )
+    """Log-densities ``(n,)`` in nats of samples ``(n, *event)``."""
+    scores: NDArray[np.float64] = flow.log_prob(x, context).double().cpu().numpy()
     return scores
 
 
@@ -161,7 +156,8 @@ def calibrate(
         opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
-        chunks, total = enumerate(data.batches(torch.arange(len(data)), chunk)), len(data)
+        batches = data.batches(torch.arange(len(data)), chunk)
+        chunks, total = enumerate(batch.x for batch in batches), len(data)
     else:
         chunks, total = enumerate(data.split(chunk) if len(data) else ()), len(data)
     with _bar(total, progress, "calibrate") as bar:

@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from pyrnode import files
+from pyrnode.composition import Composition
 from pyrnode.config import Config
-from pyrnode.devices import resolve_device
+from pyrnode.dynamics import ModuleDynamics
 from pyrnode.errors import CheckpointError, ConfigError, EngineUnavailableError
-from pyrnode.files import read, write
-from pyrnode.flow import Flow
+
+Built = TypeVar("Built", bound=Composition)
 
 
-def save_flow(flow: Flow, path: str | Path) -> None:
-    """Writes a flow; see `Flow.save`.
-
-    Raises:
-        ConfigError: A block has dynamics of the user's own, which a file cannot describe.
-        CheckpointError: The file cannot be written.
-    """
-    from pyrnode.dynamics import ModuleDynamics
-
+def save(flow: Composition, config: Config, path: str | Path) -> None:
+    """Writes a flow and the settings that it was built from; see `Flow.save`."""
     if any(isinstance(block.dynamics, ModuleDynamics) for block in flow.blocks):
         raise ConfigError(
             "a flow with dynamics of your own cannot be rebuilt from a file; save flow.state_dict() with torch, "
             "and build the flow with Flow.build(config, event_shape, dynamics=...) to load it"
         )
     description = {
-        "config": flow.config.to_dict(),
+        "config": config.to_dict(),
         "event_shape": flow.event_shape,
         "levels": flow.levels,
         "context_dim": flow.context_dim,
     }
-    write(path, "flow", flow.state_dict(), description)
+    files.write(path, "flow", flow.state_dict(), description)
 
 
-def load_flow(path: str | Path, *, engine: str | None = None, device: str = "cpu") -> Flow:
-    """Reads a flow that `Flow.save` or a training run wrote.
+def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = None) -> Built:
+    """Reads what `save` wrote.
 
     Args:
         path: The file, or the folder of a run (its best model on validation is read).
+        build: Makes an untrained flow, as `Flow.build` does.
         engine: Engine to compute with; default the stored setting.
-        device: Device to put it on, or ``"auto"``.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged or foreign.
-        ConfigError: There is no such engine or device.
+        ConfigError: There is no such engine.
         EngineUnavailableError: The engine is not installed.
     """
-    path, target = Path(path), resolve_device(device)
+    path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
-    tensors, description = read(path, "flow")
+    tensors, description = files.read(path, "flow")
     overrides = {} if engine is None else {"engine": engine}
     Config().override(overrides)  # an unknown engine is not the file's fault
     try:
         config = Config.from_dict(description["config"]).override(overrides)
         shape, levels, context_dim = (description[key] for key in ("event_shape", "levels", "context_dim"))
-        flow = Flow.build(config, tuple(shape), levels=levels, context_dim=context_dim)
+        flow = build(config, tuple(shape), levels=levels, context_dim=context_dim)
         flow.load_state_dict(tensors)
     except EngineUnavailableError:
         raise
     except (KeyError, TypeError, ConfigError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not describe a flow of this version: {error}") from error
-    return flow.to(target).eval()
+    return flow

@@ -2,8 +2,8 @@
 
     x --transform--> y --blocks--> z ~ N(0, I)        log p(x) = log N(z; 0, I) + Σ l_block(T) + log |det ∂y/∂x|
 
-Encoding runs the blocks from t = 0 to T, decoding from T to 0. In a conditional flow, ``log p(x | c)``, the context joins
-the dynamics of every block, and stays the same along the way. Everything that passes through a flow does it here.
+Encoding runs the blocks from t = 0 to T, decoding from T to 0. In a conditional flow, ``log p(x | c)``, the context
+joins the dynamics of every block, and stays the same along the way. Everything that passes through a flow does it here.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Passage:
     def nfe(self) -> float:
         """Evaluations of the dynamics per sample, all blocks together."""
         return sum(block.stats.nfe for block in self.blocks)
+
+    @property
+    def nfe_backward(self) -> float:
+        """The same in the backward pass, once it has run."""
+        return sum(block.stats.nfe_backward for block in self.blocks)
 
 
 def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -197,7 +202,7 @@ class Composition(nn.Module):
         return z, self.condition(context, z.shape[0])
 
     def condition(self, context: Any, batch: int) -> Tensor | None:
-        """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each sample, standardised."""
+        """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
         context = context_tensor(context)
         check_context(context, self.context_dim, batch)
         if context is None:
@@ -343,8 +348,11 @@ class Composition(nn.Module):
         context = context_tensor(context)
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
-        noise = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
-        z = torch.randn(*lead, self.dim, dtype=self.reference.dtype, **noise)  # a sampler's n may be a symbol
+        dtype, shape = self.reference.dtype, (*lead, self.dim)
+        if seed is None:
+            z = torch.randn(*shape, dtype=dtype)  # no generator argument: where operations are recorded, n is a symbol
+        else:
+            z = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
         if context is not None and len(lead) == 2:
             context = context.repeat_interleave(n, 0)
         return z.flatten(0, -2).to(self.reference.device) * temperature, context, lead

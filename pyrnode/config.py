@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import tomli_w
@@ -73,10 +73,9 @@ class _Section:
                 raise ConfigError(unknown_name(f"key in {cls.__name__}", key, known))
         values = dict(table)
         for f in fields(cls):  # type: ignore[arg-type]
-            given = values.get(f.name)
+            given, default = values.get(f.name), cast(Any, f.default_factory)
             if f.name in _sections(cls) and isinstance(given, (Mapping, str)):
-                default: _Section = f.default_factory()  # type: ignore[misc]
-                values[f.name] = default.changed(given)
+                values[f.name] = default().changed(given)
         return cls(**values)
 
     def changed(self, value: Self | Mapping[str, Any] | str | None) -> Self:

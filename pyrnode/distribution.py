@@ -40,7 +40,9 @@ class _Encoded(NamedTuple):
 class _Bijection:
     """Both directions of a flow, differentiable, on continuous values: for discrete data ``p + u``."""
 
-    def __init__(self, flow: Composition, context: Tensor | None, solver: SolverLike, divergence: DivergenceLike) -> None:
+    def __init__(
+        self, flow: Composition, context: Tensor | None, solver: SolverLike, divergence: DivergenceLike
+    ) -> None:
         if not isinstance(flow, Composition):
             raise ConfigError(f"flow = {type(flow).__name__}: expected a pyrnode flow, or what its to_torch gives")
         if isinstance(flow, TorchFlow) and (solver, divergence) != (None, None):

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config
-from pyrnode.data import Contexts, Splits, TensorSamples
+from pyrnode.data import Samples, Splits, TensorSamples
 from pyrnode.data.arrays import check_varies
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
-from pyrnode.trainer import Trainer, Weights
+from pyrnode.training.trainer import Trainer
 
 EXACT_TRAINING = 8
 """Up to how many features ``divergence="auto"`` trains with the exact trace."""
@@ -172,20 +172,19 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = self._divided(rng.permutation(len(X)), weights)
         values = torch.tensor(X, dtype=getattr(torch, config.dtype))
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
-        parts = {name: TensorSamples(values[rows[name]]) for name in ("train", "validation")}
-        contexts = None
         if given is not None:
             check_varies(given[rows["train"]], "the context (what is trained on)", None)
-            contexts = Contexts(given[rows["train"]], *[given[rows["validation"]]] * 2)
-        test = parts["validation"]  # there is none, and nothing looks at it
-        splits = Splits("X", parts["train"], parts["validation"], test, (X.shape[1],), contexts=contexts)
-        loss_weights = None
-        if weights is not None:
-            loss_weights = Weights(*(torch.tensor(weights[rows[name]]) for name in ("train", "validation")))
-        trainer = Trainer(config, splits, None, progress=bool(self.verbose), weights=loss_weights)
+        samples: Samples = TensorSamples(values).carrying(
+            context=given, weight=None if weights is None else torch.tensor(weights)
+        )
+        train, validation = (samples.take(torch.tensor(rows[name])) for name in ("train", "validation"))
+        # nothing looks at the test set
+        trainer = Trainer(
+            config, Splits("X", train, validation, validation, (X.shape[1],)), None, progress=bool(self.verbose)
+        )
         if not trainer.run():
             raise KeyboardInterrupt
-        self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.step
+        self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.progress.step
         if hasattr(self, "calibration_"):  # of an earlier fit
             del self.calibration_
         if len(rows["calibration"]):
@@ -270,7 +269,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     # -- use ---------------------------------------------------------------------------------------------------------
 
     def _log_prob(self, X: NDArray[Any], context: Tensor | None) -> NDArray[np.float64]:
-        return log_densities(self.flow_, torch.tensor(X, dtype=next(self.flow_.parameters()).dtype), context)
+        return log_densities(self.flow_, torch.tensor(X, dtype=self.flow_.reference.dtype), context)
 
     def score_samples(self, X: ArrayLike, context: ArrayLike | None = None) -> NDArray[np.float64]:
         """Log-density of each sample.

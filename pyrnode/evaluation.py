@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrnode import seeds
+from pyrnode import seeds, solvers
+from pyrnode.composition import check_context, context_tensor
 from pyrnode.config import EvaluationConfig, SolverConfig
-from pyrnode.data import Samples, Splits, TensorSamples, load
+from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
 from pyrnode.errors import DataError, SolverError
-from pyrnode.flow import Flow, base_log_prob, check_context
+from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
@@ -125,15 +125,6 @@ class Report:
         return "\n".join(rows + self.notes)
 
 
-def describe(solver: SolverConfig) -> str:
-    """The solver with what determines its accuracy, in a few words."""
-    from pyrnode.solvers import METHODS
-
-    if solver.name in METHODS and not METHODS[solver.name].adaptive:
-        return f"{solver.name} step {solver.step_size}"
-    return f"{solver.name} rtol {solver.rtol:g} atol {solver.atol:g}"
-
-
 def evaluate(
     flow: Flow,
     data: Any,
@@ -166,33 +157,22 @@ def evaluate(
         SolverError: A solve failed.
     """
     start = time.perf_counter()
-    config = config or flow.config.evaluation
-    is_array = isinstance(data, (Tensor, np.ndarray))
-    splits = None if is_array else load(data, config=flow.config.data, context=context)
-    test: Samples = TensorSamples(torch.as_tensor(data).cpu()) if splits is None else splits.test
-    contexts = None if context is None else torch.as_tensor(context)
-    if splits is not None:
-        contexts = None if splits.contexts is None else splits.contexts.test
-    check_context(contexts, flow.context_dim, len(test))
+    config = config or _settings(flow)
+    test, splits = _samples(flow, data, context)
     count = min(len(test), config.test_limit or len(test))
-    if count == 0:
-        raise DataError("no test samples to score")
-    if flow.levels is not None and next(iter(test.batches(torch.arange(1), 1))).is_floating_point():
-        raise DataError(f"this flow models discrete data: expected integers 0 to {flow.levels - 1}, not floats")
-    solver = replace(flow.solver, name=config.solver, rtol=config.rtol, atol=config.atol)
-    exact = config.divergence == "exact" or (config.divergence == "auto" and flow.dim <= 64)
+    exact = config.divergence.exact(flow.dim)
     draws = config.draws if flow.levels is not None or not exact else 1
-    scorer = _Scorer(flow, config, seed, contexts)
+    scorer = _Scorer(flow, config, seed)
     with torch.no_grad(), tqdm(total=draws * count, unit="sample", desc="evaluate", disable=not progress) as bar:
-        log_prob, totals = scorer.score(test, count, solver, draws, bar)
+        log_prob, totals = scorer.score(test, count, config.solver, draws, bar)
         other = training_solver or flow.config.solver
         if other.step_size == "auto":
             other = replace(other, step_size=0.5)
         disagreement, notes = _disagreement(scorer, test, count, other, log_prob)
         centre = None
         if flow.levels is not None:
-            centre = Score.of(scorer.score(test, count, solver, 1, None, centre=True)[0], flow.dim)
-        error = scorer.inversion_error(test, count, solver)
+            centre = Score.of(scorer.score(test, count, config.solver, 1, None, centre=True)[0], flow.dim)
+        error = scorer.inversion_error(test, count, config.solver)
     density = splits.density if splits is not None else None
     gaps = None
     if density is not None and density.exact:
@@ -212,10 +192,10 @@ def evaluate(
         gap=None if gaps is None else float(gaps.mean()),
         gap_error=None if gaps is None else float(gaps.std(correction=0) / math.sqrt(count)),
         baselines=table,
-        solver=describe(solver),
-        divergence="exact" if exact else f"{config.probes} probe(s)",
+        solver=solvers.describe(config.solver),
+        divergence="exact" if exact else f"{config.divergence.probes or 1} probe(s)",
         disagreement=disagreement,
-        training_solver=describe(other),
+        training_solver=solvers.describe(other),
         **totals,
         inversion_error=error,
         samples=count,
@@ -225,6 +205,31 @@ def evaluate(
         dim=flow.dim,
         notes=notes,
     )
+
+
+def _settings(flow: Flow) -> EvaluationConfig:
+    """The settings of a flow's use, as they are now."""
+    return replace(flow.config.evaluation, solver=flow.solver, divergence=flow.divergence)
+
+
+def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | None]:
+    """The samples to score, with their contexts; and the splits that they come from, if they do."""
+    if isinstance(data, (Tensor, np.ndarray)):
+        test: Samples = TensorSamples(torch.as_tensor(data).cpu())
+        splits = None
+        given = context_tensor(context)
+        check_context(given, flow.context_dim, len(test))
+        if given is not None:
+            test = test.carrying(context=given.cpu().expand(len(test), -1))
+    else:
+        splits = load(data, config=flow.config.data, context=context)
+        test = splits.test
+        check_context(test.context, flow.context_dim, len(test))
+    if not len(test):
+        raise DataError("no test samples to score")
+    if flow.levels is not None and test.first(1).x.is_floating_point():
+        raise DataError(f"this flow models discrete data: expected integers 0 to {flow.levels - 1}, not floats")
+    return test, splits
 
 
 @dataclass(frozen=True)
@@ -269,27 +274,18 @@ def measure(
         DataError: `x` does not fit the flow.
         SolverError: A solve failed.
     """
-    config = config or flow.config.evaluation
-    scorer = _Scorer(flow, config, seed, None)
+    config = config or _settings(flow)
+    scorer = _Scorer(flow, config, seed)
     start = time.perf_counter()
-    log_prob, totals = scorer.score(TensorSamples(x), len(x), solver or flow.solver, config.draws, None)
+    log_prob, totals = scorer.score(TensorSamples(x), len(x), solver or config.solver, config.draws, None)
     return Measurement(log_prob, Score.of(log_prob, flow.dim), **totals, seconds=time.perf_counter() - start)
 
 
 class _Scorer:
     """Passes data through a flow with noise that depends on the draw and the batch alone."""
 
-    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int, contexts: Tensor | None) -> None:
-        self.flow, self.config, self.seed, self.contexts = flow, config, seed, contexts
-
-    def _condition(self, start: int, batch: int) -> Tensor | None:
-        """The contexts of the samples from `start` on."""
-        if self.contexts is None or self.contexts.ndim == 1:
-            return self.flow.condition(self.contexts, batch)
-        return self.flow.condition(self.contexts[start : start + batch], batch)
-
-    def batches(self, samples: Samples, count: int) -> Iterator[Tensor]:
-        return samples.batches(torch.arange(count), self.config.chunk)
+    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int) -> None:
+        self.flow, self.config, self.seed = flow, config, seed
 
     def score(
         self,
@@ -305,7 +301,7 @@ class _Scorer:
         rows, sums = [], {"E": 0.0, "n": 0.0, "nfe": 0.0}
         for draw in range(draws):
             parts = []
-            for number, batch in enumerate(self.batches(samples, count)):
+            for number, batch in enumerate(samples.batches(torch.arange(count), self.config.chunk)):
                 log_prob, means = self._batch(batch, (draw, number), solver, centre)
                 parts.append(log_prob)
                 for name in sums:
@@ -316,27 +312,23 @@ class _Scorer:
         return torch.stack(rows), sums
 
     def _batch(
-        self, batch: Tensor, key: tuple[int, int], solver: SolverConfig, centre: bool
+        self, batch: Batch, key: tuple[int, int], solver: SolverConfig, centre: bool
     ) -> tuple[Tensor, dict[str, float]]:
         flow, random = self.flow, seeds.generator(self.seed, "evaluate", *key)
-        x = flow.prepare(batch)
+        x, context = flow.admit(batch.x, batch.context)
         if centre:
-            x = x.to(next(flow.parameters()).dtype) + 0.5
-        y, log_det = flow.transform(x, random)
-        draw = flow.draw(self.config.divergence, probes=self.config.probes, generator=random)
-        context = self._condition(key[1] * self.config.chunk, len(batch))
-        solution = flow.solve(y, draw, solver, context=context)
-        log_prob = base_log_prob(solution.z) + solution.log_det + log_det
-        E, n = (float(solution.total(name).mean()) / flow.dim for name in ("E", "n"))
-        return log_prob.cpu(), {"E": E, "n": n, "nfe": solution.nfe}
+            x = x.to(flow.reference.dtype) + 0.5
+        draw = flow.draw(self.config.divergence, random)
+        passage = flow.solve(x, draw, solver, context=context, generator=random)
+        E, n = (float(passage.total(name).mean()) / flow.dim for name in ("E", "n"))
+        return passage.log_prob.cpu(), {"E": E, "n": n, "nfe": passage.nfe}
 
     def inversion_error(self, samples: Samples, count: int, solver: SolverConfig) -> float:
-        batch = next(iter(samples.batches(torch.arange(min(count, _INVERTED)), _INVERTED)))
+        batch = samples.first(min(count, _INVERTED))
+        x, context = self.flow.admit(batch.x, batch.context)
         random = seeds.generator(self.seed, "invert")
-        y, _ = self.flow.transform(self.flow.prepare(batch), random)
-        context = self._condition(0, len(batch))
-        z = self.flow.solve(y, lambda _: None, solver, context=context).z
-        return float((self.flow.unsolve(z, solver, context=context) - y).abs().max())
+        passage = self.flow.solve(x, solver=solver, context=context, generator=random)
+        return float((self.flow.unsolve(passage.z, solver, context=context) - passage.y).abs().max())
 
 
 def _disagreement(
@@ -347,7 +339,7 @@ def _disagreement(
     try:
         other, _ = scorer.score(test, size, solver, 1, None)
     except SolverError as error:
-        return None, [f"the training solver ({describe(solver)}) fails on test data: {error}"]
+        return None, [f"the training solver ({solvers.describe(solver)}) fails on test data: {error}"]
     return float((other[0] - accurate[0, :size]).abs().mean()) / scorer.flow.dim, []
 
 
@@ -357,9 +349,8 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
 
     def transformed(samples: Samples, name: str, size: int) -> tuple[Tensor, Tensor]:
         random = seeds.generator(seed, "baseline", name)
-        raw = next(iter(samples.batches(torch.arange(size), size)))
         with torch.no_grad():
-            y, log_det = flow.transform(flow.prepare(raw), random)
+            y, log_det = flow.transform(flow.admit(samples.first(size).x)[0], random)
         return y.flatten(1).cpu().double(), log_det.cpu().double()
 
     train, _ = transformed(splits.train, "train", len(splits.train))
@@ -386,12 +377,12 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
     if splits.levels is not None:
         if len(shape) == 3 and shape[0] in (1, 3):
             grid, seed = flow.config.evaluation.grid, flow.config.seed
-            if splits.contexts is None:
+            if splits.test.context is None:
                 samples = flow.sample(grid, seed=seed)
             else:
-                samples = flow.sample(1, splits.contexts.test[:grid], seed=seed)[:, 0]
+                samples = flow.sample(1, splits.test.context[:grid], seed=seed)[:, 0]
             plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
-    elif shape in ((1,), (2,)) and splits.contexts is None:
+    elif shape in ((1,), (2,)) and not splits.context_dim:
         _draw_density(folder, flow, splits)
 
 

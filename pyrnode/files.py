@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrnode.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files' layout."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyrnode import checkpoint, engines, export, uncertainty
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Config, DivergenceLike, SolverLike
+from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
 from pyrnode.errors import ConfigError
@@ -29,8 +30,8 @@ from pyrnode.transforms import Chain, Dequantize, Logit, Standardize
 class Flow(Composition):
     """A density with `log_prob` and `sample`, given by a chain of neural ODEs.
 
-    Made by `pyrnode.train`, `pyrnode.load` or `Flow.build`. `log_prob`, `encode`, `decode` and `sample` use `solver` and
-    `divergence`, those of the evaluation settings, whatever the flow was trained with; so do `pyrnode.evaluate`,
+    Made by `pyrnode.train`, `pyrnode.load` or `Flow.build`. `log_prob`, `encode`, `decode` and `sample` use `solver`
+    and `divergence`, those of the evaluation settings, whatever the flow was trained with; so do `pyrnode.evaluate`,
     scores, the estimator and the distribution.
 
     Args:
@@ -301,5 +302,5 @@ def load(path: str | Path, *, engine: str | None = None, device: str = "cpu") ->
         ConfigError: There is no such engine or device.
         EngineUnavailableError: The engine is not installed.
     """
-    target = engines.resolve_device(device)
-    return cast(Flow, checkpoint.load(path, Flow.build, engine=engine)).to(target).eval()
+    target = resolve_device(device)
+    return checkpoint.load(path, Flow.build, engine=engine).to(target).eval()

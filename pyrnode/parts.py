@@ -99,7 +99,7 @@ def multi_scale(
             raise ConfigError(f"data of shape {event_shape}: expected vectors (d,) or images (C, H, W)")
         yield from blocks(event_shape)
         return
-    shape = event_shape
+    shape: tuple[int, ...] = event_shape
     scales = _count_scales(shape) if flow.scales == "auto" else flow.scales
     for scale in range(scales):
         yield from blocks(shape)

@@ -1,4 +1,4 @@
-"""What holds where operations are recorded rather than done (`torch.export`), or done for many inputs (`torch.vmap`)."""
+"""Where operations are recorded rather than done (`torch.export`), or done for many inputs at once (`torch.vmap`)."""
 
 from __future__ import annotations
 

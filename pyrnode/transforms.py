@@ -131,7 +131,7 @@ class Standardize(Transform):
 
     @classmethod
     def fit(cls, x: Tensor, weight: Tensor | None = None) -> Standardize:
-        """The mean and standard deviation of ``x`` ``(n, *event)``, of samples with a `weight` each, ``(n,)``, or alike."""
+        """The mean and standard deviation of ``x`` ``(n, *event)``, whose samples may have weights ``(n,)``."""
         if weight is None:
             return cls(x.mean(0), x.std(0, correction=0))
         share = (weight / weight.sum()).reshape(-1, *[1] * (x.ndim - 1))

@@ -104,9 +104,7 @@ def finer_solver(solver: SolverConfig) -> SolverConfig:
     )
 
 
-def _finer(
-    flow: Composition, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int
-) -> Tensor:
+def _finer(flow: Composition, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int) -> Tensor:
     """Log-density ``(batch,)`` by the finer solver, with the mean of the same k probes; exact for k = 0."""
     draw: Draw = noise.draw(k) if k else Probes.exact
     c = None if c is None else c.double()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pyrnode.export.rates import LayeredRates, ModuleRates
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution
 
@@ -23,7 +24,6 @@ from pyrnode.dynamics import ConvNet, ModuleDynamics
 from pyrnode.errors import CheckpointError, ConfigError, DataError
 from pyrnode.evaluation import evaluate
 from pyrnode.export import to_torch
-from pyrnode.export.rates import LayeredRates, ModuleRates
 from pyrnode.flow import Flow, base_log_prob
 from tests.test_dynamics import EVENTS, ConditionalField, jacobian, make
 from tests.test_export import error

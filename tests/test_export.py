@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyrnode.export.rates import SMOOTH, LayeredRates, ModuleRates
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -29,7 +30,6 @@ from pyrnode.engines import Probes
 from pyrnode.errors import CheckpointError, ConfigError, DataError, EngineUnavailableError, SolverError
 from pyrnode.export import TorchFlow, files, to_torch
 from pyrnode.export.programs import PROGRAMS, to_program
-from pyrnode.export.rates import SMOOTH, LayeredRates, ModuleRates
 from pyrnode.flow import Flow, base_log_prob
 from tests.test_dynamics import CASES, EVENTS, jacobian, make
 from tests.test_flow import FLOWS, build, data_for

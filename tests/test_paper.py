@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyrnode.trainer import Trainer
 from scipy import stats
 
 import pyrnode
@@ -27,7 +28,6 @@ from pyrnode.paper import solvers as steps
 from pyrnode.paper.scales import METHODS, PRESETS
 from pyrnode.paper.study import Need, Study
 from pyrnode.runs import RunFolder, read_metrics
-from pyrnode.trainer import Trainer
 
 TINY = SCALES["tiny"]
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyrnode.trainer import Trainer
 from torch import Tensor, nn
 
 import pyrnode
@@ -37,7 +38,6 @@ from pyrnode.errors import (
 )
 from pyrnode.flow import base_log_prob
 from pyrnode.runs import RunFolder, read_metrics
-from pyrnode.trainer import Trainer
 from pyrnode.training import TrainingResult
 
 SMALL: dict[str, Any] = {"flow.network.hidden": [8], "data.samples": 200, "batch_size": 20, "validate_every": 4}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyrnode.noise import SampleNoise, spread
 from torch import Tensor
 
 from pyrnode.config import Config
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.flow import Flow
-from pyrnode.noise import SampleNoise, spread
 from pyrnode.uncertainty import PROBES, finer_solver, log_prob_with_error
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
 import pyrnode
+from pyrnode import solvers
 from pyrnode.cli.output import engine_argument, json_argument, print_json
 from pyrnode.export import TorchFlow, files
 from pyrnode.flow import Flow
@@ -16,8 +18,9 @@ from pyrnode.flow import Flow
 def export(args: argparse.Namespace) -> int:
     """Writes a trained flow to a file for other programs, and says how far file and flow are from the truth."""
     flow = pyrnode.load(args.run, engine=args.engine)
-    names = ("solver", "step_size", "rtol", "atol", "divergence", "probes", "seed")
-    module = flow.to_torch(**{name: getattr(args, name) for name in names})
+    solver = _given({"name": args.solver, "step_size": args.step_size, "rtol": args.rtol, "atol": args.atol})
+    divergence = _given({"kind": args.divergence, "probes": args.probes, "seed": args.seed})
+    module = flow.to_torch(solver, divergence=divergence)
     if args.dtype is not None:
         module = module.to(getattr(torch, args.dtype))
     result = files.save(module, args.out, to=args.to, program=args.program)
@@ -26,11 +29,15 @@ def export(args: argparse.Namespace) -> int:
         print_json({"out": args.out, **result.to_dict(), "solver_gap": gap})
         return 0
     print(f"written to {args.out}\n{result}")
-    accurate = f"{flow.solver.name}, rtol {flow.solver.rtol:g}"
-    print(f"log_prob with {module.solve}, {module.divergence} trace: at most {gap:.1e} nats from {accurate}")
+    used, accurate = solvers.describe(module.solver), solvers.describe(flow.solver)
+    print(f"log_prob with {used}, {module.divergence.kind} trace: at most {gap:.1e} nats from {accurate}")
     if gap > 0.01:
         print("that is much: take a smaller --step-size, or more --probes", file=sys.stderr)
     return 0
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _solver_gap(flow: Flow, module: TorchFlow) -> float:
@@ -55,9 +62,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-size", type=float, help="its fixed step, in units of time (default 0.05)")
     parser.add_argument("--rtol", type=float, help="tolerance of adaptive steps (safetensors only)")
     parser.add_argument("--atol", type=float, help="default: --rtol")
-    parser.add_argument("--divergence", choices=["auto", "exact", "hutchinson"], default="auto")
-    parser.add_argument("--probes", type=int, default=1, help="probes of an estimated divergence (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the probes")
+    parser.add_argument("--divergence", choices=["auto", "exact", "hutchinson"])
+    parser.add_argument("--probes", type=int, help="probes of an estimated divergence (default 1)")
+    parser.add_argument("--seed", type=int, help="seed of the probes (default 0)")
     parser.add_argument("--dtype", choices=["float32", "float64"], help="convert to this type first")
     engine_argument(parser)
     json_argument(parser)

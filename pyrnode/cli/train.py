@@ -37,24 +37,17 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def train(args: argparse.Namespace) -> int:
     """Trains a flow; Ctrl-C says how to go on."""
-    overrides = settings(args.set)
-    if args.data_dir is not None:
-        overrides["data.dir"] = args.data_dir
+    named = {"solver": args.solver, "step_size": args.step_size, "epochs": args.epochs, "data.dir": args.data_dir}
+    named |= {"engine": args.engine, "device": args.device, "seed": args.seed}
     try:
         result = pyrnode.train(
             args.data,
             preset=args.preset,
-            solver=args.solver,
-            step_size=args.step_size,
-            epochs=args.epochs,
-            engine=args.engine,
-            device=args.device,
-            seed=args.seed,
             out=args.out,
             resume=args.resume,
-            overrides=overrides,
             evaluate=not args.no_evaluation,
             progress=not args.quiet,
+            **{key: value for key, value in named.items() if value is not None} | settings(args.set),
         )
         interrupted = result.interrupted
     except KeyboardInterrupt:  # outside the loop, or for the second time: the last checkpoint is there
@@ -85,8 +78,8 @@ def evaluate(args: argparse.Namespace) -> int:
             f"{args.run} is conditional on {flow.context_dim} features, and the command line takes no contexts to "
             "score with: call pyrnode.evaluate(pyrnode.load(run), x, context=c) in Python"
         )
-    changes = {f"evaluation.{key.removeprefix('evaluation.')}": v for key, v in settings(args.set).items()}
-    config = flow.config.override(changes).evaluation
+    changes = {key.removeprefix("evaluation."): value for key, value in settings(args.set).items()}
+    config = flow.config.evaluation.override(changes)
     report = pyrnode.evaluate(flow, _splits(flow, args), config=config, progress=not args.quiet)
     print_json(report.to_dict()) if args.json else print(report)
     return 0

@@ -1,12 +1,12 @@
 """The plain engine: the state and l in ordinary differentiable operations, which torch can trace, transform and export.
 
-The other engines' bound dynamics are faster in training: they write into their own intermediates and keep tapes. Here nothing
-is written in place and nothing depends on values, so the same code runs under autograd, to any order, under
+The other engines' bound dynamics are faster in training: they write into their own intermediates and keep tapes. Here
+nothing is written in place and nothing depends on values, so the same code runs under autograd, to any order, under
 `torch.func` and `torch.export`. Steps are a fixed grid, written out one after the other.
 
-Probes may be shared by the samples of a batch, ``(k, 1, *event)``: ``Σ_k ε_k · (∂f/∂z) ε_k`` over the unit vectors is the
-trace, over seeded noise an estimate. Jacobian-vector products run forward with the network, so that the first layer's is
-one product for the whole batch, and so is the transpose of the last one's, at which they end.
+Probes may be shared by the samples of a batch, ``(k, 1, *event)``: ``Σ_k ε_k · (∂f/∂z) ε_k`` over the unit vectors is
+the trace, over seeded noise an estimate. Jacobian-vector products run forward with the network, so that the first
+layer's is one product for the whole batch, and so is the transpose of the last one's, at which they end.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Rates(Protocol):
     """The right-hand side of ``z' = f`` and ``l' = tr ∂f/∂z``, bound to the present parameters."""
 
     def __call__(self, t: float, z: Tensor, probes: Tensor | None, /) -> tuple[Tensor, Tensor | None]:
-        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)``, for probes ``(k, batch or 1, *event)``."""
+        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)``; probes are ``(k, batch or 1, *event)``."""
         ...
 
 

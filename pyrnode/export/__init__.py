@@ -5,7 +5,6 @@
 """
 
 from pyrnode.export.files import Verification, load, save, verify
-from pyrnode.export.module import TorchFlow, to_torch
-from pyrnode.export.solve import Solve
+from pyrnode.export.torch_flow import TorchFlow, to_torch
 
-__all__ = ["Solve", "TorchFlow", "Verification", "load", "save", "to_torch", "verify"]
+__all__ = ["TorchFlow", "Verification", "load", "save", "to_torch", "verify"]

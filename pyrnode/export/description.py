@@ -9,17 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyrnode import solvers
+from pyrnode.config import Divergence, SolverConfig
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import Layer
 from pyrnode.errors import ConfigError, unknown_name
-from pyrnode.export.module import TorchFlow
-from pyrnode.export.solve import Solve
-from pyrnode.solvers import method
-from pyrnode.stages import Block, FactorOut, Squeeze
+from pyrnode.export.torch_flow import TorchFlow
+from pyrnode.parts import Block, FactorOut, Squeeze
 from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform
 
 READING = {
-    "encode": "x -> transforms in order -> stages in order -> z, flattened; log_det sums the log-determinants; "
+    "encode": "x -> transforms in order -> parts in order -> z, flattened; log_det sums the log-determinants; "
     "log_prob = -(|z|^2 + d log(2 pi))/2 + log_det, in nats. decode runs everything backwards.",
     "standardize": "y = (x - mean)/std; log_det = -sum(log std)",
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
@@ -56,22 +56,22 @@ def describe(flow: TorchFlow) -> dict[str, Any]:
         "transforms": _transforms("transform", flow.transform),
         "context_dim": flow.context_dim,
         "context_transforms": _transforms("context_transform", flow.context_transform),
-        "stages": [_stage(f"stages.{i}", stage) for i, stage in enumerate(flow.stages)],
+        "parts": [_part(f"parts.{i}", part) for i, part in enumerate(flow.parts)],
         **settings(flow),
     }
     if flow.probes:
-        table["divergence"]["tensors"] = [f"noise_{i}" for i, _ in enumerate(flow.blocks())]
+        table["divergence"]["tensors"] = [f"noise_{i}" for i, _ in enumerate(flow.blocks)]
     return table
 
 
 def settings(flow: TorchFlow) -> dict[str, Any]:
     """Solver and divergence."""
-    tableau = method(flow.solve.name).tableau
-    solver: dict[str, Any] = {"name": flow.solve.name}
-    solver |= {key: v for key in ("step_size", "rtol", "atol") if (v := getattr(flow.solve, key)) is not None}
-    divergence: dict[str, Any] = {"kind": flow.divergence}
+    given, tableau = flow.solver, solvers.method(flow.solver.name).tableau
+    steps = ("rtol", "atol") if solvers.adaptive(given) else ("step_size",)
+    solver: dict[str, Any] = {"name": given.name, **{key: getattr(given, key) for key in steps}}
+    divergence: dict[str, Any] = {"kind": flow.divergence.kind}
     if flow.probes:
-        divergence |= {"probes": flow.probes, "seed": flow.seed}
+        divergence |= {"probes": flow.probes, "seed": flow.divergence.seed}
     coefficients = {"c": list(tableau.c), "a": [list(row) for row in tableau.a], "b": list(tableau.b)}
     return {"solver": solver | coefficients, "divergence": divergence}
 
@@ -95,13 +95,13 @@ def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
     raise ConfigError(f"a transform of type {type(transform).__name__} has no description; export to torch.export")
 
 
-def _stage(prefix: str, stage: nn.Module) -> dict[str, Any]:
-    if isinstance(stage, Squeeze):
+def _part(prefix: str, part: nn.Module) -> dict[str, Any]:
+    if isinstance(part, Squeeze):
         return {"kind": "squeeze"}
-    if isinstance(stage, FactorOut):
+    if isinstance(part, FactorOut):
         return {"kind": "factor_out"}
-    assert isinstance(stage, Block)
-    dynamics = stage.dynamics
+    assert isinstance(part, Block)
+    dynamics = part.dynamics
     if not isinstance(dynamics, LayeredDynamics):
         raise ConfigError(
             "dynamics of your own are code, which a safetensors file cannot hold; export to torch.export or onnx, "
@@ -110,7 +110,7 @@ def _stage(prefix: str, stage: nn.Module) -> dict[str, Any]:
     layers = [_layer(f"{prefix}.dynamics.layers.{i}", cast(Layer, layer)) for i, layer in enumerate(dynamics.layers)]
     return {
         "kind": "block",
-        "end_time": stage.end_time,
+        "end_time": part.end_time,
         "event_shape": list(dynamics.event_shape),
         "activation": dynamics.activation,
         "layers": layers,
@@ -134,15 +134,14 @@ def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Torc
     """The flow of a description; what does not fit raises `KeyError`, `TypeError`, `RuntimeError` or `ConfigError`."""
     shape, context_dim = tuple(description["event_shape"]), description["context_dim"]
     solver, divergence = description["solver"], description["divergence"]
+    given = {key: solver[key] for key in ("name", "step_size", "rtol", "atol") if key in solver}
     flow = TorchFlow(
         Chain(_build_transform(entry, shape) for entry in description["transforms"]),
-        [_build_stage(entry, context_dim) for entry in description["stages"]],
+        [_build_part(entry, context_dim) for entry in description["parts"]],
         shape,
         description["levels"],
-        solve=Solve(*(solver.get(key) for key in ("name", "step_size", "rtol", "atol"))),
-        divergence=divergence["kind"],
-        probes=divergence.get("probes", 1),
-        seed=divergence.get("seed", 0),
+        solver=SolverConfig(adaptive="step_size" not in solver, **given),
+        divergence=Divergence(divergence["kind"], divergence.get("probes"), divergence.get("seed", 0)),
         context_transform=Chain(_build_transform(entry, (context_dim,)) for entry in description["context_transforms"]),
     )
     flow = flow.to(getattr(torch, description["dtype"]))
@@ -161,14 +160,14 @@ def _build_transform(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Transf
     raise ConfigError(unknown_name("transform", kind, ("standardize", "dequantize", "logit")))
 
 
-def _build_stage(entry: Mapping[str, Any], context_dim: int) -> nn.Module:
+def _build_part(entry: Mapping[str, Any], context_dim: int) -> nn.Module:
     kind = entry["kind"]
     if kind == "squeeze":
         return Squeeze()
     if kind == "factor_out":
         return FactorOut()
     if kind != "block":
-        raise ConfigError(unknown_name("stage", kind, ("block", "squeeze", "factor_out")))
+        raise ConfigError(unknown_name("part", kind, ("block", "squeeze", "factor_out")))
     layers = [
         Layer(
             layer["inputs"],

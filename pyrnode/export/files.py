@@ -22,7 +22,7 @@ from pyrnode import files
 from pyrnode.errors import CheckpointError, ConfigError, PyrnodeError, unknown_name
 from pyrnode.export import programs
 from pyrnode.export.description import build, describe, dtype_name, settings
-from pyrnode.export.module import TorchFlow
+from pyrnode.export.torch_flow import TorchFlow
 
 FORMAT = 1
 """Version of what is written into programs."""

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrnode.composition import base_log_prob
 from pyrnode.dynamics.layered import LayeredDynamics
+from pyrnode.engines.plain import PlainEngine, Recorded
 from pyrnode.errors import ConfigError, EngineUnavailableError, PyrnodeError
-from pyrnode.export.module import TorchFlow
-from pyrnode.export.rates import Recorded
-from pyrnode.export.solve import unexportable
-from pyrnode.flow import base_log_prob
+from pyrnode.export.torch_flow import TorchFlow, unexportable
 
 
 class Encode(nn.Module):
@@ -75,10 +74,10 @@ def _prepared(flow: TorchFlow) -> TorchFlow:
     Raises:
         ConfigError: The solver is adaptive.
     """
-    if not flow.solve.fixed:
-        raise unexportable(flow.solve)
+    if not isinstance(flow.engine, PlainEngine):
+        raise unexportable(flow.solver)
     flow = copy.deepcopy(flow).eval()
-    for block in flow.blocks():
+    for block in flow.blocks:
         if not isinstance(block.dynamics, LayeredDynamics):
             shape = block.dynamics.event_shape
             count = flow.probes or torch.Size(shape).numel()

@@ -241,7 +241,9 @@ def _solver(given: SolverLike) -> SolverConfig:
     if not {"rtol", "atol"} & settings.keys():
         return DEFAULT.changed(settings)
     if "step_size" in settings or "rtol" not in settings:
-        raise ConfigError(f"solver = {settings!r}: give step_size (fixed steps), or rtol and perhaps atol (adaptive ones)")
+        raise ConfigError(
+            f"solver = {settings!r}: give step_size (fixed steps), or rtol and perhaps atol (adaptive ones)"
+        )
     solver = DEFAULT.changed({"name": "DP5", "atol": settings["rtol"], "adaptive": True, **settings})
     if not solvers.adaptive(solver):
         raise ConfigError(f"{solver.name} has no error estimate, so rtol does not apply: give step_size, or use DP5")

@@ -14,18 +14,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyrnode import data, plotting
-from pyrnode.config import Config
+from pyrnode.composition import Passage
+from pyrnode.config import Config, Divergence
 from pyrnode.devices import resolve_device
-from pyrnode.engines import Probes
 from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.files import read_json, write_atomically
-from pyrnode.flow import Flow, FlowSolution
+from pyrnode.flow import Flow
 from pyrnode.objective import regularised
 from pyrnode.paper.experiment import Experiment
 from pyrnode.paper.report import Claim, Finding, Row, Verdict
 from pyrnode.paper.scales import COLOURS, Scale
 from pyrnode.paper.study import Need, Study, hours, mean_and_spread
+from pyrnode.probes import no_probes
 from pyrnode.seeds import generator
+from pyrnode.training.state import NotFiniteError
+from pyrnode.training.step import Order, differentiate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,20 +79,18 @@ class Classifier(nn.Module):
             torch.manual_seed(config.seed)
             self.head = nn.Linear(self.flow.dim, CLASSES)
 
-    def forward(self, x: Tensor, random: torch.Generator | None) -> tuple[Tensor, FlowSolution]:
+    def forward(self, x: Tensor, random: torch.Generator | None) -> tuple[Tensor, Passage]:
         """Logits ``(batch, classes)`` of images ``(batch, *event)``, and the pass through the block.
 
         Args:
             x: Grey levels.
             random: Gives the probes of the penalties; `None` solves for the state alone.
         """
-        y = self.flow.prepare(x.float() / (self.levels - 1) - 0.5)
-
-        def draw(z: Tensor) -> Probes | None:
-            return None if random is None else Probes.draw(z, generator=random)
-
-        solution = self.flow.solve(y, draw, self.flow.config.solver)
-        return self.head(solution.z), solution
+        y, _ = self.flow.admit(x.float() / (self.levels - 1) - 0.5)
+        estimate = Divergence("hutchinson")
+        draw = no_probes if random is None else self.flow.draw(estimate, random)
+        passage = self.flow.solve(y, draw, self.flow.config.solver)
+        return self.head(passage.z), passage
 
 
 def settings(name: str, method: str, seed: int, given: ClassifierConfig, study_settings: dict[str, Any]) -> Config:
@@ -126,32 +127,29 @@ def train_classifier(
     device = resolve_device(config.device)
     model = Classifier(config, splits.event_shape, splits.levels).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=given.learning_rate)
-    targets = labels.train.tensor()[:, 0].long()
+    images = splits.train.carrying(context=labels.train.tensor())  # an image's class goes where the image goes
+    order = Order(len(images), given.batch_size, config.seed)
     records: list[dict[str, float]] = []
-    size = given.batch_size
-    per_epoch = max(1, len(targets) // size)
-    seconds = 0.0
-    for step in tqdm(range(given.epochs * per_epoch), unit="step", disable=not progress):
-        epoch, number = divmod(step, per_epoch)
-        order = torch.randperm(len(targets), generator=generator(config.seed, "order", epoch))
-        rows = order[number * size : (number + 1) * size]
-        x = next(iter(splits.train.batches(rows, len(rows))))
+    seconds, batches = 0.0, order.batches(images)
+    for step in tqdm(range(given.epochs * order.steps_per_epoch), unit="step", disable=not progress):
+        batch = next(batches)
+        assert batch.context is not None
         start = time.perf_counter()
         try:
-            logits, solution = model(x, generator(config.seed, "step", step))
-        except SolverError as error:
+            logits, passage = model(batch.x, generator(config.seed, "step", step))
+            entropy = F.cross_entropy(logits, batch.context[:, 0].long().to(logits.device))
+            total, E, n = regularised(entropy, passage, config.penalties)
+            if not bool(torch.isfinite(total)):
+                raise NotFiniteError(f"the loss is not finite (cross-entropy {float(entropy):g})")
+            differentiate(total, model, optimizer)
+        except (SolverError, NotFiniteError) as error:
             raise TrainingDivergedError(f"step {step}: {error}") from error
-        loss = F.cross_entropy(logits, targets[rows].to(logits.device))
-        total, E, n = regularised(loss, solution, config.penalties)
-        if not bool(torch.isfinite(total)):
-            raise TrainingDivergedError(f"the loss is not finite at step {step} (cross-entropy {float(loss):g})")
-        optimizer.zero_grad()
-        total.backward()
         optimizer.step()
         seconds += time.perf_counter() - start
-        values = {"loss": float(total.detach()), "cross_entropy": float(loss.detach()), "E": float(E), "n": float(n)}
-        backward = sum(block.stats.nfe_backward for block in solution.blocks)
-        records.append({"step": step + 1, **values, "nfe": solution.nfe, "nfe_backward": backward, "seconds": seconds})
+        values = {"loss": float(total.detach()), "cross_entropy": float(entropy.detach()), "E": float(E), "n": float(n)}
+        records.append(
+            {"step": step + 1, **values, "nfe": passage.nfe, "nfe_backward": passage.nfe_backward, "seconds": seconds}
+        )
     return model, records
 
 
@@ -162,9 +160,9 @@ def score_classifier(model: Classifier, config: Config, limit: int | None) -> di
     x, y = splits.test.tensor()[:limit], labels.test.tensor()[:limit, 0]
     right, nfe = 0, 0.0
     for images, targets in zip(x.split(250), y.split(250), strict=True):
-        logits, solution = model(images, None)
+        logits, passage = model(images, None)
         right += int((logits.argmax(1).cpu() == targets).sum())
-        nfe += solution.nfe * len(images) / len(x)
+        nfe += passage.nfe * len(images) / len(x)
     return {"accuracy": right / len(x), "nfe": nfe}
 
 

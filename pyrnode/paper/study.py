@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pyrnode import evaluation, solvers
-from pyrnode.checkpoint import load_flow
 from pyrnode.config import Config
 from pyrnode.data import Splits, load
 from pyrnode.errors import TrainingDivergedError
 from pyrnode.files import read_json
 from pyrnode.flow import Flow
+from pyrnode.flow import load as load_flow
 from pyrnode.paper.scales import Scale
 from pyrnode.runs import Record, RunFolder, read_metrics
 from pyrnode.training import train
@@ -162,7 +162,7 @@ class Study:
         try:
             result = train(
                 splits,
-                overrides=config.to_dict(),
+                preset=config,
                 out=folder.path,
                 resume=True,
                 evaluate=False,
@@ -255,7 +255,7 @@ class Study:
                 "training.snapshots": False,
             }
         )
-        result = train(self.splits(config), overrides=timed.to_dict(), evaluate=False, progress=False)
+        result = train(self.splits(config), preset=timed, evaluate=False, progress=False)
         if result.interrupted:
             raise KeyboardInterrupt
         seconds = [record["seconds"] for record in result.history if "loss" in record]

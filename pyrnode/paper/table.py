@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pyrnode import evaluation
 from pyrnode.config import Config
 from pyrnode.paper.experiment import Experiment, tuning_remark
@@ -43,7 +41,7 @@ def _measure(study: Study) -> Finding:
             for seed in study.scale.seeds:
                 run = study.run(Need(data, method, seed))
                 study.say(f"scoring {run.need.name} on the test set")
-                config = replace(run.config.evaluation, probes=1)
+                config = run.config.evaluation.override({"probes": 1})
                 splits = study.splits(run.config)
                 reports.append(evaluation.evaluate(run.flow, splits, config=config, baselines=False))
                 seconds.append(run.seconds)

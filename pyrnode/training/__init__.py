@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from pyrnode import engines, evaluation
-from pyrnode.config import Config, FlowConfig, SolverConfig
+from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder, differences
-from pyrnode.trainer import Trainer
+from pyrnode.training.trainer import Trainer
 
 
 @dataclass
@@ -45,51 +45,26 @@ class TrainingResult:
 def train(
     data: Any = None,
     *,
-    preset: str | None = None,
-    flow: FlowConfig | Mapping[str, Any] | None = None,
-    solver: str | Mapping[str, Any] | None = None,
-    step_size: float | str | None = None,
-    sensealg: str | None = None,
-    kinetic: float | None = None,
-    jacobian: float | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    engine: str | None = None,
-    device: str | None = None,
-    seed: int | None = None,
+    preset: str | Config | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    overrides: Mapping[str, Any] | None = None,
     dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
     context: Any = None,
     evaluate: bool = True,
     progress: bool = True,
+    **settings: Any,
 ) -> TrainingResult:
     """Trains a regularised neural ODE on data.
 
-    Whatever is not given here comes from the preset; without one, from the defaults of `Config` (RK4 with step 0.25,
-    λ_K = λ_J = 0.01, Adam 1e-3: the paper's), or from the preset that is made for the named data set.
+    Settings are those of `Config`, by name: ``epochs=3``, ``kinetic=0.1``, ``engine="julia"``, ``seed=1``,
+    ``solver="Midpoint"``. Whatever is not given comes from the preset; without one, from the defaults of `Config` (RK4
+    with step 0.25, λ_K = λ_J = 0.01, Adam 1e-3: the paper's), or from the preset that is made for the named data set.
 
     Args:
         data: Name of a data set, path of a file or folder, array ``(n, *event)``, torch data set, or `Splits`.
-        preset: Name of a preset (``pyrnode presets``) or path of a ``.toml`` file.
-        flow: Composition and network, as a `FlowConfig` or a mapping of its fields.
-        solver: Training solver, e.g. ``"RK4"``, or a mapping with its options, such as ``{"name": "Vern7", "lazy":
-            False}``: keys of `SolverConfig` are settings, all others options of the solver itself (Julia engine).
-        step_size: Its step, or ``"auto"``.
-        sensealg: Sensitivity algorithm, e.g. ``"Backprop"``.
-        kinetic: ``λ_K``.
-        jacobian: ``λ_J``.
-        epochs: Passes over the training set.
-        batch_size: Samples per step.
-        learning_rate: Peak learning rate.
-        engine: ``"torch"``, ``"julia"`` or ``"auto"``.
-        device: torch device, or ``"auto"``.
-        seed: Seed of everything random.
+        preset: Name of a preset (``pyrnode presets``), path of a ``.toml`` file, or a `Config` of your own.
         out: Folder for configuration, metrics, checkpoints, report and pictures; `None` writes nothing.
         resume: Go on with the run in `out`, if there is one.
-        overrides: Any other setting by name, e.g. ``{"ema": 0.999, "solver.rtol": 1e-6}``.
         dynamics: Makes a block's dynamics from its event shape: your own ``nn.Module`` called as ``f(t, z)``, or
             as ``f(t, z, c)`` where there is a context.
         context: What the density is conditional on, ``(n, m)`` numbers (array, tensor or data frame), a row for each
@@ -97,6 +72,9 @@ def train(
             ``p(x | c)``: `log_prob` and `sample` take the context too.
         evaluate: Score the result on the test set.
         progress: Show a progress bar.
+        **settings: Settings by name; a mapping names several of a section, e.g. ``flow={"blocks": 2}``, and names with
+            a dot come as ``**{"evaluation.solver.rtol": 1e-6}``. Of a solver, keys that are no settings are options of
+            the solver itself (Julia engine), as in ``solver={"name": "Vern7", "lazy": False}``.
 
     Returns:
         The best flow on validation, the history and the report.
@@ -109,28 +87,16 @@ def train(
 
     Example:
         >>> import pyrnode
-        >>> result = pyrnode.train("8gaussians", epochs=1, overrides={"samples": 500}, evaluate=False, progress=False)
+        >>> result = pyrnode.train("8gaussians", epochs=1, samples=500, evaluate=False, progress=False)
         >>> result.flow.log_prob(result.flow.sample(3, seed=0)).shape
         torch.Size([3])
     """
     folder = None if out is None else RunFolder(out)
-    given = {
-        "flow": flow.to_dict() if isinstance(flow, FlowConfig) else flow,
-        **_solver_settings(solver),
-        "solver.step_size": step_size,
-        "solver.sensealg": sensealg,
-        "penalties.kinetic": kinetic,
-        "penalties.jacobian": jacobian,
-        "training.epochs": epochs,
-        "training.batch_size": batch_size,
-        "training.learning_rate": learning_rate,
-        "engine": engine,
-        "device": device,
-        "seed": seed,
-        "data.name": data if isinstance(data, str) else str(data) if isinstance(data, Path) else None,
-    }
-    given = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
-    config = _resolve(folder, resume, preset, given)
+    if isinstance(solver := settings.get("solver"), Mapping):
+        settings["solver"] = _with_options(solver)
+    if isinstance(data, (str, Path)):
+        settings["data.name"] = str(data)
+    config = _resolve(folder, resume, preset, settings)
     splits = load(data, config=config.data, context=context)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
@@ -150,22 +116,19 @@ def train(
     return TrainingResult(best, trainer.history, report, config, None if folder is None else folder.path, interrupted)
 
 
-def _solver_settings(solver: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A solver's name, or a mapping of its name, settings and options, as settings by key."""
-    if not isinstance(solver, Mapping):
-        return {"solver.name": solver}
+def _with_options(solver: Mapping[str, Any]) -> dict[str, Any]:
+    """A solver's settings, whose further keys are options of the solver itself."""
     if "name" not in solver:
         raise ConfigError(f"solver = {dict(solver)!r}: expected a mapping with the solver's 'name'")
     known = {f.name for f in fields(SolverConfig)}
     options = {key: value for key, value in solver.items() if key not in known}
-    settings = {f"solver.{key}": value for key, value in solver.items() if key in known}
-    return settings | ({"solver.options": options} if options else {})
+    return {k: v for k, v in solver.items() if k in known} | ({"options": options} if options else {})
 
 
 _MADE_FOR = {"digits": "digits", "mnist": "mnist-cpu", "cifar10": "finlay2020-cifar10"}
 
 
-def _resolve(folder: RunFolder | None, resume: bool, preset: str | None, given: Mapping[str, Any]) -> Config:
+def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None, given: Mapping[str, Any]) -> Config:
     """The settings of a run: the stored ones for a resumed one, else preset and overrides."""
     stored = folder.stored_config() if folder is not None else None
     if folder is not None and folder.started and not resume:
@@ -175,7 +138,7 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | None, given: 
     if folder is not None and folder.started and stored is None:
         raise CheckpointError(f"{folder.path} holds a run without its config.toml; it cannot be resumed")
     if resume and stored is not None:
-        asked = (stored if preset is None else Config.preset(preset)).override(given)
+        asked = _preset(preset, stored).override(given)
         if changed := differences(stored, asked):
             raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
         return asked
@@ -184,4 +147,10 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | None, given: 
 
         name = str(given.get("data.name", ""))
         preset = "toy" if name in DENSITIES else _MADE_FOR.get(name)
-    return (Config() if preset is None else Config.preset(preset)).override(given)
+    return _preset(preset, Config()).override(given)
+
+
+def _preset(preset: str | Config | None, otherwise: Config) -> Config:
+    if isinstance(preset, Config):
+        return preset
+    return otherwise if preset is None else Config.preset(preset)

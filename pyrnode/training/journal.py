@@ -1,0 +1,112 @@
+"""What a person sees of a run: the records of its steps, kept, written, and shown beside the bar."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pyrnode.runs import Board, Record, RunFolder
+
+_FLUSH_SECONDS = 5.0
+
+
+class Journal:
+    """The records of a run: in memory, in its folder, and for TensorBoard.
+
+    Args:
+        folder: Where to write; `None` keeps them in memory alone.
+        tensorboard: Write them for TensorBoard too.
+
+    Attributes:
+        history: All records, in order.
+    """
+
+    def __init__(self, folder: RunFolder | None, *, tensorboard: bool) -> None:
+        self.history: list[Record] = []
+        self._folder, self._tensorboard = folder, tensorboard and folder is not None
+        self._pending: list[Record] = []
+        self._flushed = 0.0
+        self._board: Board | None = None
+
+    @contextmanager
+    def open(self, step: int) -> Iterator[None]:
+        """Opens TensorBoard's file for a run that starts, or goes on, after that step."""
+        self._open_board(step)
+        try:
+            yield
+        finally:
+            self._close_board()
+
+    def log(self, record: Record) -> None:
+        """Adds a record; it is written within seconds, or with the next `flush`."""
+        self.history.append(record)
+        if self._folder is None:
+            return
+        self._pending.append(record)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is not written yet."""
+        self._flushed = time.monotonic()
+        if self._folder is not None:
+            self._folder.append(self._pending)
+        if self._board is not None:
+            self._board.write(self._pending)
+        self._pending.clear()
+
+    def rewind(self, step: int) -> None:
+        """Forgets what came after that step, in the folder too."""
+        self.history = [r for r in self.history if r["step"] <= step]
+        self._pending = [r for r in self._pending if r["step"] <= step]
+        if self._folder is not None:
+            self._folder.rewind(step)
+        self._close_board()
+        self._open_board(step)  # which hides what was written after this step
+
+    def take_up(self, step: int) -> None:
+        """Takes over the folder's records of a run that goes on after that step."""
+        if self._folder is not None:
+            self.history = self._folder.rewind(step)
+
+    def _open_board(self, step: int) -> None:
+        if self._tensorboard and self._folder is not None:
+            self._board = Board(self._folder, step)
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        self._board = None
+
+
+def beside_the_bar(record: Record, *, best: float, dim: int, discrete: bool) -> dict[str, str]:
+    """A step's numbers as the bar shows them, and the best validation value so far."""
+    unit, factor = ("bits/dim", 1 / math.log(2)) if discrete else ("nats", dim)
+    shown = {"loss": f"{record['loss']:.4f}", unit: f"{record['nll'] * factor:.3f}"}
+    shown |= {"E": f"{record['E']:.3g}", "n": f"{record['n']:.3g}", "nfe": f"{record['nfe']:.0f}"}
+    if math.isfinite(best):
+        shown["best"] = f"{best * factor:.3f}"
+    return shown
+
+
+@contextmanager
+def signals_call(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C (and SIGTERM) call `stop`, in the main thread; elsewhere nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)

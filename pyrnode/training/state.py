@@ -1,0 +1,158 @@
+"""What training changes: weights, their average and the best of them, the optimiser's memory, and the counters.
+
+All of it is data: captured as tensors by name with the counters, restored from that, and what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrnode.config import TrainingConfig
+from pyrnode.errors import ConfigError
+from pyrnode.flow import Flow
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+Weights = dict[str, Tensor]
+"""Parameters and buffers of a flow, by name."""
+
+
+class NotFiniteError(Exception):
+    """The loss, the gradient or the weights are not finite; the message says which."""
+
+
+@dataclass
+class Progress:
+    """The counters of a run; all of them are in its checkpoints."""
+
+    step: int = 0  # optimiser steps done
+    restarts: int = 0
+    refinement: int = 0  # how often the solver's step was halved
+    best: float = math.inf  # lowest validation value, nats per dimension
+    best_step: int = 0
+    stale: int = 0  # validations since then
+    seconds: float = 0.0  # spent in optimiser steps, without validations and the final save
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a state: everything that training needs to go on, by name, and the counters."""
+
+    tensors: dict[str, Tensor]
+    progress: Progress
+
+    def check(self) -> None:
+        """Raises `NotFiniteError` where a tensor is not finite."""
+        for name, value in self.tensors.items():
+            if not bool(torch.isfinite(value).all()):
+                raise NotFiniteError(f"{name} is not finite")
+
+
+def weights(flow: Flow) -> Weights:
+    """A copy of a flow's weights."""
+    return {name: value.detach().clone() for name, value in flow.state_dict().items()}
+
+
+class State:
+    """The state of a run.
+
+    Args:
+        flow: The flow that is trained.
+        training: The optimiser's settings, and whether weights are averaged.
+
+    Attributes:
+        optimizer: The optimiser.
+        average: Averaged weights, where they are asked for.
+        best: The weights that were best on validation.
+        progress: The counters.
+
+    Raises:
+        ConfigError: There is nothing to train.
+    """
+
+    def __init__(self, flow: Flow, training: TrainingConfig) -> None:
+        self.flow, self._training = flow, training
+        self.optimizer = self._new_optimizer()
+        self.average: Weights | None = weights(flow) if training.ema is not None else None
+        self.best: Weights = weights(flow)
+        self.progress = Progress()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        kind: Any = _OPTIMIZERS[self._training.optimizer]
+        if not any(p.requires_grad for p in self.flow.parameters()):
+            raise ConfigError("the dynamics have no trainable parameters: there is nothing to train")
+        optimizer: torch.optim.Optimizer = kind(
+            self.flow.parameters(), lr=self._training.learning_rate, weight_decay=self._training.weight_decay
+        )
+        return optimizer
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def add_to_average(self, step: int) -> None:
+        """Adds the present weights to the averaged ones, whose decay grows with the steps done so far."""
+        if self.average is None or self._training.ema is None:
+            return
+        decay = min(self._training.ema, (1 + step) / (10 + step))
+        for name, value in self.flow.state_dict().items():
+            average = self.average[name]
+            average.lerp_(value, 1 - decay) if average.is_floating_point() else average.copy_(value)
+
+    def validated(self) -> Weights:
+        """A copy of the weights that are validated: the averaged ones, where there are any."""
+        return weights(self.flow) if self.average is None else {k: v.clone() for k, v in self.average.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, where there are any."""
+        if self.average is None:
+            yield
+            return
+        trained = weights(self.flow)
+        self.flow.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            self.flow.load_state_dict(trained)
+
+    def chosen(self) -> Weights:
+        """The weights that were best on validation, or the present ones before the first validation."""
+        return self.best if math.isfinite(self.progress.best) else self.validated()
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def capture(self) -> Snapshot:
+        """A copy of it all."""
+        tensors = {f"flow.{k}": v for k, v in self.flow.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        tensors |= {f"average.{k}": v for k, v in (self.average or {}).items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
+        return Snapshot({k: v.detach().clone() for k, v in tensors.items()}, replace(self.progress))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Becomes what was captured; raises `KeyError`, `ValueError` or `RuntimeError` where that is of another run."""
+        groups: dict[str, Weights] = {"flow": {}, "best": {}, "average": {}, "optimizer": {}}
+        for name, value in snapshot.tensors.items():
+            group, _, key = name.partition(".")
+            groups[group][key] = value.clone()
+        self.flow.load_state_dict(groups["flow"])
+        self.best = groups["best"]
+        self.average = groups["average"] if self.average is not None else None
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in groups["optimizer"].items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = value
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.progress = replace(snapshot.progress)

@@ -1,0 +1,336 @@
+"""The training loop: steps, validations, checkpoints, and what happens when a step goes wrong."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pyrnode import files
+from pyrnode.config import Config, SolverConfig
+from pyrnode.data import Batch, Splits
+from pyrnode.devices import resolve_device
+from pyrnode.dynamics import Dynamics, ModuleDynamics
+from pyrnode.errors import CheckpointError, ConfigError, SolverError, TrainingDivergedError
+from pyrnode.flow import Flow
+from pyrnode.runs import Record, RunFolder, require_tensorboard
+from pyrnode.training.journal import Journal, beside_the_bar, signals_call
+from pyrnode.training.state import NotFiniteError, Progress, Snapshot, State, Weights
+from pyrnode.training.step import Order, differentiate, learning_rate, loss
+from pyrnode.training.validation import Validation
+from pyrnode.transforms import Chain, Standardize
+
+_MAX_REFINEMENT = 6
+_STEP_TOLERANCE = 0.01  # nats per dimension by which a solver and half its step may differ with step_size="auto"
+
+
+class Trainer:
+    """The training loop over one flow; `train` is the way to use it.
+
+    Args:
+        config: Settings.
+        splits: Data.
+        folder: Where to write; `None` writes nothing.
+        dynamics: The user's own dynamics by event shape.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        splits: Splits,
+        folder: RunFolder | None,
+        *,
+        dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
+        progress: bool = True,
+    ) -> None:
+        _check_outputs(config, folder, dynamics)
+        self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
+        self.device = resolve_device(config.device)
+        self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
+        self.flow = self._built(config, *_standardised(config, splits)).to(self.device)
+        self.state = State(self.flow, config.training)
+        self.flow.engine.check(self.solver)
+        self.order = Order(len(splits.train), config.training.batch_size, config.seed)
+        self.validation = Validation(self.flow, splits.validation, config)
+        self.journal = Journal(folder, tensorboard=config.training.tensorboard)
+        self._snapshot = self.state.capture()
+        self._stop = False
+
+    def _built(self, config: Config, transform: Chain | None = None, context_transform: Chain | None = None) -> Flow:
+        """An untrained flow for the data."""
+        splits = self.splits
+        return Flow.build(
+            config,
+            splits.event_shape,
+            levels=splits.levels,
+            transform=transform,
+            context_dim=splits.context_dim,
+            context_transform=context_transform,
+            dynamics=self.make,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.training.total_steps(self.order.samples)
+
+    @property
+    def solver(self) -> SolverConfig:
+        """The training solver at its present refinement (`step_size="auto"` starts at 0.5)."""
+        solver, halvings = self.config.solver, self.state.progress.refinement
+        step = 0.5 if solver.step_size == "auto" else float(solver.step_size)
+        shrink = 0.1**halvings  # an adaptive solver is refined through its tolerances
+        return replace(solver, step_size=step * 0.5**halvings, rtol=solver.rtol * shrink, atol=solver.atol * shrink)
+
+    @property
+    def history(self) -> list[Record]:
+        """A record for each step and validation so far."""
+        return self.journal.history
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or validation has stopped improving."""
+        patience, progress = self.config.training.patience, self.state.progress
+        return progress.step >= self.total_steps or (patience is not None and progress.stale >= patience)
+
+    def best_flow(self) -> Flow:
+        """A flow with the weights that were best on validation, or the present ones before the first validation.
+
+        Its settings hold the training solver with the step that training arrived at.
+        """
+        return self._flow_with(self.state.chosen())
+
+    def _flow_with(self, weights: Weights) -> Flow:
+        flow = self._built(replace(self.config, solver=self.solver))
+        flow.load_state_dict(weights)
+        return flow.to(self.device).eval()
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Trains to the end; returns False if Ctrl-C came before it."""
+        done = self.state.progress.step
+        with (
+            self.journal.open(done),
+            signals_call(self._stop_soon),
+            tqdm(total=self.total_steps, initial=done, unit="step", disable=not self.progress) as bar,
+        ):
+            return self._loop(bar)
+
+    def _loop(self, bar: Any) -> bool:
+        validate_every = self.config.training.validate_every or self.order.steps_per_epoch
+        clock = time.perf_counter()
+        batches = self._batches()
+        while not self.finished:
+            try:
+                record = self._step(next(batches))
+                if record is None:
+                    return False
+                progress, now = self.state.progress, time.perf_counter()
+                progress.seconds, clock = progress.seconds + now - clock, now
+                self.journal.log({**record, "seconds": round(progress.seconds, 3)})
+                bar.update()
+                shown = beside_the_bar(
+                    record, best=progress.best, dim=self.flow.dim, discrete=self.splits.levels is not None
+                )
+                bar.set_postfix(shown, refresh=False)
+                if progress.step % validate_every == 0 or progress.step == self.total_steps:
+                    self._validate()
+                if self.finished:
+                    self._save()
+                clock = time.perf_counter()
+            except (SolverError, NotFiniteError) as error:
+                self._recover(error)
+                batches = self._batches()
+                bar.n, clock = self.state.progress.step, time.perf_counter()
+        return not self._stop
+
+    def _batches(self) -> Iterator[Batch]:
+        """Raw batches from the present step on."""
+        return self.order.batches(self.splits.train, self.state.progress.step, workers=self.config.data.workers)
+
+    def _step(self, batch: Batch) -> Record | None:
+        """One optimiser step; `None` if Ctrl-C asked to end here.
+
+        A state is saved only when its next loss and gradient have turned out finite, so that what training falls back
+        to, or resumes from, is never a state that has already failed.
+        """
+        step, training, state = self.state.progress.step, self.config.training, self.state
+        result, passage = loss(self.flow, batch, self.config, self.solver, step)
+        rate = learning_rate(training, step, self.total_steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        if not bool(torch.isfinite(result.loss)):
+            parts = f"nll {float(result.nll):g}, E {float(result.E):g}, n {float(result.n):g}"
+            raise NotFiniteError(f"the loss is not finite ({parts}), though the state after every block is")
+        norm = differentiate(result.loss, self.flow, state.optimizer, clip_norm=training.clip_norm)
+        if self._stop or (step and step % (training.checkpoint_every or self.order.steps_per_epoch) == 0):
+            self._save()
+            if self._stop:
+                return None
+        state.optimizer.step()
+        state.progress.step = step + 1
+        state.add_to_average(step)
+        return {
+            "step": step + 1,
+            "epoch": step // self.order.steps_per_epoch,
+            "loss": float(result.loss.detach()),
+            "nll": float(result.nll),
+            "bits": result.bits,
+            "E": float(result.E),
+            "n": float(result.n),
+            "nfe": passage.nfe,
+            "nfe_backward": passage.nfe_backward,
+            "grad_norm": norm,
+            "learning_rate": rate,
+        }
+
+    def _recover(self, error: Exception) -> None:
+        """Back to the last good state, with half the solver's step; a bounded number of times."""
+        good, now = self._snapshot.progress.step, self.state.progress
+        cause = f"after step {now.step}: {error}"
+        restarts, refinement = now.restarts + 1, now.refinement + 1
+        where = ""
+        if self.folder is not None and self.folder.checkpoint.exists():
+            where = f" (the last good state, of step {good}, is in {self.folder.path})"
+        if restarts > self.config.training.max_restarts:
+            raise TrainingDivergedError(
+                f"{cause}. {restarts - 1} restarts with a smaller solver step did not help{where}; "
+                "lower the learning_rate, clip the gradient (clip_norm), or raise the kinetic and jacobian penalties"
+            ) from error
+        self.state.restore(self._snapshot)
+        self.journal.rewind(good)
+        self.state.progress.restarts, self.state.progress.refinement = restarts, refinement
+        self.journal.log({"step": good, "event": "restart", "cause": cause, "refinement": refinement})
+        self._write(self.state.capture())
+        tqdm.write(f"{cause}\n  went back to step {good}, with half the solver's step ({restarts})", file=sys.stderr)
+
+    def _validate(self) -> None:
+        """Scores the validation set with the training solver, and that solver against half its step."""
+        state, progress = self.state, self.state.progress
+        with state.averaged():
+            disagreement = self.validation.disagreement(self.solver)
+            if self.config.solver.step_size == "auto":
+                disagreement = self._refine(disagreement)
+            value = self.validation.value(self.solver)
+        if not math.isfinite(value):
+            raise NotFiniteError(f"the validation value is {value}")
+        better = value < progress.best
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best, progress.best_step = value, progress.step
+            state.best = state.validated()
+        if self.config.training.snapshots and self.folder is not None:
+            self._flow_with(state.validated()).save(self.folder.snapshot(progress.step))
+        self.journal.log(
+            {
+                "step": progress.step,
+                "validation": value,
+                "validation_bits": value / math.log(2),
+                "disagreement": disagreement,
+                "step_size": float(self.solver.step_size),
+                "seconds": round(progress.seconds, 3),
+            }
+        )
+
+    def _refine(self, disagreement: float) -> float:
+        """Halves the step until the solver agrees with half its step; returns the disagreement that is left."""
+        progress = self.state.progress
+        while disagreement > _STEP_TOLERANCE and progress.refinement < _MAX_REFINEMENT:
+            progress.refinement += 1
+            progress.best = math.inf  # what the coarser solver scored is not comparable
+            disagreement = self.validation.disagreement(self.solver)
+        return disagreement
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Checkpoint and best model to the folder, and the state to fall back to."""
+        snapshot = self.state.capture()
+        snapshot.check()
+        self._write(snapshot)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Writes a state; the model comes first: after a kill between the two files, the resumed run writes both."""
+        self._snapshot = snapshot
+        if self.folder is None:
+            return
+        self.journal.flush()
+        if self.make is None:
+            self.best_flow().save(self.folder.model)
+        counts = {"samples": self.order.samples, "context_dim": self.splits.context_dim}
+        files.write(
+            self.folder.checkpoint, "checkpoint", snapshot.tensors, {"progress": vars(snapshot.progress), **counts}
+        )
+
+    def resume(self) -> None:
+        """Takes up the run in the folder where its last checkpoint left it.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, or of another run.
+        """
+        assert self.folder is not None
+        path = self.folder.checkpoint
+        tensors, description = files.read(path, "checkpoint")
+        samples, given = self.order.samples, self.splits.context_dim
+        try:
+            if description["context_dim"] != given:
+                raise ValueError(
+                    f"its context has {description['context_dim']} features, the one given {given}: pass that which it "
+                    "was begun with, or take another out="
+                )
+            if description["samples"] != samples:
+                raise ValueError(f"it was trained on {description['samples']} samples, not {samples}")
+            progress = Progress(**description["progress"])
+            self.state.restore(Snapshot({k: v.to(self.device) for k, v in tensors.items()}, progress))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint of this run: {error}") from error
+        self.journal.take_up(progress.step)
+        self._snapshot = self.state.capture()
+
+    # -- being stopped -----------------------------------------------------------------------------------------------
+
+    def _stop_soon(self) -> None:
+        """Ends the loop after the present step; called for the second time, at once."""
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+
+
+def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -> None:
+    """Raises `ConfigError` where what is to be written has no place, or cannot be written."""
+    if config.training.tensorboard:
+        if folder is None:
+            raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
+        require_tensorboard()
+    if config.training.snapshots and (folder is None or dynamics is not None):
+        need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
+        raise ConfigError(f"training.snapshots = true needs {need}")
+
+
+def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain | None]:
+    """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
+    train, transform, context_transform = splits.train, None, None
+    if config.flow.standardize and splits.levels is None:
+        transform = Chain([Standardize.fit(train.tensor().double(), train.weight)])
+    if config.flow.standardize and train.context is not None:
+        context_transform = Chain([Standardize.fit(train.context.double())])
+    return transform, context_transform
+
+
+def _wrapped(
+    dynamics: Callable[[tuple[int, ...]], nn.Module], context_dim: int
+) -> Callable[[tuple[int, ...]], Dynamics]:
+    def make(shape: tuple[int, ...]) -> Dynamics:
+        module = dynamics(shape)
+        return module if isinstance(module, Dynamics) else ModuleDynamics(module, shape, context_dim)
+
+    return make
