@@ -22,8 +22,17 @@ from pyrnode import data, evaluation
 from pyrnode.cli import main
 from pyrnode.config import Config
 from pyrnode.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
-from pyrnode.paper import EXPERIMENTS, SCALES, Finding, ablation, classifier, convergence, stiffness, trajectories
-from pyrnode.paper import solvers as steps
+from pyrnode.paper import (
+    EXPERIMENTS,
+    SCALES,
+    Finding,
+    ablation,
+    classifier,
+    convergence,
+    steps,
+    stiffness,
+    trajectories,
+)
 from pyrnode.paper.scales import METHODS, PRESETS
 from pyrnode.paper.study import Need, Study
 from pyrnode.runs import RunFolder, read_metrics
