@@ -3,12 +3,8 @@
 It is built the way FFJORD and ffjord-rnode build theirs: the dynamics are a plain torch module; the divergence and the
 Jacobian penalty come from ``torch.autograd.grad(..., create_graph=True)`` inside the right-hand side; the augmented
 state ``(z, l, E, n)`` goes as a tuple through ``torchdiffeq.odeint_adjoint``, which solves the adjoint backwards in
-time. It shares no code with pyrnode, so it is also an oracle. The mathematics is that of design.md §2: one Gaussian
-probe per block and sample, held fixed; the loss is eq. 17 of Finlay et al. (2020) in nats per dimension.
-
-Two things differ from ffjord-rnode, both in the reference's favour: forward evaluations of the adjoint method build no
-second-order graph, which nobody would use, and the end time needs no gradient. torchdiffeq's ``"rk4"`` is Kutta's 3/8
-rule, not the classical tableau: four evaluations a step as well, but another truncation error.
+time. It shares no code with pyrnode, so it is also an oracle. The mathematics is that of docs/design.md §2: one
+Gaussian probe per block and sample, held fixed; the loss is eq. 17 of Finlay et al. (2020) in nats per dimension.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import pyrnode
-from pyrnode import plotting
+from pyrnode import particles, plotting
 
 
 def main() -> dict[str, float]:
@@ -27,13 +27,13 @@ def main() -> dict[str, float]:
     for name, penalty in (("regularised", 0.05), ("unregularised", 0.0)):
         result = pyrnode.train("8gaussians", kinetic=penalty, jacobian=penalty, overrides=overrides, progress=False)
         x = pyrnode.data.load("8gaussians").test.tensor()[:100]
-        _, states = plotting.particle_paths(result.flow, x, 33)
-        straight, speed = plotting.straightness(states), plotting.speed_variation(states)
+        _, states = particles.particle_paths(result.flow, x, 33)
+        straight, speed = particles.straightness(states), particles.speed_variation(states)
         evaluations[name] = result.report.nfe
         print(
             f"{name:<14} length/distance {straight:.3f}, speed varies {speed:.0%}, {evaluations[name]:.0f} evaluations"
         )
-        plotting.save(plotting.trajectories(result.flow, x), args.out / f"{name}.png")
+        plotting.save(particles.trajectories(result.flow, x), args.out / f"{name}.png")
     return evaluations
 
 

@@ -1,4 +1,4 @@
-# The augmented system of design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error. The
+# The augmented system of docs/design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error. The
 # blocks of the state are contiguous, so that z is seen as a matrix without a copy, and every solver works on it.
 
 "Bytes of intermediates of one piece of a batch, on a CPU: what a second-level cache takes."

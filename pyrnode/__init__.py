@@ -43,12 +43,13 @@ from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow, load
 from pyrnode.training import TrainingResult, train
+from pyrnode.version import VERSION
 
 if TYPE_CHECKING:
     from pyrnode.estimator import RNODEDensity
     from pyrnode.paper import reproduce
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "MLP",

@@ -328,7 +328,7 @@ class SolverConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PenaltyConfig(_Section):
-    """The regularisation and the estimator of the divergence (design.md §2; eq. 17 of the paper).
+    """The regularisation and the estimator of the divergence (docs/design.md §2; eq. 17 of the paper).
 
     Args:
         kinetic: ``λ_K`` on ``∫‖f‖²``.

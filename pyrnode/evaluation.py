@@ -389,7 +389,7 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
 @torch.no_grad()
 def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
     """Pictures of a continuous density in one or two dimensions, beside the truth where it is known."""
-    from pyrnode import plotting
+    from pyrnode import particles, plotting
 
     x, density = splits.test.tensor(), splits.density
     truth = density.log_prob if density is not None and density.exact else None
@@ -401,7 +401,7 @@ def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
         bounds = density.bounds if density is not None else (float(x.min()), float(x.max()))
         figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
     plotting.save(figure, folder.path / "density.png")
-    plotting.save(plotting.trajectories(flow, x[:100]), folder.path / "trajectories.png")
+    plotting.save(particles.trajectories(flow, x[:100]), folder.path / "trajectories.png")
 
 
 def _bounds(x: Tensor) -> tuple[float, float, float, float]:

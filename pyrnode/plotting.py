@@ -1,4 +1,4 @@
-"""Pictures: learning curves, samples, densities in one and two dimensions, and the paths of particles.
+"""Pictures: learning curves, samples, and densities in one and two dimensions.
 
 Every function gives a matplotlib `Figure` of its own, outside pyplot: no window, no backend and no global state is
 touched. `save` writes it as a PNG or a PDF.
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pyrnode.errors import ConfigError, DataError, unknown_name
 from pyrnode.files import write_atomically
-from pyrnode.flow import Flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 History = Sequence[Mapping[str, object]]
 
 DPI = 150
-_BLUE, _ORANGE, _GREEN, _GREY = "#0b6bb3", "#d95f0e", "#2f8f4e", "#7a7a7a"
+BLUE, ORANGE, GREEN, GREY = "#0b6bb3", "#d95f0e", "#2f8f4e", "#7a7a7a"
 _UNITS = {"nats/dim": 1.0, "bits/dim": 1 / math.log(2)}
 _MIN_CELL = 80  # side in pixels that a small image is enlarged to
 _GAP = 2  # pixels between images
@@ -94,13 +93,13 @@ def learning_curves(history: History, *, unit: str) -> Figure:
     _likelihood_panel(main, curves["nll"], curves["validation"], unit)
     panels = [figure.add_subplot(grid[row, 1], sharex=main) for row in range(rows)]
     _penalty_panel(panels[0], curves["E"], curves["n"])
-    panels[1].plot(*curves["nfe"], color=_GREY, lw=1.2)
+    panels[1].plot(*curves["nfe"], color=GREY, lw=1.2)
     panels[1].set(ylabel="evaluations of f\nper sample (forward)")
     panels[1].set_ylim(0, 1.15 * max(curves["nfe"][1].max(initial=0), 1))
     if rows == 3:
         steps, values = curves["disagreement"]
         sizes = np.where(values == 0, np.nan, np.abs(values)) * _UNITS[unit]  # zero has no logarithm: a gap
-        panels[2].semilogy(steps, sizes, color=_GREY, lw=1.2, marker=".")
+        panels[2].semilogy(steps, sizes, color=GREY, lw=1.2, marker=".")
         panels[2].set(ylabel=f"solver against\nhalf its step\n({unit})")
     for panel in panels:
         panel.grid(alpha=0.25)
@@ -134,19 +133,19 @@ def _likelihood_panel(axes: Axes, train: tuple[Array, Array], validation: tuple[
     smoothed = smooth(raw, window)
     faint = window > 1
     if faint:
-        axes.plot(steps, raw, color=_BLUE, lw=0.6, alpha=0.25)
+        axes.plot(steps, raw, color=BLUE, lw=0.6, alpha=0.25)
     if len(raw):
         label = f"training (mean of {window})" if faint else "training"
-        axes.plot(steps, smoothed, color=_BLUE, lw=1.6, label=label)
+        axes.plot(steps, smoothed, color=BLUE, lw=1.6, label=label)
     shown = np.concatenate([raw, validation[1] * scale])
     if len(validation[0]):
         values = validation[1] * scale
         best = int(values.argmin())
-        axes.plot(validation[0], values, color=_ORANGE, lw=1.6, marker=".", ms=5, label="validation")
+        axes.plot(validation[0], values, color=ORANGE, lw=1.6, marker=".", ms=5, label="validation")
         axes.plot(
             validation[0][best],
             values[best],
-            color=_ORANGE,
+            color=ORANGE,
             marker="*",
             ms=14,
             mec="white",
@@ -167,8 +166,8 @@ def _penalty_panel(axes: Axes, energy: tuple[Array, Array], jacobian: tuple[Arra
     """E and n, each on an axis of its own: they differ by orders of magnitude."""
     other = axes.twinx()
     for panel, (steps, values), colour, label in (
-        (axes, energy, _BLUE, "kinetic energy\nE per dim"),
-        (other, jacobian, _GREEN, "Jacobian\nn per dim"),
+        (axes, energy, BLUE, "kinetic energy\nE per dim"),
+        (other, jacobian, GREEN, "Jacobian\nn per dim"),
     ):
         panel.plot(steps, smooth(values, 2 * (len(values) // 100) + 1), color=colour, lw=1.4)
         panel.set_ylabel(label, color=colour)
@@ -295,7 +294,7 @@ def density_2d(
 
 def _scatter(axes: Axes, points: Array, bounds: tuple[float, ...]) -> None:
     alpha = min(1.0, max(0.15, 500 / len(points)))
-    axes.scatter(points[:, 0], points[:, 1], s=3, color=_BLUE, alpha=alpha, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=3, color=BLUE, alpha=alpha, linewidths=0)
     xmin, xmax, ymin, ymax = bounds
     inside = (points >= (xmin, ymin)).all(1) & (points <= (xmax, ymax)).all(1)
     beyond = len(points) - int(inside.sum())
@@ -336,12 +335,12 @@ def density_1d(
         counts, edges = np.histogram(points, bins=60, range=(low, high))
         heights = counts / (len(points) * np.diff(edges))
         peak = max(peak, heights.max())
-        axes.stairs(heights, edges, fill=True, color=_BLUE, alpha=0.2, label=f"{len(points)} samples")
+        axes.stairs(heights, edges, fill=True, color=BLUE, alpha=0.2, label=f"{len(points)} samples")
     if truth is not None:
         density = _density(truth, x[:, None], "true")
         peak = max(peak, density.max())
         axes.plot(x, density, color="black", lw=3, alpha=0.35, label="true")
-    axes.plot(x, learned, color=_ORANGE, lw=1.6, label="learned")
+    axes.plot(x, learned, color=ORANGE, lw=1.6, label="learned")
     axes.set(xlabel="$x$", ylabel="density $p(x)$", xlim=(low, high), ylim=(0, 1.3 * peak or 1.0), title=title)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper center", ncols=3, framealpha=0.9)
@@ -379,135 +378,3 @@ def _density(log_prob: LogProb, points: Tensor, name: str) -> Array:
         bad = int((values.isnan() | (values == math.inf)).nonzero()[0])
         raise DataError(f"the {name} log-density is {float(values[bad])} at x = {points[bad].tolist()}")
     return np.asarray(values.exp())
-
-
-# --- paths of particles ---
-
-
-@torch.no_grad()
-def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Tensor]:
-    """Where particles are on their way from the data (time 0) to the base.
-
-    The blocks follow one another in time; the states are those of the flow's own space, after its transform.
-
-    Args:
-        flow: A flow on vectors.
-        x: Data, ``(n, d)``.
-        points: Number of times, evenly spaced; the first and the last one are the ends.
-
-    Returns:
-        Times ``(points,)`` and states ``(points, n, d)``.
-
-    Raises:
-        ConfigError: Fewer than two points.
-        DataError: The flow is on images, or `x` does not fit it.
-        SolverError: A solve failed.
-    """
-    if points < 2:
-        raise ConfigError(f"points = {points!r}: expected at least 2")
-    if len(flow.event_shape) != 1:
-        raise DataError(f"a flow on images {flow.event_shape}: paths are followed for vectors (d,) only")
-    z = flow.transform(flow.admit(x)[0], torch.Generator().manual_seed(0))[0]
-    if not len(z):
-        raise DataError(f"x of shape {tuple(x.shape)}: expected at least one particle")
-    lengths = [block.end_time for block in flow.blocks]
-    starts = [math.fsum(lengths[:i]) for i in range(len(lengths))]
-    times = torch.linspace(0, math.fsum(lengths), points, dtype=torch.float64)
-    states, block, now = [z], 0, 0.0
-    for time in times[1:].tolist():
-        while True:
-            span = (now - starts[block], min(time - starts[block], lengths[block]))
-            if span[1] - span[0] > 1e-9 * lengths[block]:
-                z = flow.engine.integrate(flow.blocks[block].dynamics, z, None, span, flow.solver).z
-                now = starts[block] + span[1]
-            if block + 1 == len(lengths) or time <= starts[block + 1] * (1 + 1e-12):
-                break
-            block, now = block + 1, starts[block + 1]
-        states.append(z)
-    return times, torch.stack(states)
-
-
-def _segments(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths of the segments ``(points−1, n)``, distances from end to end ``(n,)``, and which particles move."""
-    if states.ndim != 3 or len(states) < 2 or 0 in states.shape:
-        raise DataError(f"states of shape {tuple(states.shape)}: expected (points, n, d), at least two points")
-    rounding = len(states) * torch.finfo(states.dtype).eps * states.abs().amax((0, 2)).double()
-    z = states.detach().double()
-    lengths = (z[1:] - z[:-1]).norm(dim=2)
-    return lengths, (z[-1] - z[0]).norm(dim=1), lengths.sum(0) > rounding
-
-
-def straightness(states: Tensor) -> float:
-    """Length of a path over the distance between its ends, mean over the particles: 1 is straight.
-
-    The few particles that come back to where they started can dominate the mean.
-
-    Args:
-        states: ``(points, n, d)``; a particle that does not move counts as straight.
-    """
-    return float(_detours(states).mean())
-
-
-def _detours(states: Tensor) -> Tensor:
-    """Length over distance of each path, ``(n,)``."""
-    lengths, distance, moves = _segments(states)
-    return torch.where(moves, lengths.sum(0) / distance, 1.0)
-
-
-def speed_variation(states: Tensor) -> float:
-    """Standard deviation over mean of a particle's speed along its path, mean over the particles: 0 is constant.
-
-    Args:
-        states: ``(points, n, d)`` at evenly spaced times; a particle that does not move counts as 0.
-    """
-    lengths, _, moves = _segments(states)
-    return float(torch.where(moves, lengths.std(0, correction=0) / lengths.mean(0), 0.0).mean())
-
-
-def trajectories(flow: Flow, x: Tensor, *, points: int = 33) -> Figure:
-    """Paths of particles from the data to the base, in the flow's own space: over time (d = 1) or in the plane (d = 2).
-
-    Args:
-        flow: A flow on vectors of one or two dimensions.
-        x: Data, ``(n, d)``: one particle each.
-        points: Number of times along a path.
-
-    Raises:
-        ConfigError: Fewer than two points.
-        DataError: The flow has more dimensions, or `x` does not fit it.
-        SolverError: A solve failed.
-    """
-    if flow.event_shape not in ((1,), (2,)):
-        raise DataError(f"a flow of event shape {flow.event_shape}: trajectories are drawn for (1,) or (2,)")
-    times, states = particle_paths(flow, x, points)
-    z = np.asarray(states.cpu().double())
-    figure = new_figure(6.2, 4.6) if flow.dim == 1 else new_figure(6.2, 6.4)
-    axes = figure.add_subplot()
-    if flow.dim == 1:
-        _paths_over_time(axes, np.asarray(times), z[..., 0], [block.end_time for block in flow.blocks])
-    else:
-        _paths_in_plane(axes, z)
-    ratio, variation = float(_detours(states).quantile(0.5)), speed_variation(states)
-    axes.set_title(f"path length / distance {ratio:.3f} (median), speed varies by {100 * variation:.0f} %", fontsize=11)
-    return figure
-
-
-def _paths_over_time(axes: Axes, times: Array, z: Array, lengths: list[float]) -> None:
-    from matplotlib import colormaps
-
-    order = np.argsort(np.argsort(z[0])) / max(z.shape[1] - 1, 1)
-    for path, rank in zip(z.T, order, strict=True):
-        axes.plot(times, path, color=colormaps["viridis"](0.95 * rank), lw=0.9, alpha=0.8)
-    for border in np.cumsum(lengths)[:-1]:
-        axes.axvline(border, color=_GREY, lw=0.8, ls=":")
-    axes.set(xlabel="time $t$ (data at the left, base at the right)", ylabel="position $z(t)$")
-    axes.set_xlim(times[0], times[-1])
-
-
-def _paths_in_plane(axes: Axes, z: Array) -> None:
-    axes.plot(z[..., 0], z[..., 1], color=_GREY, lw=0.7, alpha=0.55, zorder=1)
-    for state, colour, label in ((z[0], _BLUE, "start (data)"), (z[-1], _ORANGE, "end (base)")):
-        axes.scatter(state[:, 0], state[:, 1], s=14, color=colour, linewidths=0, zorder=2, label=label)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$")
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)

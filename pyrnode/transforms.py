@@ -1,6 +1,6 @@
 """Fixed bijections between the data and the flow's space, with their log-determinants, saved with the model.
 
-Images: pixel ``p ∈ {0..L−1}``, ``u ~ U[0,1)``, ``s = (p+u)/L``, ``y = logit(α + (1−2α)s)`` (design.md §2).
+Images: pixel ``p ∈ {0..L−1}``, ``u ~ U[0,1)``, ``s = (p+u)/L``, ``y = logit(α + (1−2α)s)`` (docs/design.md §2).
 """
 
 from __future__ import annotations

@@ -309,7 +309,9 @@ def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]
     rows = [{**row, "description": "from Julia"} for row in rows]
     fake = ModuleType("pyrnode.engines.julia")
-    fake.JuliaEngine = lambda: SimpleNamespace(solvers=lambda: rows)  # type: ignore[attr-defined]
+    adjoints = {"BacksolveAdjoint": "backwards", "GaussAdjoint": "by Gauss quadrature"}
+    engine = SimpleNamespace(solvers=lambda: rows, sensitivities=lambda: adjoints)
+    fake.JuliaEngine = lambda: engine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyrnode.engines.julia", fake)
     monkeypatch.setattr(julia_setup, "status", lambda: JuliaStatus(True, "Julia 1.10.8"))
     assert run("solvers", "--json") == 0
@@ -317,6 +319,9 @@ def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     table = json.loads(captured.out)
     assert table["solvers"][len(ORDERS) :] == [{**row, "engine": "julia"} for row in rows]
     assert table["missing"] is None
+    assert list(table["sensitivities"]) == ["Backprop", "BacksolveAdjoint", "GaussAdjoint"]
+    assert table["sensitivities"]["BacksolveAdjoint"].keys() == {"torch", "julia"}
+    assert table["sensitivities"]["GaussAdjoint"] == {"julia": "by Gauss quadrature"}
     assert captured.err == "starting Julia to ask it, which takes about 15 s\n"
     assert run("solvers", "--engine", "julia") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -332,6 +337,11 @@ def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]
     assert lines[2].split()[:3] == ["VCABM", "julia", "multistep,"]
     assert len({line.index("from Julia") for line in lines[1:3]}) == 1  # columns are columns
+    assert [line.split()[:2] for line in lines[4:]] == [
+        ["sensitivity", "engine"],
+        ["BacksolveAdjoint", "julia"],
+        ["GaussAdjoint", "julia"],
+    ]
     assert run("solvers", "--engine", "torch") == 0
     assert "julia" not in capsys.readouterr().out
 

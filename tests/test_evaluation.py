@@ -80,7 +80,7 @@ def normal_score(y: Tensor) -> Tensor:
 
 
 def by_hand(x: Tensor) -> Tensor:
-    """``log p`` of dequantised pixels ``p + u`` under a standard normal of their logits (design.md §2)."""
+    """``log p`` of dequantised pixels ``p + u`` under a standard normal of their logits (docs/design.md §2)."""
     q = ALPHA + (1 - 2 * ALPHA) * x / LEVELS
     y = torch.log(q / (1 - q))
     log_det = (math.log(1 - 2 * ALPHA) - torch.log(q) - torch.log1p(-q)).flatten(1).sum(1)

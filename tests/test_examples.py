@@ -46,7 +46,7 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
 
 
 # These are run in test_julia_examples.py, test_sbi.py and test_paper.py.
-ELSEWHERE = {"julia_engine.py", "inside_sbi.py"} | {path.name for path in (ROOT / "examples").glob("reproduce_*.py")}
+ELSEWHERE = {"julia_engine.py", "inside_sbi.py", "reproduce.py"}
 EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE
 WRITING = {"straight_trajectories.py", "anomaly_scores.py", "export_and_use.py", "simulation_based_inference.py"}
 

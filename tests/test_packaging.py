@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -143,6 +144,103 @@ def test_public_api_is_documented() -> None:
         if not inspect.getdoc(getattr(item, member) if member else item):
             undocumented.append(name)
     assert undocumented == []
+
+
+# -- the layout ------------------------------------------------------------------------------------------------------
+
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("pyrnode",),  # pyrnode/__init__.py, the public names
+    ("demo", "doctor", "julia_install"),
+    ("training", "runs", "evaluation", "baselines", "anomalies", "estimator", "plotting", "particles", "paper"),
+    ("flow",),
+    ("distribution", "export", "uncertainty", "objective", "checkpoint"),
+    ("composition", "parts"),
+    ("engines",),
+    ("probes", "files"),
+    ("data", "dynamics", "transforms"),
+    ("config", "solvers", "native", "julia_setup", "devices", "seeds", "tracing", "version", "errors"),
+)
+"""docs/design.md §3, from top to bottom: a file or folder imports from its own line and from lines below."""
+
+LONGEST = 450
+
+
+def _sources() -> dict[str, Path]:
+    """The files of the package by the name that they are imported by."""
+    root, names = ROOT / "pyrnode", {}
+    for path in sorted(root.rglob("*.py")):
+        parts = ("pyrnode", *path.relative_to(root).with_suffix("").parts)
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def _imports(module: str, sources: dict[str, Path]) -> set[str]:
+    """The files of ours that a file imports by name, at its top, in functions, and for its types.
+
+    Python runs the ``__init__.py`` of every folder on the way, too; those do not count, or else each folder that lists
+    what its files offer would be a circle.
+    """
+    found = set()
+    package = module if sources[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(sources[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+            origin = ".".join(filter(None, (start, node.module)))
+            for alias in node.names:  # a file of that folder, or a name in its __init__.py
+                found.add(inner if (inner := f"{origin}.{alias.name}") in sources else origin)
+    return found & sources.keys()
+
+
+def _imported() -> dict[str, set[str]]:
+    sources = _sources()
+    return {module: _imports(module, sources) for module in sources}
+
+
+def _reached(module: str, imported: dict[str, set[str]]) -> set[str]:
+    """Everything that a file imports, and what that imports, and so on."""
+    reached: set[str] = set()
+    left = [*imported[module]]
+    while left:
+        if (name := left.pop()) not in reached:
+            reached.add(name)
+            left += imported[name]
+    return reached
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    imported = _imported()
+    reached = {module: _reached(module, imported) for module in imported}
+    circles = {
+        " <-> ".join(sorted(other for other in reached[module] if module in reached[other]))
+        for module in imported
+        if module in reached[module]
+    }
+    assert not circles, "\n".join(sorted(circles))
+
+
+def test_imports_point_downwards() -> None:
+    floor = {name: number for number, names in enumerate(LAYERS) for name in names}
+    imported = _imported()
+    names = {module: module.split(".")[:2][-1] for module in imported}  # the file or folder in pyrnode/
+    assert floor.keys() - set(names.values()) == set(), "in LAYERS, but not there"
+    assert set(names.values()) - floor.keys() == set(), "there, but not in LAYERS"
+    upward = [
+        f"{module} imports {other}"
+        for module, others in imported.items()
+        for other in others
+        if floor[names[other]] < floor[names[module]]
+    ]
+    assert not upward, "\n".join(sorted(upward))
+
+
+def test_no_file_is_long() -> None:
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in _sources().items()}
+    long = [f"{module}: {length} lines" for module, length in lengths.items() if length > LONGEST]
+    assert not long, "\n".join(long)
 
 
 # -- Julia ------------------------------------------------------------------------------------------------------------

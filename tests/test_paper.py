@@ -23,8 +23,17 @@ from pyrnode import data, evaluation
 from pyrnode.cli import main
 from pyrnode.config import Config
 from pyrnode.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
-from pyrnode.paper import EXPERIMENTS, SCALES, Finding, ablation, classifier, convergence, stiffness, trajectories
-from pyrnode.paper import solvers as steps
+from pyrnode.paper import (
+    EXPERIMENTS,
+    SCALES,
+    Finding,
+    ablation,
+    classifier,
+    convergence,
+    steps,
+    stiffness,
+    trajectories,
+)
 from pyrnode.paper.scales import METHODS, PRESETS
 from pyrnode.paper.study import Need, Study
 from pyrnode.runs import RunFolder, read_metrics
@@ -437,9 +446,9 @@ def test_the_classifier_learns() -> None:
     assert classifier.score_classifier(model, config, 100)["accuracy"] > 0.75
 
 
-# -- the examples ----------------------------------------------------------------------------------------------------
+# -- the example -----------------------------------------------------------------------------------------------------
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "reproduce.py"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -455,16 +464,16 @@ def test_example(
         return [findings[name]]
 
     monkeypatch.setattr(pyrnode, "reproduce", reproduce, raising=False)
-    monkeypatch.setattr("sys.argv", ["example", "--quick", "--out", str(out)])
-    assert runpy.run_path(str(EXAMPLES / f"reproduce_{name}.py"))["main"]() == findings[name].numbers
+    monkeypatch.setattr("sys.argv", ["example", name, "--quick", "--out", str(out)])
+    assert runpy.run_path(str(EXAMPLE))["main"]() == findings[name].numbers
     assert calls == [((name,), {"scale": "tiny", "out": str(out), "progress": False})]
     printed = capsys.readouterr().out
     assert printed.splitlines()
     assert "nan" not in printed
 
 
-def test_every_experiment_has_an_example() -> None:
-    assert {path.stem.removeprefix("reproduce_") for path in EXAMPLES.glob("reproduce_*.py")} == set(EXPERIMENTS)
+def test_the_example_knows_every_experiment() -> None:
+    assert runpy.run_path(str(EXAMPLE))["HEADLINES"].keys() == EXPERIMENTS.keys()
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

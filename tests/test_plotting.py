@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from pyrnode import plotting
+from pyrnode import particles, plotting
 from pyrnode.config import Config
 from pyrnode.data import synthetic
 from pyrnode.dynamics import ModuleDynamics
@@ -271,22 +271,22 @@ def test_paths_of_a_rotation_follow_the_closed_form() -> None:
     flow = _rotation(2)  # a quarter turn in each block
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     for points in (33, 8, 2):  # with 8, the blocks' border is between two times
-        times, states = plotting.particle_paths(flow, x, points)
+        times, states = particles.particle_paths(flow, x, points)
         np.testing.assert_allclose(times, np.linspace(0, 2, points), atol=1e-12)
         angle = math.pi / 2 * times
         circle = torch.stack([angle.cos(), angle.sin()], 1)
         torch.testing.assert_close(states[:, 0], circle, atol=2e-4, rtol=0)
         torch.testing.assert_close(states[:, 1], 2 * circle.flip(1) * torch.tensor([-1.0, 1.0]), atol=4e-4, rtol=0)
-    _, states = plotting.particle_paths(flow, x, 201)
-    assert plotting.straightness(states) == pytest.approx(math.pi / 2, rel=1e-3)  # half a circle over its diameter
-    assert plotting.speed_variation(states) == pytest.approx(0, abs=1e-3)
+    _, states = particles.particle_paths(flow, x, 201)
+    assert particles.straightness(states) == pytest.approx(math.pi / 2, rel=1e-3)  # half a circle over its diameter
+    assert particles.speed_variation(states) == pytest.approx(0, abs=1e-3)
 
 
 def test_paths_start_at_the_transformed_data_and_end_at_the_latent() -> None:
     for d, blocks in ((1, 3), (2, 1), (3, 2)):
         flow = _flow(d, blocks=blocks)
         x = torch.randn(7, d, dtype=torch.float64)
-        times, states = plotting.particle_paths(flow, x, 5)
+        times, states = particles.particle_paths(flow, x, 5)
         assert times[-1].item() == pytest.approx(blocks)
         torch.testing.assert_close(states[0], flow.transform(x)[0])
         torch.testing.assert_close(states[-1], flow.encode(x).detach(), atol=1e-4, rtol=0)
@@ -298,43 +298,43 @@ def test_path_numbers_in_closed_form() -> None:
     line = torch.stack([3 * t, 4 * t], 1)
     corner = torch.stack([(2 * t).clamp(max=1), (2 * t - 1).clamp(min=0)], 1)  # right, then up: 2 over √2
     still = torch.ones_like(line)
-    assert plotting.straightness(line[:, None]) == pytest.approx(1, abs=1e-12)
-    assert plotting.straightness(corner[:, None]) == pytest.approx(math.sqrt(2), abs=1e-12)
+    assert particles.straightness(line[:, None]) == pytest.approx(1, abs=1e-12)
+    assert particles.straightness(corner[:, None]) == pytest.approx(math.sqrt(2), abs=1e-12)
     mean = (1 + math.sqrt(2) + 1) / 3
-    assert plotting.straightness(torch.stack([line, corner, still], 1)) == pytest.approx(mean, abs=1e-12)
+    assert particles.straightness(torch.stack([line, corner, still], 1)) == pytest.approx(mean, abs=1e-12)
     faster = (t**2)[:, None, None]  # speed 2t: mean 1, standard deviation 1/√3
-    assert plotting.speed_variation(faster) == pytest.approx(1 / math.sqrt(3), abs=1e-4)
-    assert plotting.straightness(faster) == pytest.approx(1, abs=1e-12)
-    assert plotting.speed_variation(line[:, None]) == pytest.approx(0, abs=1e-12)
-    assert plotting.speed_variation(torch.stack([faster[:, 0], still[:, :1]], 1)) == pytest.approx(
+    assert particles.speed_variation(faster) == pytest.approx(1 / math.sqrt(3), abs=1e-4)
+    assert particles.straightness(faster) == pytest.approx(1, abs=1e-12)
+    assert particles.speed_variation(line[:, None]) == pytest.approx(0, abs=1e-12)
+    assert particles.speed_variation(torch.stack([faster[:, 0], still[:, :1]], 1)) == pytest.approx(
         0.5 / math.sqrt(3), abs=1e-4
     )
 
 
 def test_an_untrained_flow_does_not_move_its_particles() -> None:
     flow = Flow.build(Config(), (2,))
-    _, states = plotting.particle_paths(flow, torch.randn(5, 2))
+    _, states = particles.particle_paths(flow, torch.randn(5, 2))
     assert torch.equal(states, states[:1].expand_as(states))
-    assert (plotting.straightness(states), plotting.speed_variation(states)) == (1.0, 0.0)
+    assert (particles.straightness(states), particles.speed_variation(states)) == (1.0, 0.0)
 
 
 def test_trajectories_draw_the_paths() -> None:
     x = torch.randn(6, 2, dtype=torch.float64)
     flow = _flow(2)
-    _, states = plotting.particle_paths(flow, x, 9)
-    (axes,) = plotting.trajectories(flow, x, points=9).axes
+    _, states = particles.particle_paths(flow, x, 9)
+    (axes,) = particles.trajectories(flow, x, points=9).axes
     for particle, line in enumerate(axes.lines):
         np.testing.assert_allclose(line.get_xydata(), states[:, particle])
     start, end = (c.get_offsets() for c in axes.collections)
     np.testing.assert_allclose(start, states[0])
     np.testing.assert_allclose(end, states[-1])
-    ratios = [plotting.straightness(states[:, i : i + 1]) for i in range(6)]
+    ratios = [particles.straightness(states[:, i : i + 1]) for i in range(6)]
     expected = f"path length / distance {np.median(ratios):.3f} (median)"
-    assert axes.get_title() == f"{expected}, speed varies by {100 * plotting.speed_variation(states):.0f} %"
+    assert axes.get_title() == f"{expected}, speed varies by {100 * particles.speed_variation(states):.0f} %"
 
     flow = _flow(1, blocks=2)
-    times, states = plotting.particle_paths(flow, x[:, :1], 9)
-    (axes,) = plotting.trajectories(flow, x[:, :1], points=9).axes
+    times, states = particles.particle_paths(flow, x[:, :1], 9)
+    (axes,) = particles.trajectories(flow, x[:, :1], points=9).axes
     *paths, border = axes.lines
     for particle, line in enumerate(paths):
         np.testing.assert_allclose(line.get_xydata(), torch.stack([times, states[:, particle, 0]], 1))
@@ -344,16 +344,16 @@ def test_trajectories_draw_the_paths() -> None:
 def test_paths_refuse() -> None:
     flow = _flow(3)
     with pytest.raises(DataError, match=r"event shape \(3,\): trajectories are drawn for \(1,\) or \(2,\)"):
-        plotting.trajectories(flow, torch.zeros(2, 3))
+        particles.trajectories(flow, torch.zeros(2, 3))
     with pytest.raises(ConfigError, match="points = 1"):
-        plotting.particle_paths(flow, torch.zeros(2, 3), 1)
+        particles.particle_paths(flow, torch.zeros(2, 3), 1)
     with pytest.raises(DataError, match=r"shape \(2, 2\)"):
-        plotting.particle_paths(flow, torch.zeros(2, 2))
+        particles.particle_paths(flow, torch.zeros(2, 2))
     with pytest.raises(DataError, match="at least one particle"):
-        plotting.particle_paths(flow, torch.zeros(0, 3))
+        particles.particle_paths(flow, torch.zeros(0, 3))
     with pytest.raises(DataError, match="flow on images"):
-        plotting.particle_paths(Flow.build(Config(), (1, 8, 8), levels=17), torch.zeros(1, 1, 8, 8))
-    for function in (plotting.straightness, plotting.speed_variation):
+        particles.particle_paths(Flow.build(Config(), (1, 8, 8), levels=17), torch.zeros(1, 1, 8, 8))
+    for function in (particles.straightness, particles.speed_variation):
         with pytest.raises(DataError, match=r"states of shape \(1, 2, 3\)"):
             function(torch.zeros(1, 2, 3))
 

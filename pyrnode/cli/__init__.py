@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyrnode
-from pyrnode import demo, doctor, julia_install
+from pyrnode import demo, doctor, engines, julia_install, julia_setup
 from pyrnode.cli import export, score, train
 from pyrnode.cli.output import (
     INTERRUPTED,
@@ -26,7 +26,9 @@ from pyrnode.cli.output import (
     print_json,
     print_table,
 )
+from pyrnode.engines import Engine, TorchEngine
 from pyrnode.errors import PyrnodeError
+from pyrnode.solvers import METHODS, SENSITIVITIES
 
 
 def _presets(args: argparse.Namespace) -> int:
@@ -43,13 +45,17 @@ def _presets(args: argparse.Namespace) -> int:
     return 0
 
 
-def _torch_solvers() -> list[dict[str, Any]]:
-    from pyrnode.solvers import METHODS
+def _offers(engine: Engine) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Adapter until `Engine` itself has `solvers` and `sensitivities`; then those two calls take its place."""
+    if not isinstance(engine, TorchEngine):
+        if hasattr(engine, "sensitivities"):
+            return engine.solvers(), engine.sensitivities()  # type: ignore[attr-defined]
+        from pyrnode.engines import julia
 
-    return [
+        return engine.solvers(), julia.SENSITIVITIES  # type: ignore[attr-defined]
+    rows = [
         {
             "name": m.name,
-            "engine": "torch",
             "order": m.order,
             "kind": "explicit, adaptive" if m.adaptive else "explicit, fixed step",
             "package": "pyrnode",
@@ -57,38 +63,42 @@ def _torch_solvers() -> list[dict[str, Any]]:
         }
         for m in METHODS.values()
     ]
-
-
-def _julia_solvers() -> list[dict[str, Any]]:
-    """Asks Julia itself, which starts it."""
-    print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
-    from pyrnode.engines.julia import JuliaEngine
-
-    keys = ("order", "kind", "package", "description")
-    return [
-        {"name": row["name"], "engine": "julia"} | {key: row[key] for key in keys} for row in JuliaEngine().solvers()
-    ]
+    return rows, SENSITIVITIES
 
 
 def _solvers(args: argparse.Namespace) -> int:
-    from pyrnode import julia_setup
-    from pyrnode.solvers import SENSITIVITIES
-
-    rows = [] if args.engine == "julia" else _torch_solvers()
-    julia = julia_setup.require() if args.engine == "julia" else julia_setup.status()
-    missing = None if julia.ready or args.engine == "torch" else julia.explanation
-    if julia.ready and args.engine != "torch":
-        rows += _julia_solvers()
+    julia = julia_setup.status()
+    missing = {} if julia.ready or args.engine == "torch" else {"julia": julia.explanation}
+    asked = [args.engine] if args.engine else [name for name in ("torch", "julia") if name not in missing]
+    rows: list[dict[str, Any]] = []
+    sensitivities: dict[str, dict[str, str]] = {}
+    for name in asked:
+        engine = engines.create(name)
+        if name == "julia":
+            print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
+        solvers, algorithms = _offers(engine)
+        keys = ("order", "kind", "package", "description")
+        rows += [{"name": row["name"], "engine": name} | {key: row[key] for key in keys} for row in solvers]
+        for algorithm, text in algorithms.items():
+            sensitivities.setdefault(algorithm, {})[name] = text
     if args.json:
-        print_json({"solvers": rows, "sensitivities": SENSITIVITIES, "missing": missing and {"julia": missing}})
+        print_json({"solvers": rows, "sensitivities": sensitivities, "missing": missing or None})
         return 0
-    print_table([{**{key: key for key in rows[0]}, "name": "solver"}, *rows])
-    print("\nsensitivity algorithms")
-    for name, text in SENSITIVITIES.items():
-        print(f"{name:<20}{text}")
-    if missing:
-        print(f"\nthe solvers of Julia are not listed: {missing}")
+    _print_solvers(rows, sensitivities)
+    for why in missing.values():
+        print(f"\nthe solvers of Julia are not listed: {why}")
     return 0
+
+
+def _print_solvers(rows: list[dict[str, Any]], sensitivities: dict[str, dict[str, str]]) -> None:
+    print_table([{**{key: key for key in rows[0]}, "name": "solver"}, *rows])
+    print()
+    algorithms = [
+        {"name": algorithm, "engine": engine, "description": text}
+        for algorithm, texts in sensitivities.items()
+        for engine, text in texts.items()
+    ]
+    print_table([{"name": "sensitivity", "engine": "engine", "description": "description"}, *algorithms])
 
 
 def _install_julia(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """The contract of an engine: it integrates the augmented system of one block, and differentiates through it.
 
-With probes ε held fixed for the whole solve (design.md §2):
+With probes ε held fixed for the whole solve (docs/design.md §2):
 
     z' = f(z, t; θ)        l' = εᵀ (∂f/∂z) ε        E' = ‖f‖²        n' = ‖εᵀ ∂f/∂z‖²
 

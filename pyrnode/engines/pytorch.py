@@ -1,4 +1,4 @@
-"""The PyTorch engine: the augmented system of design.md §2, solved and differentiated without nested autograd.
+"""The PyTorch engine: the augmented system of docs/design.md §2, solved and differentiated without nested autograd.
 
 `Backprop` runs the solve's own steps in reverse. At a stage ``(t_i, z_i)`` of a step of length h with weights b and
 cotangents z̄ of the new state and q̄ = (l̄, Ē, n̄) of the integrals,

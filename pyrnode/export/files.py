@@ -23,6 +23,7 @@ from pyrnode.errors import CheckpointError, ConfigError, PyrnodeError, unknown_n
 from pyrnode.export import programs
 from pyrnode.export.description import build, describe, dtype_name, settings
 from pyrnode.export.torch_flow import TorchFlow
+from pyrnode.version import VERSION
 
 FORMAT = 1
 """Version of what is written into programs."""
@@ -143,9 +144,7 @@ def load(path: str | Path) -> TorchFlow:
 
 
 def _versions() -> dict[str, str]:
-    from pyrnode import __version__
-
-    return {"pyrnode": __version__, "torch": torch.__version__}
+    return {"pyrnode": VERSION, "torch": torch.__version__}
 
 
 # -- examples --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyrnode import evaluation, plotting
+from pyrnode import evaluation, particles, plotting
 from pyrnode.flow import Flow
 from pyrnode.paper.experiment import Experiment
 from pyrnode.paper.report import Claim, Finding, Row
@@ -42,18 +42,18 @@ def speed_change(times: Tensor, states: Tensor) -> float:
 def _measure(study: Study) -> Finding:
     runs = {method: study.run(Need(DATA, method)) for method in METHODS}
     x = study.splits(runs["rnode"].config).test.tensor()
-    particles = x[:PARTICLES].sort(0).values
+    chosen = x[:PARTICLES].sort(0).values
     rows: list[Row] = []
     paths: dict[str, tuple[Tensor, Tensor]] = {}
     curves: list[Row] = []
     for method, run in runs.items():
-        times, states = paths[method] = plotting.particle_paths(run.flow, particles, TIMES)
+        times, states = paths[method] = particles.particle_paths(run.flow, chosen, TIMES)
         found = evaluation.measure(run.flow, x)
         rows.append(
             {
                 "flow": METHODS[method],
                 "squared change of speed": speed_change(times, states),
-                "variation of speed": plotting.speed_variation(states),
+                "variation of speed": particles.speed_variation(states),
                 "nats": found.score.nats,
                 "E": found.E,
                 "n": found.n,

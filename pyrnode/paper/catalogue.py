@@ -1,4 +1,4 @@
-"""`reproduce`: runs experiments one after the other over shared training runs, and writes what they found."""
+"""The experiments by name, and `reproduce`, which runs them over shared training runs and writes what they found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from pyrnode import engines
 from pyrnode.errors import CheckpointError, ConfigError, unknown_name
 from pyrnode.files import write_atomically
-from pyrnode.paper import ablation, classifier, convergence, samples, solvers, stiffness, table, trajectories
+from pyrnode.paper import ablation, classifier, convergence, galleries, steps, stiffness, table, trajectories
 from pyrnode.paper.experiment import Experiment
 from pyrnode.paper.report import Finding, read, write, write_reports
 from pyrnode.paper.scales import Scale, scale_of
@@ -21,9 +21,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         convergence.EXPERIMENT,
         stiffness.EXPERIMENT,
         ablation.EXPERIMENT,
-        samples.EXPERIMENT,
+        galleries.EXPERIMENT,
         table.EXPERIMENT,
-        solvers.EXPERIMENT,
+        steps.EXPERIMENT,
         classifier.EXPERIMENT,
     )
 }
