@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
-from pyrnode.data import images, synthetic, tables, tabular
+from pyrnode.data import files, images, maf, synthetic
 from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
 from pyrnode.errors import DataError, unknown_name
@@ -25,7 +25,7 @@ _DEFAULT = DataConfig()
 sources: dict[str, str] = {
     **images.NAMES,
     **{name: density.description for name, density in synthetic.DENSITIES.items()},
-    **tabular.NAMES,
+    **maf.NAMES,
 }
 """Names that `load` knows, each with a line about it."""
 
@@ -93,7 +93,7 @@ def _source(data: Any, config: DataConfig) -> Source:
     if isinstance(data, Dataset):
         return _from_dataset(data, config)
     if (pandas := sys.modules.get("pandas")) and isinstance(data, pandas.DataFrame):
-        return tables.frame_source(data, "the data frame", config)
+        return files.frame_source(data, config)
     if isinstance(data, (Tensor, np.ndarray)):
         return _from_array(data, config)
     raise DataError(
@@ -130,7 +130,7 @@ def _named(name: str, config: DataConfig) -> Source:
     reader: Callable[[str, Path, DataConfig], Source]
     if name in synthetic.DENSITIES:
         return _from_density(synthetic.DENSITIES[name], config)
-    reader = images.named_source if name in images.NAMES else tabular.named_source
+    reader = images.named_source if name in images.NAMES else maf.named_source
     return reader(name, folder, config)
 
 
@@ -150,7 +150,7 @@ def labels(name: str, *, config: DataConfig = _DEFAULT) -> Splits:
 def _from_path(path: Path, config: DataConfig) -> Source:
     if not path.exists():
         raise DataError(f"{path} does not exist")
-    return images.folder_source(path, config) if path.is_dir() else tables.file_source(path, config)
+    return images.folder_source(path, config) if path.is_dir() else files.file_source(path, config)
 
 
 def _from_density(density: synthetic.Density, config: DataConfig) -> Source:
