@@ -1,7 +1,8 @@
 """``f(z, t; θ)`` and its divergence in plain differentiable operations, which torch can trace, transform and export.
 
 The engines' bound dynamics are faster in training: they write into their own intermediates and keep tapes. Here
-nothing is written in place and nothing depends on values, so the same code runs under autograd, `torch.func` and `torch.export`.
+nothing is written in place and nothing depends on values, so the same code runs under autograd, `torch.func` and
+`torch.export`.
 
 The probes are shared by the samples of a batch: ``Σ_k ε_k · (∂f/∂z) ε_k`` over the unit vectors is the trace, over
 seeded noise an estimate. Jacobian-vector products run forward with the network, so that the first layer's is one
