@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrnode import checkpoint
-from pyrnode.data.chunks import open_chunks
+from pyrnode.config import DataConfig
+from pyrnode.data.chunks import Chunks, open_chunks
 from pyrnode.data.samples import Samples
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
 from pyrnode.flow import Flow
@@ -129,12 +130,24 @@ def _scored(flow: Flow, chunks: Any, bar: Any) -> Iterator[tuple[int, NDArray[np
         yield first, scores
 
 
+def _open(flow: Flow, path: str | Path, size: int, dialect: dict[str, Any]) -> Chunks:
+    discrete = flow.levels is not None
+    return open_chunks(path, size, event_shape=flow.event_shape, discrete=discrete, config=DataConfig(**dialect))
+
+
 def _bar(total: int | None, progress: bool, what: str) -> Any:
     return tqdm(total=total, unit="sample", desc=what, disable=not progress)
 
 
 def calibrate(
-    flow: Flow, data: str | Path | Samples | Tensor, *, chunk: int = CHUNK, progress: bool = False
+    flow: Flow,
+    data: str | Path | Samples | Tensor,
+    *,
+    chunk: int = CHUNK,
+    progress: bool = False,
+    sep: str = "auto",
+    decimal: str = "auto",
+    header: bool | str = "auto",
 ) -> Calibration:
     """Scores held-out samples.
 
@@ -144,6 +157,9 @@ def calibrate(
             ``(n, *event)``, or the test set of a `Splits`.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
+        sep: What separates the fields of a ``.csv`` file, as in `DataConfig`.
+        decimal: Its decimal mark.
+        header: Whether its first line has names.
 
     Raises:
         DataError: The samples do not fit.
@@ -152,7 +168,7 @@ def calibrate(
     _unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
-        opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
+        opened = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
         chunks, total = enumerate(data.batches(torch.arange(len(data)), chunk)), len(data)
@@ -201,17 +217,23 @@ def score_file(
     calibration: Calibration | None = None,
     chunk: int = CHUNK,
     progress: bool = False,
+    sep: str = "auto",
+    decimal: str = "auto",
+    header: bool | str = "auto",
 ) -> Summary:
     """Scores the samples of a file, chunk by chunk, so that neither the file nor the scores need to fit in memory.
 
     Args:
         flow: The flow.
-        data: ``.npy`` (mapped), ``.csv`` or ``.parquet`` (read by row group) file of samples.
+        data: ``.npy`` (mapped), ``.csv``, ``.tsv`` or ``.parquet`` (read by row group) file of samples.
         out: ``.csv``, ``.json`` (a list of objects) or ``.parquet`` file to write: ``row`` (from 0), ``log_prob``
             (nats) and, with a calibration, ``p_value``. It appears when it is complete.
         calibration: Held-out scores.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
+        sep: What separates the fields of a ``.csv`` file, as in `DataConfig`.
+        decimal: Its decimal mark.
+        header: Whether its first line has names.
 
     Raises:
         DataError: The file cannot be read, or a row does not fit; it is named.
@@ -222,7 +244,7 @@ def score_file(
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
     _unconditional(flow)
-    chunks = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
+    chunks = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
     count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
         for first, scores in _scored(flow, chunks, bar):
@@ -321,9 +343,13 @@ def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
     held_out = args.calibrate
     if held_out == "test":
         held_out = pyrnode.data.load(None, config=flow.config.data).test
-    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet)
+    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet, **_dialect(args))
     calibration.save(path, flow)
     return calibration
+
+
+def _dialect(args: argparse.Namespace) -> dict[str, Any]:
+    return {"sep": args.sep, "decimal": args.decimal, "header": {"yes": True, "no": False}.get(args.header, "auto")}
 
 
 def score_command(args: argparse.Namespace) -> int:
@@ -333,7 +359,8 @@ def score_command(args: argparse.Namespace) -> int:
     flow = pyrnode.load(args.run, engine=args.engine)
     _unconditional(flow)
     calibration = _calibration(flow, args)
-    summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
+    settings = {"chunk": args.chunk, "progress": not args.quiet, **_dialect(args)}
+    summary = score_file(flow, args.data, args.out, calibration=calibration, **settings)
     if args.json:
         below = {str(level): count for level, count in summary.below.items()}
         print(json.dumps({"out": args.out, **vars(summary), "below": below}, indent=2))
@@ -345,7 +372,7 @@ def score_command(args: argparse.Namespace) -> int:
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``pyrnode score``."""
     parser.add_argument("run", help="folder of a run, or a model file")
-    parser.add_argument("data", help=".npy, .csv or .parquet file of samples; need not fit in memory")
+    parser.add_argument("data", help=".npy, .csv, .tsv or .parquet file of samples; need not fit in memory")
     parser.add_argument("--out", required=True, help=".csv, .json or .parquet file to write")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -355,6 +382,9 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--scores-only", action="store_true", help="log-densities without p-values")
     parser.add_argument("--chunk", type=int, default=CHUNK, help=f"samples in memory at a time (default {CHUNK})")
+    parser.add_argument("--sep", default="auto", help="what separates the fields of a .csv file (default: recognised)")
+    parser.add_argument("--decimal", default="auto", help="its decimal mark (default: recognised)")
+    parser.add_argument("--header", choices=["auto", "yes", "no"], default="auto", help="whether it begins with names")
     parser.add_argument("--engine", choices=["auto", "torch", "julia"])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
