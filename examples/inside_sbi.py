@@ -21,7 +21,7 @@ from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from pyrnode import Config, Flow
+from pyrnode import Config, Flow, Probes
 
 Builder = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 

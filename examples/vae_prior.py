@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributions import Binomial, Independent, Normal
 
-from pyrnode import Config, Flow
+from pyrnode import Config, Flow, Probes
 from pyrnode.composition import base_log_prob
 
 LATENT, LEVELS = 8, 17

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import pyrnode
-from pyrnode.config import Config, NetworkConfig, PenaltyConfig, flatten
+from pyrnode.config import Config, NetworkConfig, PenaltyConfig
 from pyrnode.errors import ConfigError
+from pyrnode.settings import flatten
 
 BAD = [
     ("data.levels", 1, "at least 2"),
