@@ -198,7 +198,7 @@ def integrate(
 ) -> tuple[Tensor, Tensor, Stats]:
     """State and integrals at the end time, by the method and the steps that `solver` asks for."""
     method = solvers.method(solver.name)
-    if not method.adaptive:
+    if not solvers.adaptive(solver):
         if isinstance(solver.step_size, str):
             raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
         return integrate_fixed(system, y, q, t_span, solver.step_size, method, on_step=on_step)

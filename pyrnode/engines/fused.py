@@ -57,7 +57,7 @@ def compiled_solve(
     bound = system.bound
     if not isinstance(bound, BoundLayers) or bound.images or system.context is not None or z0.device.type != "cpu":
         return None
-    if solvers.method(solver.name).adaptive or isinstance(solver.step_size, str) or solver.memory != "auto":
+    if solvers.adaptive(solver) or isinstance(solver.step_size, str) or solver.memory != "auto":
         return None
     types = {p.dtype for layer in bound.layers for p in (layer.linear.weight, *layer.parameters.values())}
     library = mlp.library(z0.dtype)

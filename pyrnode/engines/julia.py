@@ -162,6 +162,8 @@ class JuliaEngine(Engine):
     def _look_up(self, solver: SolverConfig) -> Any:
         if solver.step_size == "auto":
             raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+        if not solver.adaptive:
+            raise ConfigError("adaptive = false is a setting of PyTorch's engines: name a fixed-step solver, e.g. RK4")
         sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
         if sensealg not in SENSITIVITIES:
             raise EngineUnavailableError(

@@ -39,12 +39,12 @@ class TorchEngine(Engine):
         torch.empty(31 * 2**20, dtype=torch.uint8)
 
     def check(self, solver: SolverConfig) -> None:
-        method = solvers.method(solver.name)
+        solvers.method(solver.name)
         if solver.sensealg != "auto":
             solvers.check_sensitivity(solver.sensealg)
         if solver.options:
             raise ConfigError(f"solver options {solver.options!r}: the PyTorch engine's solvers have none")
-        if method.adaptive and solver.memory == "store":
+        if solvers.adaptive(solver) and solver.memory == "store":
             raise ConfigError(
                 f"memory = 'store' needs a fixed-step solver, and {solver.name} is adaptive; use 'checkpoint' or 'auto'"
             )
@@ -118,7 +118,7 @@ def _stores(system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: 
     method, splits = solvers.method(solver.name), system.bound.split() is not None
     if not splits and solver.memory == "store":
         raise ConfigError("memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'")
-    if solver.memory != "auto" or not splits or method.adaptive or solver.step_size == "auto":
+    if solver.memory != "auto" or not splits or solvers.adaptive(solver) or solver.step_size == "auto":
         return solver.memory == "store"
     stages = len(grid(t_span, float(solver.step_size))) * len(method.tableau.b)
     return stages * system.bound.tape_bytes(z0, system.count) <= _STORE_LIMIT
