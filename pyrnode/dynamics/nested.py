@@ -62,10 +62,10 @@ class BoundModule(BoundDynamics):
         f = self.dynamics.rate(t, z, c)
         w = r = None
         if eps is not None:
-            w = torch.stack([_vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)])
+            w = torch.stack([vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)])
         if self.total_derivative:
             assert isinstance(t, Tensor)
-            r = _total_derivative(t, z, f)
+            r = total_derivative(t, z, f)
         graph = _Graph(z, c, f, w, r) if tape else None
         w, r = (None if x is None else x.detach() for x in (w, r))
         return Linearization(f.detach(), w, r, graph)
@@ -101,7 +101,7 @@ class BoundModule(BoundDynamics):
         return self.sums
 
 
-def _vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
+def vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
     """``vᵀ ∂f/∂z``; zero where f does not depend on z."""
     if not f.requires_grad:
         return torch.zeros_like(z)
@@ -109,7 +109,7 @@ def _vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
     return torch.zeros_like(z) if w is None else w
 
 
-def _total_derivative(t: Tensor, z: Tensor, f: Tensor) -> Tensor:
+def total_derivative(t: Tensor, z: Tensor, f: Tensor) -> Tensor:
     """``(∂f/∂z) f + ∂f/∂t`` (eq. 7): a Jacobian-vector product, not Jᵀf.
 
     Got from two vector-Jacobian products (``uᵀJ`` is linear in u, and its transpose in u is J), so that any module

@@ -1,13 +1,10 @@
 """The augmented system of design.md §2 in torch's operations: its right-hand side, and the transpose of that.
 
-What a solve holds fixed (dynamics with their parameters, probes, context) is bound once; `TorchSolve` is what every way
-of differentiating a solve shares. The ways themselves are in backprop.py, backsolve.py and fused.py.
+What a solve holds fixed (dynamics with their parameters, probes, context) is bound once.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -205,50 +202,6 @@ def integrate(
     controlled = min(q.shape[1], 4 if solver.error_control == "all" else 1)
     norm = ErrorNorm(solver.rtol, solver.atol, controlled)
     return integrate_adaptive(system, y, q, t_span, method, norm, maxiters=solver.maxiters, on_step=on_step)
-
-
-@dataclass(eq=False)
-class TorchSolve(ABC):
-    """One solve of one block that remembers what its backward pass needs; a subclass is a way of differentiating it."""
-
-    system: Augmented
-    t_span: tuple[float, float]
-    solver: SolverConfig
-    stats: Stats
-    versions: list[int] = field(default_factory=list, init=False)  # of the parameters, at the time of the solve
-
-    @property
-    def tableau(self) -> solvers.Tableau:
-        """The solver's coefficients."""
-        return solvers.method(self.solver.name).tableau
-
-    @abstractmethod
-    def solve(self, z0: Tensor) -> tuple[Tensor, Tensor, Stats]:
-        """State and integrals at the end time; keeps what `pull` needs."""
-
-    @abstractmethod
-    def pull(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """The cotangent of the start state; those of context and parameters gather in the system.
-
-        May be asked for again (``retain_graph=True``).
-        """
-
-    def forward(self, z0: Tensor) -> tuple[Tensor, Tensor]:
-        """`solve`, as `base.Solve` has it."""
-        self.versions = self.system.versions()
-        with torch.no_grad():
-            z, q, stats = self.solve(z0)
-        vars(self.stats).update(vars(stats))
-        self.system.release()
-        return z, q
-
-    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """`pull`, as `base.Solve` has it."""
-        if self.system.versions() != self.versions:
-            raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
-        self.system.begin_pullback()
-        z0_bar = self.pull(self.system.bound.layout(z_bar), q_bar)
-        return z0_bar, *self.system.end_pullback()
 
 
 def cast_time(t: Time, z: Tensor) -> Time:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pyrnode.dynamics.base import Linearization
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.augmented import Augmented, Held, TorchSolve, cast_time, integrate
+from pyrnode.engines.augmented import Augmented, Held, cast_time, integrate
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import StateOnly, Step, per_sample
+from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.solvers import Tableau
 
 

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
@@ -75,6 +74,13 @@ class Solve(Protocol):
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Cotangents of the start state, of the embedded context, and of the parameters that the solve depends on."""
 
+    def replay(self, z0: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` again, in operations that autograd can differentiate to any order.
+
+        Raises:
+            ConfigError: The engine cannot; the message names `to_torch`.
+        """
+
 
 class _Nothing:
     """The solve of an empty batch: no gradient comes of it."""
@@ -89,6 +95,9 @@ class _Nothing:
         c_bar = None if self.c is None else torch.zeros_like(self.c)
         return z_bar, c_bar, [torch.zeros_like(p) for p in self.parameters]
 
+    def replay(self, z0: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.forward(z0)
+
 
 class _Differentiable(torch.autograd.Function):
     """The solve as one node of autograd's graph; its parameters are inputs so that they get gradients."""
@@ -96,13 +105,52 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Solve, z0: Tensor, c: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.solve = solve
+        ctx.save_for_backward(z0, c, *parameters)
         return solve.forward(z0.detach())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
-        z0_bar, c_bar, gradients = ctx.solve.backward(z_bar, q_bar)
-        return None, z0_bar, c_bar, *gradients
+        if not torch.is_grad_enabled():
+            z0_bar, c_bar, gradients = ctx.solve.backward(z_bar, q_bar)
+            return None, z0_bar, c_bar, *gradients
+        z0, c, *parameters = ctx.saved_tensors  # create_graph=True: the gradient will be differentiated itself
+        return None, *_Gradient.apply(ctx.solve, z_bar, q_bar, z0, c, *parameters)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of a solve as a node of its own, which is differentiated, to any order, through `Solve.replay`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, solve: Solve, z_bar: Tensor, q_bar: Tensor, z0: Tensor, c: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.solve = solve
+        ctx.save_for_backward(z_bar, q_bar, z0, c, *parameters)
+        z0_bar, c_bar, gradients = solve.backward(z_bar, q_bar)
+        return z0_bar, c_bar, *gradients
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        z_bar, q_bar, z0, c, *parameters = ctx.saved_tensors
+        once, twice = (z0, c, *parameters), (z_bar, q_bar, z0, c, *parameters)
+        with torch.enable_grad():
+            ends = zip(ctx.solve.replay(z0, c), (z_bar, q_bar), strict=True)
+            gradients = _grad([(y, bar) for y, bar in ends], once, create_graph=True)
+        pairs = [(g, direction) for g, direction in zip(gradients, directions, strict=True)]
+        return None, *_grad(pairs, twice, create_graph=torch.is_grad_enabled())
+
+
+def _grad(
+    pairs: list[tuple[Tensor | None, Tensor | None]], inputs: tuple[Tensor | None, ...], *, create_graph: bool
+) -> list[Tensor | None]:
+    """The gradients of outputs with their cotangents, for each of the inputs; `None` where there is none to be had."""
+    live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
+    asked = [x for x in inputs if x is not None and x.requires_grad]
+    if not live or not asked:
+        return [None] * len(inputs)
+    outputs, bars = zip(*live, strict=True)
+    found = iter(torch.autograd.grad(outputs, asked, bars, create_graph=create_graph, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
 def run(

@@ -18,9 +18,10 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import BoundDynamics
 from pyrnode.dynamics.layered import BoundLayers
-from pyrnode.engines.augmented import Augmented, TorchSolve
+from pyrnode.engines.augmented import Augmented
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import grid
+from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.native import mlp
 from pyrnode.probes import Probes
 

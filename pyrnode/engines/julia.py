@@ -350,6 +350,11 @@ class _Solve:
             self.versions = [p._version for p in self.parameters]
         return z, q
 
+    def replay(self, z0: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise ConfigError(
+            "the Julia engine gives first derivatives alone: take flow.to_torch(), or engine='torch', for second ones"
+        )
+
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         if [p._version for p in self.parameters] != self.versions:
             raise RuntimeError("a parameter was changed in place between the solve and its backward pass")

@@ -15,12 +15,13 @@ from torch import Tensor
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
-from pyrnode.engines.augmented import Augmented, TorchSolve, integrate
+from pyrnode.engines.augmented import Augmented, integrate
 from pyrnode.engines.backprop import Checkpointed, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
 from pyrnode.engines.base import Engine, Solution, Stats, check_state, embedded, run
 from pyrnode.engines.fused import Fused, compiled_solve
 from pyrnode.engines.runge_kutta import grid
+from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.errors import ConfigError
 from pyrnode.probes import Probes
 
