@@ -148,19 +148,9 @@ def _presets(args: argparse.Namespace) -> int:
 
 
 def _torch_solvers() -> list[dict[str, Any]]:
-    from pyrnode.solvers import METHODS
+    from pyrnode.engines import TorchEngine
 
-    return [
-        {
-            "name": m.name,
-            "engine": "torch",
-            "order": m.order,
-            "kind": "explicit, adaptive" if m.adaptive else "explicit, fixed step",
-            "package": "pyrnode",
-            "description": m.description,
-        }
-        for m in METHODS.values()
-    ]
+    return [{"name": row.name, "engine": "torch"} | asdict(row) for row in TorchEngine().solvers()]
 
 
 def _julia_solvers() -> list[dict[str, Any]]:
@@ -168,10 +158,7 @@ def _julia_solvers() -> list[dict[str, Any]]:
     print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
     from pyrnode.engines.julia import JuliaEngine
 
-    keys = ("order", "kind", "package", "description")
-    return [
-        {"name": row["name"], "engine": "julia"} | {key: row[key] for key in keys} for row in JuliaEngine().solvers()
-    ]
+    return [{"name": row.name, "engine": "julia"} | asdict(row) for row in JuliaEngine().solvers()]
 
 
 def _solvers(args: argparse.Namespace) -> int:
