@@ -330,9 +330,8 @@ class _Solve:
             rows = slice(0, 1 if alone else len(z0))
             c = None if self.context is None else self.context[rows]
             foreign = Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
-            dynamics = bridge.foreign(
-                foreign.linearize, foreign.pull, foreign.collect, *map(_shared, foreign.buffers())
-            )
+            buffers = {name: _shared(buffer) for name, buffer in foreign.buffers().items()}
+            dynamics = bridge.foreign(foreign.linearize, foreign.pull, foreign.collect, **buffers)
             theta, held = _shared(foreign.theta), foreign
         z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4)
         weight = 0.0 if self.probes is None else self.probes.weight
