@@ -79,9 +79,9 @@ plain(x::Py) = throw(ArgumentError("an option of type $(pyconvert(String, pybuil
 Dynamics that only Python can evaluate, such as a user's own `torch.nn.Module`. Everything goes through buffers that both
 sides see, so that a call carries no arrays.
 """
-struct ForeignDynamics{A,C,W,V} <: Dynamics
-    evaluate::Py     # (t, probe, tape): z, c, ε → f, w, r
-    pull::Py         # (has_w): f̄, w̄, r̄ → z̄, c̄, the gradient of θ gathered by Python's kernel
+Base.@kwdef struct ForeignDynamics{A,C,W,V} <: Dynamics
+    linearize::Py    # (t, probe, tape): z, c, ε → f, w, r
+    pull::Py         # (has_w): f̄, w̄, r̄ → z̄, c̄, the gradient of θ gathered by Python's bound dynamics
     collect::Py      # (): the gathered gradient → θ̄
     z::A
     c::C
@@ -97,13 +97,15 @@ struct ForeignDynamics{A,C,W,V} <: Dynamics
     θ̄::V
 end
 
-function foreign(evaluate, pull, collect, arrays...)
-    z, c, ε, f, w, r, f̄, w̄, r̄, z̄, c̄, θ̄ = map(view_of, arrays)
-    flat(x) = x === nothing ? nothing : matrix(x)
-    probes(x) = x === nothing ? nothing : reshape(x, size(matrix(z))..., :)
-    args = (flat(z), c, probes(ε), flat(f), probes(w), flat(r), flat(f̄), probes(w̄), flat(r̄), flat(z̄), c̄, θ̄)
-    types = typeof.((args[1], c, args[3], θ̄))
-    return ForeignDynamics{types...}(Py(evaluate), Py(pull), Py(collect), args...)
+"The dynamics that call `linearize`, `pull` and `collect`, on the buffers that Python's `Foreign` names."
+function foreign(linearize, pull, collect; z, c, eps, f, w, r, f_bar, w_bar, r_bar, z_bar, c_bar, theta_bar)
+    state = matrix(view_of(z))
+    flat(x) = x === nothing ? nothing : matrix(view_of(x))
+    probes(x) = x === nothing ? nothing : reshape(view_of(x), size(state)..., :)
+    return ForeignDynamics(;
+        linearize=Py(linearize), pull=Py(pull), collect=Py(collect), z=state, c=view_of(c), ε=probes(eps), f=flat(f), w=probes(w),
+        r=flat(r), f̄=flat(f_bar), w̄=probes(w_bar), r̄=flat(r_bar), z̄=flat(z_bar), c̄=view_of(c_bar), θ̄=view_of(theta_bar),
+    )
 end
 
 RNODE.context_length(d::ForeignDynamics) = d.c === nothing ? 0 : size(d.c, 1)
@@ -115,7 +117,7 @@ function RNODE.evaluate!(d::ForeignDynamics, t, z, c, ε, tape::Bool)
     copyto!(d.z, z)
     c === nothing || copyto!(d.c, c)
     ε === nothing || copyto!(d.ε, ε)
-    d.evaluate(Float64(t), ε !== nothing, tape)
+    d.linearize(Float64(t), ε !== nothing, tape)
     return d.f, ε === nothing ? nothing : d.w, ε === nothing ? nothing : d.r
 end
 

@@ -1,5 +1,6 @@
-# The augmented system of docs/design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error. The
-# blocks of the state are contiguous, so that z is seen as a matrix without a copy, and every solver works on it.
+# The augmented system of docs/design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error
+# (pyrnode/engines/augmented.py). The blocks of the state are contiguous, so that z is seen as a matrix without a copy, and every
+# solver works on it.
 
 "Bytes of intermediates of one piece of a batch, on a CPU: what a second-level cache takes."
 const PIECE = 384 * 2^10
@@ -7,10 +8,10 @@ const PIECE = 384 * 2^10
 "One thread's share of a batch: its columns in pieces, which go through one after the other so that they stay in a cache."
 struct Worker{K}
     pieces::Vector{UnitRange{Int}}
-    kernels::Dict{Int,K}  # by the length of a piece (there are at most two); they share the gathered gradient
+    bindings::Dict{Int,K}  # by the length of a piece (there are at most two); they share the gathered gradient
 end
 
-"Shares a batch of states like those of `z0` out to the threads, and binds kernels to them."
+"Shares a batch of states like those of `z0` out to the threads, and binds the dynamics for them."
 function workers(dynamics::Dynamics, θ, z0, batch, k, threads)
     each = z0 isa Array ? sample_bytes(dynamics, z0, k) : 0
     states(n) = similar(z0, Base.front(size(z0))..., n)
@@ -18,9 +19,9 @@ function workers(dynamics::Dynamics, θ, z0, batch, k, threads)
         most = each > 0 ? max(1, PIECE ÷ each) : length(columns)
         pieces = split_range(columns, cld(length(columns), most))
         one = bind(dynamics, θ, states(length(pieces[1])), k)
-        kernels = Dict(length(pieces[1]) => one)
-        foreach(piece -> get!(() -> another(one, states(length(piece))), kernels, length(piece)), pieces)
-        return Worker(pieces, kernels)
+        bindings = Dict(length(pieces[1]) => one)
+        foreach(piece -> get!(() -> another(one, states(length(piece))), bindings, length(piece)), pieces)
+        return Worker(pieces, bindings)
     end
 end
 
@@ -74,12 +75,12 @@ function initial_state(system::Augmented, z0)
     return u
 end
 
-"Calls `work(kernel, columns)` for every piece of the batch, with a kernel of its thread's or, of those given, the piece's own."
-function each_piece(work, system::Augmented, kernels=nothing)
+"Calls `work(bound, columns)` for every piece of the batch, with the bound dynamics of its thread or, of those given, the piece's own."
+function each_piece(work, system::Augmented, bindings=nothing)
     in_threads(length(system.workers)) do i
         worker, before = system.workers[i], sum(w -> length(w.pieces), view(system.workers, 1:(i - 1)); init=0)
         for (j, columns) in enumerate(worker.pieces)
-            work(kernels === nothing ? worker.kernels[length(columns)] : kernels[before + j], columns)
+            work(bindings === nothing ? worker.bindings[length(columns)] : bindings[before + j], columns)
         end
     end
     return nothing
@@ -90,12 +91,12 @@ columns_of(x, columns) = view(x, :, columns)
 
 probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : view(system.probes, :, columns, :)
 
-"du = (f, l', E', n', D'); with these kernels, if any, whose pullback may follow."
-function rate!(du, system::Augmented, u, t, kernels=nothing)
+"du = (f, l', E', n', D'); by these bound dynamics, if any, whose pullback may follow."
+function rate!(du, system::Augmented, u, t, bindings=nothing)
     z, _ = parts(system, u)
-    each_piece(system, kernels) do kernel, columns
+    each_piece(system, bindings) do bound, columns
         ε = probes_of(system, columns)
-        found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, kernels !== nothing)
+        found = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), ε, bindings !== nothing)
         write_rate!(du, system, columns, found, ε)
     end
     return du
@@ -112,8 +113,8 @@ end
 
 "f alone, into `dz` (event, batch)."
 function state_rate!(dz, system::Augmented, z, t)
-    each_piece(system) do kernel, columns
-        f, _, _ = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), nothing, false)
+    each_piece(system) do bound, columns
+        f, _, _ = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), nothing, false)
         copyto!(view(dz, :, columns), f)
     end
     return dz
@@ -152,44 +153,44 @@ function integrands!(dq, f::Matrix{T}, w::Array{T,3}, r, ε, weight) where {T<:A
 end
 
 """
-Cotangent of the state into `ū` (event, batch) and, gathered in the kernels, of θ, from `z_bar` of f and `q_bar`
+Cotangent of the state into `ū` (event, batch) and, gathered in the bound dynamics, of θ, from `z_bar` of f and `q_bar`
 (batch, integrals; or `nothing`) of the integrands: f̄ = z̄ + 2 Ē f, w̄ = l̄ ε + 2 n̄ w, r̄ = 2 D̄ r. Evaluates at (t, z)
 first, piece by piece, and writes the rate to `du`, unless that is `nothing`. `z_bar` is overwritten.
 """
 function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar, du=nothing)
-    each_piece(system) do kernel, columns
+    each_piece(system) do bound, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
-        found = evaluate!(kernel, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
+        found = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
         write_rate!(du, system, columns, found, ε)
-        pull_piece!(ū, system, kernel, columns, found, ε, z_bar, q_bar)
+        pull_piece!(ū, system, bound, columns, found, ε, z_bar, q_bar)
     end
     system.nfe_backward += 1
     return ū
 end
 
-"The same for an evaluation that is kept, by its kernels."
-function pull_kept!(ū, system::Augmented, kernels, z_bar, q_bar)
-    each_piece(system, kernels) do kernel, columns
+"The same for an evaluation that is kept, by its own bound dynamics."
+function pull_kept!(ū, system::Augmented, bindings, z_bar, q_bar)
+    each_piece(system, bindings) do bound, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
-        found = evaluated!(kernel, columns_of(system.context, columns))
-        pull_piece!(ū, system, kernel, columns, found, ε, z_bar, q_bar)
+        found = evaluated!(bound, columns_of(system.context, columns))
+        pull_piece!(ū, system, bound, columns, found, ε, z_bar, q_bar)
     end
     return ū
 end
 
-function pull_piece!(ū, system, kernel, columns, (f, w, r), ε, z_bar, q_bar)
+function pull_piece!(ū, system, bound, columns, (f, w, r), ε, z_bar, q_bar)
     part, c̄, f̄ = view(ū, :, columns), columns_of(system.context_bar, columns), view(z_bar, :, columns)
-    ε === nothing && return pullback!(kernel, part, c̄, f̄, nothing, nothing, 1)
+    ε === nothing && return pullback!(bound, part, c̄, f̄, nothing, nothing, 1)
     weight = eltype(f)(system.weight)
     bar(i) = reshape(view(q_bar, columns, i), 1, :)
     f̄ .+= 2 .* bar(2) .* f
     w̄ = weight .* (bar(1) .* ε .+ 2 .* bar(3) .* w)
-    return pullback!(kernel, part, c̄, f̄, w̄, r === nothing ? nothing : 2 .* bar(4) .* r, 1)
+    return pullback!(bound, part, c̄, f̄, w̄, r === nothing ? nothing : 2 .* bar(4) .* r, 1)
 end
 
 "Adds the gradients of θ and of the context (where there is one) that have gathered, and forgets them."
 function gradient!(θ̄, c̄, system::Augmented)
-    foreach(worker -> gradient!(θ̄, first(values(worker.kernels))), system.workers)
+    foreach(worker -> gradient!(θ̄, first(values(worker.bindings))), system.workers)
     system.context === nothing && return nothing
     c̄ .+= system.context_bar
     fill!(system.context_bar, false)

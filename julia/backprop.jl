@@ -1,4 +1,4 @@
-# Discretise, then optimise: the solve's own accepted steps in reverse (pyrnode/engines/pytorch.py). At a stage (t_i, z_i) of a
+# Discretise, then optimise: the solve's own accepted steps in reverse (pyrnode/engines/backprop.py). At a stage (t_i, z_i) of a
 # step of length h, with cotangents z̄ of the new state and q̄ of the integrals,
 #
 #   f̄ = h (b_i z̄ + Σ_{j>i} a_ji z̄_j) + 2 h b_i Ē f        w̄ = h b_i (l̄ ε + 2 n̄ w)
@@ -12,28 +12,28 @@ const KEPT = 64 * 2^20
 const KEPT_EVALUATIONS = 32 * 2^20
 
 """
-An evaluation of the forward solve: f at (t, z), and for each piece of the batch the kernel that has what a pullback needs, or
-none at all.
+An evaluation of the forward solve: f at (t, z), and for each piece of the batch the bound dynamics that have what a
+pullback needs, or none at all.
 """
-struct Evaluation{A,K}
+struct Linearization{A,K}
     t::Float64
     z::A
     f::A
-    kernels::Vector{K}
-    memory::Memory  # of the kernels
+    bindings::Vector{K}
+    memory::Memory  # of their tapes
 end
 
-"The evaluations of a forward solve: up to `most` bytes of their states and rates, and kernels with so many bytes each, if any."
-struct Kept{E<:Evaluation}
+"The evaluations of a forward solve: up to `most` bytes of their states and rates, and bound dynamics with tapes of so many bytes, if any."
+struct Kept{E<:Linearization}
     evaluations::Vector{E}
     most::Int
-    kernel_bytes::Int
+    tape_bytes::Int
 end
 
 "What a solve with fixed steps is to keep, if it is one of `parts` of a batch; `nothing`: that it is evaluated again."
 function to_keep(system::Augmented, solver::Solver, z, tspan, parts)
     solver.sensealg == "Backprop" && !solver.adaptive && solver.memory !== :checkpoint || return nothing
-    bytes = sum(worker -> sum(piece -> kept_bytes(worker.kernels[length(piece)]), worker.pieces), system.workers)
+    bytes = sum(worker -> sum(piece -> kept_bytes(worker.bindings[length(piece)]), worker.pieces), system.workers)
     solver.memory === :store && bytes == 0 && throw(ArgumentError(
         "memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'",
     ))
@@ -43,28 +43,28 @@ function to_keep(system::Augmented, solver::Solver, z, tspan, parts)
     return Kept(evaluations_of(system, z), most, whole ? bytes : 0)
 end
 
-evaluations_of(::Augmented{K}, z) where {K} = Evaluation{typeof(similar(z)),K}[]
+evaluations_of(::Augmented{K}, z) where {K} = Linearization{typeof(similar(z)),K}[]
 
 "The rate, kept where that is asked for, until it is too much."
 rate_and_keep!(du, system, u, t) = rate!(du, system, u, t)
 rate_and_keep!(du, system::Augmented, u, t) =
     system.kept === nothing ? rate!(du, system, u, t) : dynamic(rate_and_keep!, du, system, system.kept, u, t)
 
-function rate_and_keep!(du, system::Augmented, kept::Kept{Evaluation{A,K}}, u, t) where {A,K}
+function rate_and_keep!(du, system::Augmented, kept::Kept{Linearization{A,K}}, u, t) where {A,K}
     z, f = parts(system, u)[1], parts(system, du)[1]
     if (length(kept.evaluations) + 1) * 2 * length(z) * sizeof(eltype(z)) > kept.most
         system.kept = nothing
         return rate!(du, system, u, t)
     end
-    whole = kept.kernel_bytes > 0
-    memory = Memory(whole && A <: Array ? borrow(kept.kernel_bytes) : UInt8[], 0)
-    kernels = K[]
+    whole = kept.tape_bytes > 0
+    memory = Memory(whole && A <: Array ? borrow(kept.tape_bytes) : UInt8[], 0)
+    bindings = K[]
     whole && for worker in system.workers, piece in worker.pieces
-        push!(kernels, keeping(worker.kernels[length(piece)], memory))
+        push!(bindings, keeping(worker.bindings[length(piece)], memory))
     end
-    evaluation = Evaluation{A,K}(t, copy(z), similar(z), kernels, memory)
+    evaluation = Linearization{A,K}(t, copy(z), similar(z), bindings, memory)
     push!(kept.evaluations, evaluation)  # which holds the memory while it is written
-    rate!(du, system, u, t, whole ? kernels : nothing)
+    rate!(du, system, u, t, whole ? bindings : nothing)
     copyto!(evaluation.f, f)
     return du
 end
@@ -80,12 +80,12 @@ function kept_evaluation(kept::Kept, t, z)
     return nothing
 end
 
-"Gives the kernels' memory back; a second pullback of the same solve evaluates again."
-forget_kernels!(::Nothing) = nothing
-function forget_kernels!(kept::Kept)
+"Gives the tapes' memory back; a second pullback of the same solve evaluates again."
+forget_bindings!(::Nothing) = nothing
+function forget_bindings!(kept::Kept)
     for evaluation in Iterators.reverse(kept.evaluations)  # the first is the last that was used
-        isempty(evaluation.kernels) && continue
-        empty!(evaluation.kernels)
+        isempty(evaluation.bindings) && continue
+        empty!(evaluation.bindings)
         isempty(evaluation.memory.block) || give_back!(evaluation.memory.block)
     end
     return nothing
@@ -106,7 +106,7 @@ function backprop!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     end
     copyto!(z0_bar, z̄)
     gradient!(θ̄, c̄, system)
-    forget_kernels!(system.kept)
+    forget_bindings!(system.kept)
     return nothing
 end
 
@@ -145,10 +145,10 @@ function step_back!(z̄, stages, f̄, system::Augmented, method::Tableau, t, h, 
         touched[i] = used || continue
         q_bar = q̄ !== nothing && method.b[i] != 0 ? T(h * method.b[i]) .* q̄ : nothing
         known = kept_evaluation(system.kept, t + method.c[i] * h, stages[i])
-        if known === nothing || isempty(known.kernels)
+        if known === nothing || isempty(known.bindings)
             pull_rate!(stages[i], system, t + method.c[i] * h, stages[i], f̄, q_bar)
         else
-            pull_kept!(stages[i], system, known.kernels, f̄, q_bar)
+            pull_kept!(stages[i], system, known.bindings, f̄, q_bar)
         end
     end
     for i in 1:count

@@ -15,12 +15,12 @@ struct DirectConv{T<:BlasReal,K}
 end
 
 function DirectConv(weight::Array{T,4}, gradient::Array{T,4}, (width, height)) where {T}
-    kernel, channels = size(weight, 1), max(size(weight, 3), size(weight, 4))
-    row = width + kernel - 1
+    side, channels = size(weight, 1), max(size(weight, 3), size(weight, 4))
+    row = width + side - 1
     places = cld((height - 1) * row + width, 2lane_count(T)) * 2lane_count(T)
-    plane = places + (kernel - 1) * (row + 1)  # the last tile's last tap
-    taps = [sizeof(T) * (i + j * row + c * plane) for i in 0:(kernel - 1), j in 0:(kernel - 1), c in 0:(channels - 1)]
-    return DirectConv{T,kernel}(
+    plane = places + (side - 1) * (row + 1)  # the last tile's last tap
+    taps = [sizeof(T) * (i + j * row + c * plane) for i in 0:(side - 1), j in 0:(side - 1), c in 0:(channels - 1)]
+    return DirectConv{T,side}(
         weight, gradient, turn(weight), plane, places, vec(taps), zeros(T, plane * channels), zeros(T, places * channels),
     )
 end
@@ -30,10 +30,10 @@ transpose!(x, l::DirectConv, g) = convolve!(x, l, l.turned, g)
 
 function convolve!(y::Array{T,4}, l::DirectConv{T}, w::Array{T,4}, x::Array{T,4}) where {T}
     width, height, inputs, batch = size(x)
-    kernel, outputs = size(w, 1), size(w, 4)
+    side, outputs = size(w, 1), size(w, 4)
     size(w, 3) == inputs && size(y) == (width, height, outputs, batch) && fits(l, x) ||
         throw(DimensionMismatch("a convolution by $(size(w)) of $(size(x)) into $(size(y))"))
-    inner = kernel^2 * inputs
+    inner = side^2 * inputs
     GC.@preserve y l w x for b in 1:batch
         border!(l, x, b)
         for q in 0:(2lane_count(T)):(l.places - 1)
@@ -43,7 +43,7 @@ function convolve!(y::Array{T,4}, l::DirectConv{T}, w::Array{T,4}, x::Array{T,4}
             )
         end
         each_row(y, b) do at, row, channel
-            copyto!(y, at, l.spread, channel * l.places + row * (width + kernel - 1) + 1, width)
+            copyto!(y, at, l.spread, channel * l.places + row * (width + side - 1) + 1, width)
         end
     end
     return y

@@ -1,17 +1,17 @@
-# What dynamics are to the engine: a kernel, bound to parameters and to one solve, that evaluates f with εᵀ∂f/∂z and pulls
+# What dynamics are to the engine: bound to parameters and to one solve, they evaluate f with εᵀ∂f/∂z and pull
 # cotangents back (pyrnode/dynamics/base.py). All arrays that cross this interface are matrices (event, batch), probes'
-# (event, batch, k); those that a kernel gives belong to it, and hold until its next evaluation.
+# (event, batch, k); those that bound dynamics give belong to them, and hold until their next evaluation.
 
 """
 Dynamics `f(z, t; θ)` of one block, or conditional ones `f(z, t, c; θ)`. A subtype has
 
-    bind(dynamics, θ, z0, k)                 a kernel for states like `z0` (event..., batch) and `k` probes
-    evaluate!(kernel, t, z, c, ε, tape)      (f, w, r): w = εᵀ∂f/∂z, or `nothing` where ε is; r the total derivative
-                                             (∂f/∂z) f + ∂f/∂t where the kernel has it, else `nothing`; without `tape`
+    bind(dynamics, θ, z0, k)                 bound dynamics for states like `z0` (event..., batch) and `k` probes
+    evaluate!(bound, t, z, c, ε, tape)       (f, w, r): w = εᵀ∂f/∂z, or `nothing` where ε is; r the total derivative
+                                             (∂f/∂z) f + ∂f/∂t where they have it, else `nothing`; without `tape`
                                              no pullback will follow
-    pullback!(kernel, z̄, c̄, f̄, w̄, r̄, α)     writes the cotangent of z at the last evaluation, adds α times that of c to c̄,
+    pullback!(bound, z̄, c̄, f̄, w̄, r̄, α)      writes the cotangent of z at the last evaluation, adds α times that of c to c̄,
                                              and gathers α times that of θ; w̄ and r̄ may be `nothing`
-    gradient!(θ̄, kernel)                     adds the gathered gradient to θ̄, and forgets it
+    gradient!(θ̄, bound)                      adds the gathered gradient to θ̄, and forgets it
 
 The context `c` (s, batch) is what the network has made of it once and for all (`embed` in Python), and is the same along a solve;
 `nothing` for dynamics without one.
@@ -21,33 +21,33 @@ abstract type Dynamics <: AbstractLuxLayer end
 "Length s of the embedded context that the dynamics take; 0 for none."
 context_length(::Dynamics) = 0
 
-"Whether kernels of the same dynamics can work in several threads at once."
+"Whether the same dynamics, bound several times, can work in several threads at once."
 threaded(::Dynamics) = true
 
-"Bytes that a kernel holds for each sample; 0 where that is not known."
+"Bytes that bound dynamics hold for each sample; 0 where that is not known."
 sample_bytes(::Dynamics, z0, k) = 0
 
 """
-    another(kernel, z0)
+    another(bound, z0)
 
-A kernel for states like `z0` in the same thread: it shares the parameters of `kernel`, and the memory in which their gradient gathers.
+Bound dynamics for states like `z0` in the same thread: they share the parameters of `bound`, and the memory in which their gradient gathers.
 Only asked for where `sample_bytes` is known.
 """
 function another end
 
 """
-    keeping(kernel, memory)
+    keeping(bound, memory)
 
-A kernel for the same states, whose next evaluation stays as it is in arrays from `memory` (see [`take!`](@ref)), so that its pullback
-can be asked for at any time, with what [`evaluated!`](@ref) gives. All else it shares with `kernel`. Only asked for where
+Bound dynamics for the same states, whose next evaluation stays as it is in arrays from `memory` (see [`take!`](@ref)), so that its pullback
+can be asked for at any time, with what [`evaluated!`](@ref) gives. All else they share with `bound`. Only asked for where
 `kept_bytes` is not 0.
 """
 function keeping end
 
-"Bytes of memory that `keeping` takes; 0 for kernels that do not have it."
-kept_bytes(kernel) = 0
+"Bytes of memory that `keeping` takes; 0 for dynamics that do not have it."
+kept_bytes(bound) = 0
 
-"`evaluated!(kernel, c)`: what the last evaluation of a kernel of `keeping`'s gave, and the kernel ready for the pullback."
+"`evaluated!(bound, c)`: what the last evaluation of `keeping`'s gave, and the bound dynamics ready for the pullback."
 function evaluated! end
 
 "Columns of the batch as matrices: (event..., batch) to (event, batch)."

@@ -16,15 +16,15 @@ struct Layered{Φ<:Activation,Time,N,C} <: Dynamics
     event::Tuple{Vararg{Int}}
 end
 
-function Layered(widths, kernel, size, activation_name, time, event, context)
+function Layered(widths, kernel_size, size, activation_name, time, event, context)
     time in (:none, :concat, :concatsquash) ||
         throw(ArgumentError("unknown time entry $(repr(time)); known: :concat, :concatsquash, :none"))
     specs, offset = LayerSpec[], 0
     for (inputs, outputs) in zip(widths[1:(end - 1)], widths[2:end])
-        push!(specs, LayerSpec(inputs, outputs, kernel, size, time, offset))
+        push!(specs, LayerSpec(inputs, outputs, kernel_size, size, time, offset))
         offset += length(last(specs))
     end
-    return Layered(specs, activation(activation_name), Val(time), Val(kernel == 0 ? 0 : 2), Val(context), event)
+    return Layered(specs, activation(activation_name), Val(time), Val(kernel_size == 0 ? 0 : 2), Val(context), event)
 end
 
 """
@@ -103,8 +103,8 @@ end
 
 has_scale(dynamics::Layered) = dynamics.time === Val(:concatsquash)
 
-"The kernel of a `Layered`: its layers, bound, and the memory of one evaluation and its pullback."
-struct LayeredKernel{D<:Layered,A<:AbstractArray,Φ<:Activation,L,E,P,V}
+"A `Layered`, bound: its layers, and the memory of one evaluation and its pullback."
+struct BoundLayers{D<:Layered,A<:AbstractArray,Φ<:Activation,L,E,P,V}
     dynamics::D
     specs::Vector{LayerSpec}
     φ::Φ
@@ -135,14 +135,14 @@ function bind(dynamics::Layered, θ, z0, k)
     named, bars = [Slices(spec, θ) for spec in specs], [Slices(spec, θ̄) for spec in specs]
     layers = [linear(dynamics.space, specs[i], named[i].weight, bars[i].weight) for i in eachindex(specs)]
     entries = [time_entry(dynamics.time, specs[i], named[i], bars[i]) for i in eachindex(specs)]
-    return layered_kernel(dynamics, layers, entries, bars, θ, θ̄, z0, k)
+    return bound_layers(dynamics, layers, entries, bars, θ, θ̄, z0, k)
 end
 
-another(kernel::LayeredKernel, z0) = layered_kernel(
-    kernel.dynamics, kernel.layers, without_context.(kernel.entries), kernel.parameter_bars, kernel.θ, kernel.θ̄, z0, kernel.k,
+another(bound::BoundLayers, z0) = bound_layers(
+    bound.dynamics, bound.layers, without_context.(bound.entries), bound.parameter_bars, bound.θ, bound.θ̄, z0, bound.k,
 )
 
-function layered_kernel(dynamics::Layered, layers, plain, bars, θ, θ̄, z0, k)
+function bound_layers(dynamics::Layered, layers, plain, bars, θ, θ̄, z0, k)
     specs, batch = dynamics.specs, size(z0, ndims(z0))
     entries = contextual(dynamics.context, specs, plain, batch)
     ends = cumsum([spec.outputs * context_parts(spec.time) for spec in specs])
@@ -152,7 +152,7 @@ function layered_kernel(dynamics::Layered, layers, plain, bars, θ, θ̄, z0, k)
     hidden(columns) = outputs(columns)[1:(end - 1)]
     squash, probes = has_scale(dynamics), batch * k
     tape = Tape(array, dynamics, batch, k)
-    return LayeredKernel(
+    return BoundLayers(
         dynamics, specs, dynamics.φ, layers, entries, context, bars, θ, θ̄, tape, squash ? outputs(probes) : hidden(probes),
         hidden(batch), squash ? outputs(batch) : empty(tape.a), [array(spec.inputs, batch) for spec in specs],
         [array(specs[1].inputs, probes)], [array(specs[end].outputs, batch)], k,
@@ -161,30 +161,30 @@ end
 
 array_like(z0) = (channels, columns) -> similar(z0, Base.front(Base.front(size(z0)))..., channels, columns)
 
-function keeping(kernel::LayeredKernel, memory)
-    like = kernel.f̄[1]
+function keeping(bound::BoundLayers, memory)
+    like = bound.f̄[1]
     space, batch = Base.front(Base.front(size(like))), size(like, ndims(like))
     array(channels, columns) = take!(memory, like, (space..., channels, columns))
-    tape = Tape(array, kernel.dynamics, batch, kernel.k, kernel.tape)
-    return LayeredKernel(
-        kernel.dynamics, kernel.specs, kernel.φ, kernel.layers, kernel.entries, kernel.context, kernel.parameter_bars, kernel.θ,
-        kernel.θ̄, tape, kernel.gb, kernel.ab, kernel.as, kernel.hb, kernel.p, kernel.f̄, kernel.k,
+    tape = Tape(array, bound.dynamics, batch, bound.k, bound.tape)
+    return BoundLayers(
+        bound.dynamics, bound.specs, bound.φ, bound.layers, bound.entries, bound.context, bound.parameter_bars, bound.θ,
+        bound.θ̄, tape, bound.gb, bound.ab, bound.as, bound.hb, bound.p, bound.f̄, bound.k,
     )
 end
 
-function kept_bytes(kernel::LayeredKernel)
+function kept_bytes(bound::BoundLayers)
     counter = Counter()
-    keeping(kernel, counter)
+    keeping(bound, counter)
     return counter.bytes
 end
 
-function evaluated!(kernel::LayeredKernel, c)
-    tape, T = kernel.tape, eltype(kernel.θ)
-    has_scale(kernel.dynamics) && for i in eachindex(kernel.layers)
-        at!(kernel.entries[i], kernel.specs[i], T(tape.t[]), context_of(kernel, c, i))
-        kernel.k == 0 || scale_probes!(kernel, i)
+function evaluated!(bound::BoundLayers, c)
+    tape, T = bound.tape, eltype(bound.θ)
+    has_scale(bound.dynamics) && for i in eachindex(bound.layers)
+        at!(bound.entries[i], bound.specs[i], T(tape.t[]), context_of(bound, c, i))
+        bound.k == 0 || scale_probes!(bound, i)
     end
-    return matrix(tape.a[end]), kernel.k == 0 ? nothing : probes(kernel, tape.r[1]), nothing
+    return matrix(tape.a[end]), bound.k == 0 ? nothing : probes(bound, tape.r[1]), nothing
 end
 
 without_context(entry::TimeEntry) = entry
@@ -196,20 +196,20 @@ contextual(::Val{true}, specs, entries, batch) = [
 ]
 
 "Layer `i`'s part of the embedded context."
-context_of(kernel::LayeredKernel, ::Nothing, i) = nothing
-context_of(kernel::LayeredKernel, c, i) = view(c, kernel.context[i], :)
+context_of(bound::BoundLayers, ::Nothing, i) = nothing
+context_of(bound::BoundLayers, c, i) = view(c, bound.context[i], :)
 
-function evaluate!(kernel::LayeredKernel, t, z, c, ε, tape::Bool)
-    last, tape = length(kernel.layers), kernel.tape
+function evaluate!(bound::BoundLayers, t, z, c, ε, tape::Bool)
+    last, tape = length(bound.layers), bound.tape
     tape.t[] = t
     copyto!(tape.h[1], z)
     for i in 1:last
-        entry = kernel.entries[i]
-        shift = at!(entry, kernel.specs[i], eltype(z)(t), context_of(kernel, c, i))
-        apply!(tape.y[i], kernel.layers[i], tape.h[i])
+        entry = bound.entries[i]
+        shift = at!(entry, bound.specs[i], eltype(z)(t), context_of(bound, c, i))
+        apply!(tape.y[i], bound.layers[i], tape.h[i])
         a, y = matrix(tape.a[i]), matrix(tape.y[i])
         if i < last
-            activate!(kernel.φ, matrix(tape.h[i + 1]), matrix(tape.s[i]), a, y, scale(entry), shift)
+            activate!(bound.φ, matrix(tape.h[i + 1]), matrix(tape.s[i]), a, y, scale(entry), shift)
         else
             affine!(a, y, scale(entry), shift)
         end
@@ -217,72 +217,72 @@ function evaluate!(kernel::LayeredKernel, t, z, c, ε, tape::Bool)
     f = matrix(tape.a[last])
     ε === nothing && return f, nothing, nothing
     copyto!(tape.g[last], ε)
-    return f, product!(kernel), nothing
+    return f, product!(bound), nothing
 end
 
 "w = εᵀ∂f/∂z, (event, batch, k)."
-function product!(kernel::LayeredKernel)
-    tape = kernel.tape
-    for i in length(kernel.layers):-1:1
-        tape.gs === tape.g || scale_probes!(kernel, i)
-        transpose!(tape.r[i], kernel.layers[i], tape.gs[i])
+function product!(bound::BoundLayers)
+    tape = bound.tape
+    for i in length(bound.layers):-1:1
+        tape.gs === tape.g || scale_probes!(bound, i)
+        transpose!(tape.r[i], bound.layers[i], tape.gs[i])
         i == 1 && break
-        r = probes(kernel, tape.r[i])
+        r = probes(bound, tape.r[i])
         # One array in place of two that share memory: a broadcast would copy it first.
-        g = tape.g[i - 1] === tape.r[i] ? r : probes(kernel, tape.g[i - 1])
+        g = tape.g[i - 1] === tape.r[i] ? r : probes(bound, tape.g[i - 1])
         by_probe!(*, g, r, matrix(tape.s[i - 1]))
     end
-    return probes(kernel, tape.r[1])
+    return probes(bound, tape.r[1])
 end
 
-scale_probes!(kernel, i) =
-    by_probe!(*, probes(kernel, kernel.tape.gs[i]), probes(kernel, kernel.tape.g[i]), scale(kernel.entries[i]))
+scale_probes!(bound, i) =
+    by_probe!(*, probes(bound, bound.tape.gs[i]), probes(bound, bound.tape.g[i]), scale(bound.entries[i]))
 
 "(event..., batch k) as (event, batch, k)."
-function probes(kernel::LayeredKernel, x)
+function probes(bound::BoundLayers, x)
     m = matrix(x)
-    return reshape(m, size(m, 1), :, kernel.k)
+    return reshape(m, size(m, 1), :, bound.k)
 end
 
-function pullback!(kernel::LayeredKernel, z̄, c̄, f̄, w̄, r̄, α)
-    w̄ === nothing ? foreach(x -> fill!(x, false), kernel.ab) : pull_product!(kernel, w̄, α)
-    last, tape, T = length(kernel.layers), kernel.tape, eltype(kernel.θ̄)
+function pullback!(bound::BoundLayers, z̄, c̄, f̄, w̄, r̄, α)
+    w̄ === nothing ? foreach(x -> fill!(x, false), bound.ab) : pull_product!(bound, w̄, α)
+    last, tape, T = length(bound.layers), bound.tape, eltype(bound.θ̄)
     t = T(tape.t[])
-    a_bar = copyto!(kernel.f̄[1], f̄)
+    a_bar = copyto!(bound.f̄[1], f̄)
     for i in last:-1:1
-        layer, entry, spec = kernel.layers[i], kernel.entries[i], kernel.specs[i]
+        layer, entry, spec = bound.layers[i], bound.entries[i], bound.specs[i]
         s = scale(entry)
         scaled = a_bar
         if s !== nothing
-            scaled = kernel.as[i]
+            scaled = bound.as[i]
             matrix(scaled) .= matrix(a_bar) .* s
         end
-        s_bar = s === nothing ? nothing : scale_bar(kernel, i, a_bar, w̄ !== nothing)
-        accumulate!(entry, spec, t, matrix(a_bar), s_bar, T(α), context_of(kernel, c̄, i))
+        s_bar = s === nothing ? nothing : scale_bar(bound, i, a_bar, w̄ !== nothing)
+        accumulate!(entry, spec, t, matrix(a_bar), s_bar, T(α), context_of(bound, c̄, i))
         accumulate!(layer, tape.h[i], scaled, T(α))
-        transpose!(kernel.hb[i], layer, scaled)
+        transpose!(bound.hb[i], layer, scaled)
         if i > 1
-            a_bar = kernel.ab[i - 1]
-            add_product!(matrix(a_bar), matrix(kernel.hb[i]), matrix(tape.s[i - 1]))
+            a_bar = bound.ab[i - 1]
+            add_product!(matrix(a_bar), matrix(bound.hb[i]), matrix(tape.s[i - 1]))
         end
     end
-    return copyto!(z̄, matrix(kernel.hb[1]))
+    return copyto!(z̄, matrix(bound.hb[1]))
 end
 
 "The transpose of the product: ā of the hidden layers begins with φ'' ⊙ Σ_k r ⊙ ḡ."
-function pull_product!(kernel::LayeredKernel, w̄, α)
-    last, tape, T = length(kernel.layers), kernel.tape, eltype(kernel.θ̄)
-    p = copyto!(kernel.p[1], w̄)
+function pull_product!(bound::BoundLayers, w̄, α)
+    last, tape, T = length(bound.layers), bound.tape, eltype(bound.θ̄)
+    p = copyto!(bound.p[1], w̄)
     for i in 1:last
-        layer = kernel.layers[i]
+        layer = bound.layers[i]
         accumulate!(layer, p, tape.gs[i], T(α))
-        i > length(kernel.gb) && break  # ε is held constant: nothing is asked of the last product but its weight
-        ḡ = apply!(kernel.gb[i], layer, p)
-        tape.gs === tape.g || scale_product!(kernel, i)
+        i > length(bound.gb) && break  # ε is held constant: nothing is asked of the last product but its weight
+        ḡ = apply!(bound.gb[i], layer, p)
+        tape.gs === tape.g || scale_product!(bound, i)
         if i < last
             bend!(
-                matrix(kernel.ab[i]), probes(kernel, ḡ), kernel.φ, matrix(tape.a[i]), matrix(tape.h[i + 1]),
-                matrix(tape.s[i]), probes(kernel, tape.g[i]), probes(kernel, tape.r[i + 1]),
+                matrix(bound.ab[i]), probes(bound, ḡ), bound.φ, matrix(tape.a[i]), matrix(tape.h[i + 1]),
+                matrix(tape.s[i]), probes(bound, tape.g[i]), probes(bound, tape.r[i + 1]),
             )
             p = ḡ
         end
@@ -291,24 +291,24 @@ function pull_product!(kernel::LayeredKernel, w̄, α)
 end
 
 "With a scale: what ḡ gives the scale's cotangent is kept in place of s ⊙ g, and ḡ is scaled."
-function scale_product!(kernel::LayeredKernel, i)
-    ḡ, tape = matrix(kernel.gb[i]), kernel.tape
+function scale_product!(bound::BoundLayers, i)
+    ḡ, tape = matrix(bound.gb[i]), bound.tape
     matrix(tape.gs[i]) .= ḡ .* matrix(tape.g[i])
-    probes(kernel, kernel.gb[i]) .*= scale(kernel.entries[i])
+    probes(bound, bound.gb[i]) .*= scale(bound.entries[i])
     return nothing
 end
 
 "The cotangent of a layer's scale, elementwise (event, batch): from the layer itself, and from the product."
-function scale_bar(kernel::LayeredKernel, i, a_bar, product)
-    s_bar = matrix(a_bar) .* matrix(kernel.tape.y[i])
-    product && (s_bar .+= dropdims(sum(probes(kernel, kernel.tape.gs[i]); dims=3); dims=3))
+function scale_bar(bound::BoundLayers, i, a_bar, product)
+    s_bar = matrix(a_bar) .* matrix(bound.tape.y[i])
+    product && (s_bar .+= dropdims(sum(probes(bound, bound.tape.gs[i]); dims=3); dims=3))
     return s_bar
 end
 
-function gradient!(θ̄, kernel::LayeredKernel)
-    foreach((entry, spec, p̄) -> finish!(entry, spec, p̄), kernel.entries, kernel.specs, kernel.parameter_bars)
-    θ̄ .+= kernel.θ̄
-    fill!(kernel.θ̄, false)
+function gradient!(θ̄, bound::BoundLayers)
+    foreach((entry, spec, p̄) -> finish!(entry, spec, p̄), bound.entries, bound.specs, bound.parameter_bars)
+    θ̄ .+= bound.θ̄
+    fill!(bound.θ̄, false)
     return θ̄
 end
 

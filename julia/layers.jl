@@ -8,13 +8,13 @@
 struct LayerSpec
     inputs::Int
     outputs::Int
-    kernel::Int              # side of the convolution; 0 for a dense layer
+    kernel_size::Int         # side of the convolution; 0 for a dense layer
     size::Tuple{Int,Int}     # (W, H) of the images; (1, 1) for a dense layer
     time::Symbol             # :none, :concat or :concatsquash
     offset::Int
 end
 
-taps(spec::LayerSpec) = max(spec.kernel, 1)^2
+taps(spec::LayerSpec) = max(spec.kernel_size, 1)^2
 pixels(spec::LayerSpec) = prod(spec.size)
 
 "Names and lengths of a layer's parameters, in order."
@@ -88,7 +88,7 @@ struct Conv{W,R}
 end
 
 function linear(::Val{2}, spec::LayerSpec, w, w̄)
-    shape = (spec.kernel, spec.kernel, spec.inputs, spec.outputs)
+    shape = (spec.kernel_size, spec.kernel_size, spec.inputs, spec.outputs)
     return convolution(reshape(w, shape), reshape(w̄, shape), spec.size)
 end
 
@@ -136,16 +136,16 @@ spread(spec::LayerSpec, x) = pixels(spec) == 1 ? x : vec(reshape(x, 1, :) .* fil
 
 "The response (event,) to an input channel that is 1 everywhere, of a weight (taps × out)."
 function constant(spec::LayerSpec, w)
-    spec.kernel == 0 && return w
-    weight = reshape(w, spec.kernel, spec.kernel, 1, spec.outputs)
+    spec.kernel_size == 0 && return w
+    weight = reshape(w, spec.kernel_size, spec.kernel_size, 1, spec.outputs)
     ones = fill!(similar(w, spec.size..., 1, 1), true)
     return vec(NNlib.conv!(similar(w, spec.size..., spec.outputs, 1), ones, weight, cdims(ones, weight)))
 end
 
 "Transpose of `constant`: adds the gradient of the weight, from a cotangent (event,)."
 function constant_gradient!(w̄, spec::LayerSpec, x̄)
-    spec.kernel == 0 && return w̄ .+= x̄
-    weight = reshape(w̄, spec.kernel, spec.kernel, 1, spec.outputs)
+    spec.kernel_size == 0 && return w̄ .+= x̄
+    weight = reshape(w̄, spec.kernel_size, spec.kernel_size, 1, spec.outputs)
     ones = fill!(similar(w̄, spec.size..., 1, 1), true)
     NNlib.∇conv_filter!(weight, ones, reshape(x̄, spec.size..., spec.outputs, 1), cdims(ones, weight); beta=one(eltype(w̄)))
     return w̄

@@ -39,7 +39,7 @@ end
 time_row(z, t) = fill!(similar(z, size(z)[1:(end - 2)]..., 1, size(z, ndims(z))), t)
 ChainRulesCore.@non_differentiable time_row(::Any, ::Any)
 
-mutable struct LuxKernel{D<:LuxDynamics,V}
+mutable struct BoundModel{D<:LuxDynamics,V}
     const dynamics::D
     const θ::V
     const θ̄::V
@@ -50,37 +50,37 @@ end
 function bind(dynamics::LuxDynamics, θ, z0, k)
     size(z0)[1:(end - 1)] == dynamics.event ||
         throw(DimensionMismatch("state of size $(size(z0)): expected $(dynamics.event) and the batch"))
-    return LuxKernel(dynamics, θ, fill!(similar(θ), false), size(z0), nothing)
+    return BoundModel(dynamics, θ, fill!(similar(θ), false), size(z0), nothing)
 end
 
-function smodel(kernel::LuxKernel, θ, t)
-    d = kernel.dynamics
+function smodel(bound::BoundModel, θ, t)
+    d = bound.dynamics
     ps = ComponentArray(θ, d.axes)
     d.time === :none && return StatefulLuxLayer{true}(d.model, ps, d.st)
     return StatefulLuxLayer{true}(Timed(d.model), ps, (; model=d.st, t=eltype(θ)(t)))
 end
 
-function evaluate!(kernel::LuxKernel, t, z, ::Nothing, ε, tape::Bool)
-    directions = ε === nothing ? () : [reshape(copy(view(ε, :, :, i)), kernel.size) for i in axes(ε, 3)]
+function evaluate!(bound::BoundModel, t, z, ::Nothing, ε, tape::Bool)
+    directions = ε === nothing ? () : [reshape(copy(view(ε, :, :, i)), bound.size) for i in axes(ε, 3)]
     function products(x, θ)
-        model = smodel(kernel, θ, t)
+        model = smodel(bound, θ, t)
         return model(x), map(e -> Lux.vector_jacobian_product(model, AutoZygote(), x, e), directions)
     end
-    x = reshape(copy(z), kernel.size)
-    (f, w), kernel.back = tape ? Zygote.pullback(products, x, kernel.θ) : (products(x, kernel.θ), nothing)
+    x = reshape(copy(z), bound.size)
+    (f, w), bound.back = tape ? Zygote.pullback(products, x, bound.θ) : (products(x, bound.θ), nothing)
     return matrix(f), ε === nothing ? nothing : cat(map(matrix, w)...; dims=3), nothing
 end
 
-function pullback!(kernel::LuxKernel, z̄, ::Nothing, f̄, w̄, r̄, α)
-    each = w̄ === nothing ? () : [reshape(view(w̄, :, :, i), kernel.size) for i in axes(w̄, 3)]
-    x̄, θ̄ = kernel.back((reshape(f̄, kernel.size), each))
-    θ̄ === nothing || (kernel.θ̄ .+= eltype(kernel.θ̄)(α) .* getdata(θ̄))
+function pullback!(bound::BoundModel, z̄, ::Nothing, f̄, w̄, r̄, α)
+    each = w̄ === nothing ? () : [reshape(view(w̄, :, :, i), bound.size) for i in axes(w̄, 3)]
+    x̄, θ̄ = bound.back((reshape(f̄, bound.size), each))
+    θ̄ === nothing || (bound.θ̄ .+= eltype(bound.θ̄)(α) .* getdata(θ̄))
     x̄ === nothing ? fill!(z̄, false) : copyto!(z̄, x̄)
     return z̄
 end
 
-function gradient!(θ̄, kernel::LuxKernel)
-    θ̄ .+= kernel.θ̄
-    fill!(kernel.θ̄, false)
+function gradient!(θ̄, bound::BoundModel)
+    θ̄ .+= bound.θ̄
+    fill!(bound.θ̄, false)
     return θ̄
 end

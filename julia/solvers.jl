@@ -28,7 +28,7 @@ function algorithm(name; options...)
     table = algorithms()
     haskey(table, name) || throw(ArgumentError("unknown solver $(repr(name))$(nearest(name, keys(table)))"))
     T = table[name]
-    # The dynamics' kernels compute with plain numbers in their own memory, so Jacobians are taken by finite differences.
+    # Bound dynamics compute with plain numbers in their own memory, so Jacobians are taken by finite differences.
     finite = "autodiff" in keywords(T) && !haskey(options, :autodiff) ? (; autodiff=AutoFiniteDiff()) : (;)
     try
         return Base.inferencebarrier(T)(; finite..., options...)

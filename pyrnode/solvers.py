@@ -16,6 +16,25 @@ from pyrnode.errors import EngineUnavailableError, unknown_name
 
 
 @dataclass(frozen=True)
+class SolverInfo:
+    """A solver of an engine, as ``pyrnode solvers`` lists it.
+
+    Attributes:
+        name: DifferentialEquations.jl's name.
+        order: Order of convergence; 0 where it varies.
+        kind: Explicit, stiff or stabilised; multistep; adaptive or of fixed step.
+        package: Where it comes from.
+        description: One line.
+    """
+
+    name: str
+    order: int
+    kind: str
+    package: str
+    description: str
+
+
+@dataclass(frozen=True)
 class Tableau:
     """Coefficients of an explicit Runge-Kutta method.
 
@@ -63,6 +82,12 @@ class Method:
     def adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
         return isinstance(self.coefficients, str) or self.coefficients.e is not None
+
+    @property
+    def info(self) -> SolverInfo:
+        """Its line in a list of solvers."""
+        kind = "explicit, adaptive" if self.adaptive else "explicit, fixed step"
+        return SolverInfo(self.name, self.order, kind, "pyrnode", self.description)
 
 
 def _from_scipy(solver: Any) -> Tableau:

@@ -22,6 +22,7 @@ from pyrnode.config import Config
 from pyrnode.errors import ConfigError
 from pyrnode.julia_setup import JuliaStatus
 from pyrnode.runs import read_metrics
+from pyrnode.solvers import SolverInfo
 
 TINY = ["--set", "hidden=[4]", "--set", "max_steps=4", "--set", "batch_size=20", "--quiet"]
 
@@ -303,14 +304,15 @@ def test_solvers_of_a_julia_that_is_not_there(
 
 def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     moulton = "OrdinaryDiffEqAdamsBashforthMoulton"
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "Rodas5P", "order": 5, "kind": "stiff, adaptive", "package": "OrdinaryDiffEqRosenbrock"},
         {"name": "VCABM", "order": None, "kind": "multistep, adaptive", "package": moulton},
     ]
     rows = [{**row, "description": "from Julia"} for row in rows]
+    infos = [SolverInfo(**row) for row in rows]
     fake = ModuleType("pyrnode.engines.julia")
     adjoints = {"BacksolveAdjoint": "backwards", "GaussAdjoint": "by Gauss quadrature"}
-    engine = SimpleNamespace(solvers=lambda: rows, sensitivities=lambda: adjoints)
+    engine = SimpleNamespace(solvers=lambda: infos, sensitivities=lambda: adjoints)
     fake.JuliaEngine = lambda: engine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyrnode.engines.julia", fake)
     monkeypatch.setattr(julia_setup, "status", lambda: JuliaStatus(True, "Julia 1.10.8"))

@@ -45,27 +45,6 @@ def _presets(args: argparse.Namespace) -> int:
     return 0
 
 
-def _offers(engine: Engine) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Adapter until `Engine` itself has `solvers` and `sensitivities`; then those two calls take its place."""
-    if not isinstance(engine, TorchEngine):
-        if hasattr(engine, "sensitivities"):
-            return engine.solvers(), engine.sensitivities()  # type: ignore[attr-defined]
-        from pyrnode.engines import julia
-
-        return engine.solvers(), julia.SENSITIVITIES  # type: ignore[attr-defined]
-    rows = [
-        {
-            "name": m.name,
-            "order": m.order,
-            "kind": "explicit, adaptive" if m.adaptive else "explicit, fixed step",
-            "package": "pyrnode",
-            "description": m.description,
-        }
-        for m in METHODS.values()
-    ]
-    return rows, SENSITIVITIES
-
-
 def _solvers(args: argparse.Namespace) -> int:
     julia = julia_setup.status()
     missing = {} if julia.ready or args.engine == "torch" else {"julia": julia.explanation}
@@ -76,10 +55,9 @@ def _solvers(args: argparse.Namespace) -> int:
         engine = engines.create(name)
         if name == "julia":
             print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
-        solvers, algorithms = _offers(engine)
         keys = ("order", "kind", "package", "description")
-        rows += [{"name": row["name"], "engine": name} | {key: row[key] for key in keys} for row in solvers]
-        for algorithm, text in algorithms.items():
+        rows += [{"name": s.name, "engine": name} | {key: getattr(s, key) for key in keys} for s in engine.solvers()]
+        for algorithm, text in engine.sensitivities().items():
             sensitivities.setdefault(algorithm, {})[name] = text
     if args.json:
         print_json({"solvers": rows, "sensitivities": sensitivities, "missing": missing or None})

@@ -21,6 +21,7 @@ from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.probes import Probes
+from pyrnode.solvers import SolverInfo
 
 
 @dataclass
@@ -270,3 +271,11 @@ class Engine(ABC):
     @abstractmethod
     def check(self, solver: SolverConfig) -> None:
         """Raises `EngineUnavailableError` or `ConfigError` where the engine cannot do what `solver` asks."""
+
+    @abstractmethod
+    def solvers(self) -> list[SolverInfo]:
+        """The solvers that it has."""
+
+    @abstractmethod
+    def sensitivities(self) -> dict[str, str]:
+        """The sensitivity algorithms that it has: name, and what it does in a line."""

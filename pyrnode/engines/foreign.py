@@ -9,6 +9,8 @@ from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.base import BoundDynamics, Linearization
 from pyrnode.probes import Probes
 
+_BUFFERS = ("z", "c", "eps", "f", "w", "r", "f_bar", "w_bar", "r_bar", "z_bar", "c_bar", "theta_bar")
+
 
 class Foreign:
     """Dynamics that only Python can evaluate, such as a module of the user's own, called by Julia at every evaluation.
@@ -33,22 +35,9 @@ class Foreign:
     def _bind(self) -> BoundDynamics:
         return self.dynamics.bind(total_derivative=self.total_derivative)
 
-    def buffers(self) -> tuple[Tensor | None, ...]:
-        """What both sides see, in the order in which Julia takes it."""
-        return (
-            self.z,
-            self.c,
-            self.eps,
-            self.f,
-            self.w,
-            self.r,
-            self.f_bar,
-            self.w_bar,
-            self.r_bar,
-            self.z_bar,
-            self.c_bar,
-            self.theta_bar,
-        )
+    def buffers(self) -> dict[str, Tensor | None]:
+        """What both sides see, by the names that Julia's `foreign` knows."""
+        return {name: getattr(self, name) for name in _BUFFERS}
 
     def linearize(self, t: float, probe: bool, tape: bool) -> None:
         """``z, c, ε → f, w, r`` at time `t`."""

@@ -42,6 +42,7 @@ from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.errors import ConfigError, EngineError, EngineUnavailableError, unknown_name
 from pyrnode.probes import Probes
+from pyrnode.solvers import SolverInfo
 
 SENSITIVITIES: dict[str, str] = {
     "InterpolatingAdjoint": "the adjoint, solved backwards along an interpolation of the solve (Julia's default)",
@@ -144,10 +145,12 @@ class JuliaEngine(Engine):
     def __reduce__(self) -> tuple[type[JuliaEngine], tuple[()]]:
         return JuliaEngine, ()  # a copy, or in another process: what it keeps of Julia's is found again
 
-    def solvers(self) -> list[dict[str, Any]]:
-        """What Julia has: ``name``, ``order`` (0: it varies), ``kind`` and ``package`` of every solver."""
+    def solvers(self) -> list[SolverInfo]:
         rows = json.loads(str(_bridge().solvers()))
-        return [row | {"description": f"from {row['package']}"} for row in rows]
+        return [SolverInfo(**row, description=f"from {row['package']}") for row in rows]
+
+    def sensitivities(self) -> dict[str, str]:
+        return SENSITIVITIES
 
     def check(self, solver: SolverConfig) -> None:
         self._solver(solver)
@@ -329,9 +332,8 @@ class _Solve:
             rows = slice(0, 1 if alone else len(z0))
             c = None if self.context is None else self.context[rows]
             foreign = Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
-            dynamics = bridge.foreign(
-                foreign.linearize, foreign.pull, foreign.collect, *map(_shared, foreign.buffers())
-            )
+            buffers = {name: _shared(buffer) for name, buffer in foreign.buffers().items()}
+            dynamics = bridge.foreign(foreign.linearize, foreign.pull, foreign.collect, **buffers)
             theta, held = _shared(foreign.theta), foreign
         z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4)
         weight = 0.0 if self.probes is None else self.probes.weight

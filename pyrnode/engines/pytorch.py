@@ -24,6 +24,7 @@ from pyrnode.engines.runge_kutta import grid
 from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.errors import ConfigError
 from pyrnode.probes import Probes
+from pyrnode.solvers import SolverInfo
 
 _STORE_LIMIT = 32 * 2**20
 """Up to how many bytes of intermediates of one block ``memory="auto"`` stores."""
@@ -49,6 +50,12 @@ class TorchEngine(Engine):
             raise ConfigError(
                 f"memory = 'store' needs a fixed-step solver, and {solver.name} is adaptive; use 'checkpoint' or 'auto'"
             )
+
+    def solvers(self) -> list[SolverInfo]:
+        return [method.info for method in solvers.METHODS.values()]
+
+    def sensitivities(self) -> dict[str, str]:
+        return solvers.SENSITIVITIES
 
     def integrate(
         self,

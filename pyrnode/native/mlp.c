@@ -2,7 +2,7 @@
 
    A block of LANES samples goes through the whole solve before the next one begins: its states, activations and
    cotangents stay in the cache, features by rows, samples along the vectors. The mathematics and its names are those of
-   pyrnode/dynamics/layered.py and pyrnode/engines/pytorch.py; the reverse evaluates every stage again.
+   pyrnode/dynamics/layered.py and pyrnode/engines/backprop.py; the reverse evaluates every stage again.
 
    The lower part of the file is compiled for float and for double. */
 

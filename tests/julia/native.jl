@@ -84,9 +84,9 @@ println("products ", max(products(Float32), products(Float64)))
 "The same of a convolution's, beside NNlib's."
 function convolutions(::Type{T}) where {T}
     worst = 0.0
-    for (inputs, outputs) in ((16, 16), (1, 3), (7, 6)), kernel in (1, 3, 5, 7), size in ((28, 28), (5, 3), (1, 1), (14, 9))
-        rng = MersenneTwister(kernel)
-        weight, start = randn(rng, T, kernel, kernel, inputs, outputs), randn(rng, T, kernel, kernel, inputs, outputs)
+    for (inputs, outputs) in ((16, 16), (1, 3), (7, 6)), side in (1, 3, 5, 7), size in ((28, 28), (5, 3), (1, 1), (14, 9))
+        rng = MersenneTwister(side)
+        weight, start = randn(rng, T, side, side, inputs, outputs), randn(rng, T, side, side, inputs, outputs)
         h, g = randn(rng, T, size..., inputs, 2), randn(rng, T, size..., outputs, 2)
         ours, theirs = RNODE.convolution(weight, copy(start), size), RNODE.Conv(weight, copy(start), RNODE.turn(weight))
         ours isa RNODE.DirectConv || error("the layer has NNlib's convolutions")
@@ -166,10 +166,10 @@ function cost(::Type{T}) where {T}
     du = similar(u)
     RNODE.rate!(du, system, u, 0.5)
     bytes = @allocated RNODE.rate!(du, system, u, 0.5)
-    kernel = first(values(system.workers[1].kernels))
+    bound = first(values(system.workers[1].bindings))
     returned = only(Base.return_types(RNODE.rate!, typeof.((du, system, u, 0.5))))
     columns = first(system.workers[1].pieces)
-    product = only(Base.return_types(RNODE.evaluate!, typeof.((kernel, 0.5, view(z, :, columns), nothing, view(system.probes, :, columns, :), false))))
+    product = only(Base.return_types(RNODE.evaluate!, typeof.((bound, 0.5, view(z, :, columns), nothing, view(system.probes, :, columns, :), false))))
     return bytes, isconcretetype(returned), isconcretetype(product)
 end
 
