@@ -48,7 +48,7 @@ class DelimitedReader(TableReader):
         if path.name.lower().endswith((".tsv", ".tsv.gz")) and config.sep == "auto":
             config = DataConfig(sep="\t", decimal=config.decimal, header=config.header)
         with self._reading(), self._open() as file:
-            head = _Head(file, path)
+            head = _Head(file, path, blank=" \t\r\n" if config.sep == " " else " \r\n")
         if not head.lines:
             raise DataError(f"{path} is empty")
         with self._reading():
@@ -132,21 +132,24 @@ class DelimitedReader(TableReader):
 
     def _array(self, frame: pd.DataFrame, first: int) -> Array:
         for i in range(self.columns):
-            values = frame.iloc[:, i]
-            if values.dtype.kind in "iuf":
-                continue
-            cells = list(values.array)
-            if all(type(cell) in (int, float) for cell in cells):  # some are too long for any integer
-                frame[i] = values.astype(np.float64)
-                continue
-            bad = (row for row, cell in enumerate(cells) if isinstance(cell, bool) or self._is_text(cell))
-            row = next(bad, 0)
-            more = f" (read with {self.dialect}; {hint(str(cells[row]), self.dialect)})"
-            raise not_a_number(str(self.path), first + row, self.names[i] if self.names else str(i), cells[row], more)
+            if frame[i].dtype.kind not in "iuf":
+                frame[i] = self._numbers(list(frame[i].array), first, i)
         return frame_array(frame, str(self.path), first=first)
 
-    def _is_text(self, cell: Any) -> bool:
-        return isinstance(cell, str) and not self.dialect.number(cell)
+    def _numbers(self, cells: list[Any], first: int, column: int) -> Array:
+        """A column that pandas did not take for numbers: some have more digits than it knows, others are none."""
+        values = np.empty(len(cells))
+        for row, cell in enumerate(cells):
+            text = str(cell).strip()
+            if text in MISSING:
+                values[row] = np.nan
+            elif self.dialect.number(text):
+                values[row] = float(text.replace(self.dialect.decimal, "."))
+            else:
+                name = self.names[column] if self.names else str(column)
+                more = f" (read with {self.dialect}; {hint(text, self.dialect)})"
+                raise not_a_number(str(self.path), first + row, name, cell, more)
+        return values
 
     def _failed(self, error: Exception) -> DataError:
         failure = f"{self.path} cannot be read as {self._separated}-separated values"
@@ -157,14 +160,14 @@ class DelimitedReader(TableReader):
 
 
 class _Head:
-    """The first lines of a file, without blank ones.
+    """The first lines of a file, without blank ones: those that have none but the `blank` characters.
 
     Attributes:
         lines: The lines, as text.
         ends: Where each of them ends: bytes, and lines with the blank ones.
     """
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
+    def __init__(self, file: IO[bytes], path: Path, *, blank: str) -> None:
         self.lines: list[str] = []
         self.ends: list[tuple[int, int]] = []
         size = number = 0
@@ -179,7 +182,7 @@ class _Head:
                 size, number = size + len(line.encode()), number + 1
                 if number == 1:
                     line = line.removeprefix("\ufeff")  # the mark that Windows begins a file with
-                if line.strip(" \r\n"):
+                if line.strip(blank):
                     self.lines.append(line)
                     self.ends.append((size, number))
         except UnicodeDecodeError as error:

@@ -146,13 +146,13 @@ def _decimal(rows: list[Row], sep: str, config: DataConfig, what: str) -> str:
 
 
 def _not_decimals_cut_in_two(rows: list[Row], what: str) -> None:
-    """Lines of two whole numbers, the second with leading zeros (``12,05``), are rather decimals, one to a line."""
+    """Lines of two whole numbers that nobody writes so (``12,05``, ``-0,5``) are rather decimals, one to a line."""
     if not all(len(row) == 2 and all(_WHOLE.fullmatch(cell.strip()) for cell in row) for row in rows):
         return
-    for row in rows:
-        if len(second := row[1].strip()) > 1 and second.startswith("0"):
+    for first, second in rows:
+        if re.fullmatch(r"0\d+|\d{15,}", second.strip()) or first.strip() == "-0":
             raise DataError(
-                f"{what}: {','.join(row)!r} may be two whole numbers or one with a decimal comma: say sep=',' or "
+                f"{what}: '{first},{second}' may be two whole numbers or one with a decimal comma: say sep=',' or "
                 "decimal=','"
             )
 
@@ -189,9 +189,7 @@ def _first_line_is_names(first: Row, body: list[Row], decimal: str, what: str) -
     if counts(first):
         if uniform:
             return True
-        if first in body or (columns == ["mixed"]):
-            return False
-        raise _ambiguous(first, "numbers the columns", what)
+        raise _ambiguous(first, "counts the columns", what)
     whole = all(map(_WHOLE.fullmatch, first))
     if whole and uniform and len(set(first)) == len(first):
         raise _ambiguous(first, "has whole numbers, the columns below do not", what)
