@@ -37,11 +37,11 @@ def main() -> dict[str, float]:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     overrides = {"max_steps": 60, "data.samples": 1000} if args.quick else {"max_steps": 1000}
-    flow = pyrnode.train("moons", overrides=overrides, progress=False).flow
+    flow = pyrnode.train("moons", progress=False, **overrides).flow
     x = flow.sample(200, seed=0)
     accurate = flow.log_prob(x).detach()
 
-    module = flow.to_torch(solver="RK4", step_size=0.1)  # plain PyTorch, its own copy of the parameters
+    module = flow.to_torch({"name": "RK4", "step_size": 0.1})  # plain PyTorch, its own copy of the parameters
     program, samples, scores = args.out / "encode.pt2", args.out / "x.pt", args.out / "log_prob.pt"
     print(export.save(module, program))
     torch.save(x, samples)

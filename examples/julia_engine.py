@@ -38,9 +38,7 @@ def train(name: str, steps: int) -> pyrnode.TrainingResult:
     settings = {f"solver.{key}": value for key, value in SOLVERS[name].items()}
     overrides = {"max_steps": steps, "validate_every": steps, "data.samples": 6000, **settings}
     sensealg = "InterpolatingAdjoint" if name == "VCABM" else "Backprop"  # Backprop takes Runge-Kutta methods
-    return pyrnode.train(
-        "8gaussians", engine="julia", solver=name, sensealg=sensealg, overrides=overrides, progress=False
-    )
+    return pyrnode.train("8gaussians", engine="julia", solver=name, sensealg=sensealg, progress=False, **overrides)
 
 
 def gradient(engine: Engine, flow: Flow, y: Tensor, solver: SolverConfig) -> tuple[Tensor, float, float]:
@@ -92,7 +90,7 @@ def main() -> dict[str, float]:
 
     x = flow.sample(200, seed=0)
     log_prob = flow.log_prob(x).detach()
-    module: TorchFlow = flow.to_torch(step_size=0.05)
+    module: TorchFlow = flow.to_torch({"step_size": 0.05})
     values["module"] = float((module.log_prob(x).detach() - log_prob).abs().max())
     print(f"exported to PyTorch: log_prob at most {values['module']:.1e} nats from Julia's")
     values |= compare_adjoints(flow, x)

@@ -37,7 +37,7 @@ def main() -> dict[str, float]:
     overrides = {"max_steps": 30, "data.samples": 1000} if quick else {"max_steps": 600}
     gaps = {}
     for name, dynamics in (("built in", None), ("own module", lambda shape: Field(*shape))):
-        settings = {"flow": {"network": {"hidden": [64, 64], "activation": "tanh"}}, "overrides": overrides}
+        settings = {"flow": {"network": {"hidden": [64, 64], "activation": "tanh"}}, **overrides}
         result = pyrnode.train("8gaussians", dynamics=dynamics, progress=False, **settings)
         seconds = next(r["seconds"] for r in reversed(result.history) if "seconds" in r)
         gaps[name] = result.report.gap

@@ -1,7 +1,7 @@
 """Every setting of a run: frozen dataclasses that validate themselves and round-trip through TOML.
 
 `Config` is the whole of it. Its sections are the tables of the TOML file; a key is named ``section.key``, or just
-``key`` where only one section has it::
+``key`` alone, which is the outermost setting of that name::
 
     >>> config = Config.preset("digits").override({"epochs": 3, "step_size": 0.5})
     >>> config.training.epochs, config.solver.step_size
@@ -12,19 +12,17 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self
 
-import numpy as np
 import tomli_w
 
 from pyrnode.errors import ConfigError, unknown_name
+from pyrnode.settings import Section, at_least
 
 CHUNK = 500
 """Samples per solve where a flow is used."""
@@ -36,167 +34,8 @@ Activation = Literal["softplus", "tanh", "silu", "gelu", "elu"]
 Engine = Literal["auto", "torch", "julia"]
 
 
-def _at_least(section: object, minimum: float, *names: str, strict: bool = False) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if isinstance(value, str) or value is None:
-            continue
-        if not math.isfinite(value) or value < minimum or (strict and value == minimum):
-            bound = f"more than {minimum}" if strict else f"at least {minimum}"
-            raise ConfigError(f"{name} = {value!r}: expected {bound}")
-
-
-class _Section:
-    """What all sections share: checked construction from a mapping, and conversion back to plain TOML values."""
-
-    _bare_word: ClassVar[str | None] = None
-    """The setting that a bare word stands for where the section is expected."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for f in fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
-        self._validate()
-
-    def _validate(self) -> None:
-        """Checks that the types alone do not make; raises `ConfigError`."""
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Builds the section from a mapping of plain values, as read from TOML or JSON.
-
-        Of a section inside it the mapping may name some settings alone; the others keep this section's defaults.
-        """
-        known = _keys(cls)
-        for key in table:
-            if key not in known:
-                raise ConfigError(unknown_name(f"key in {cls.__name__}", key, known))
-        values = dict(table)
-        for f in fields(cls):  # type: ignore[arg-type]
-            given, default = values.get(f.name), cast(Any, f.default_factory)
-            if f.name in _sections(cls) and isinstance(given, (Mapping, str)):
-                values[f.name] = default().changed(given)
-        return cls(**values)
-
-    def changed(self, value: Self | Mapping[str, Any] | str | None) -> Self:
-        """Another section as its user gives it: whole, or as the settings that differ from this one.
-
-        Args:
-            value: A section; a mapping of settings; the one setting that a bare word stands for (``"DP5"`` is
-                ``{"name": "DP5"}`` of a solver, ``"exact"`` is ``{"kind": "exact"}`` of a divergence); `None` for this
-                section itself.
-
-        Raises:
-            ConfigError: A setting is unknown or does not fit.
-        """
-        if value is None or isinstance(value, type(self)):
-            return self if value is None else value
-        if isinstance(value, str) and self._bare_word is not None:
-            value = {self._bare_word: value}
-        if not isinstance(value, Mapping):
-            keys = ", ".join(_keys(type(self)))
-            raise ConfigError(f"{value!r}: expected a section, {type(self).__name__}; its settings are {keys}")
-        return type(self).from_dict({**self.to_dict(), **value})
-
-    def override(self, values: Mapping[str, Any]) -> Self:
-        """A copy with some settings changed.
-
-        Args:
-            values: Settings by name: ``"section.key"``, or ``"key"`` alone, which is the outermost setting of that
-                name (``"rtol"`` is the training solver's, not the evaluation's). A mapping changes the settings of a
-                section that it names, and leaves the others.
-
-        Raises:
-            ConfigError: A key is unknown or ambiguous, or a value does not fit.
-        """
-        table = self.to_dict()
-        paths = _setting_paths(type(self))
-        for name, value in flatten(values).items():
-            path = _setting(name, paths)
-            inner = paths[path]
-            if inner is not None and inner._bare_word is not None and isinstance(value, str):
-                path = f"{path}.{inner._bare_word}"
-            *sections, key = path.split(".")
-            target = table
-            for section in sections:
-                target = target[section]
-            target[key] = value
-        return type(self).from_dict(table)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for TOML and JSON: settings that are `None` are left out, tuples become lists."""
-        table: dict[str, Any] = {}
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, _Section):
-                table[f.name] = value.to_dict()
-            elif value is not None:
-                table[f.name] = list(value) if isinstance(value, tuple) else value
-        return table
-
-
-def _keys(section: type[_Section]) -> list[str]:
-    return [f.name for f in fields(section)]  # type: ignore[arg-type]
-
-
-def _sections(section: type[_Section]) -> dict[str, type[_Section]]:
-    """The sections inside a section, by key."""
-    hints = get_type_hints(section)
-    return {k: h for k in _keys(section) if isinstance(h := hints[k], type) and issubclass(h, _Section)}
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Fits `value` to its annotation (int → float, list → tuple, mapping → section), or says what was expected.
-
-    Numbers and texts of numpy's, as searches over settings hand them over, become Python's.
-    """
-    value = value.item() if isinstance(value, np.generic) else value
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(unknown_name(name, value, map(str, args)))
-        return value
-    if origin in (Union, UnionType):
-        for option in args:
-            try:
-                return _coerce(name, value, option)
-            except ConfigError:
-                continue
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_coerce(name, item, args[0]) for item in value)
-    elif origin is dict and isinstance(value, Mapping):
-        return {key: item.item() if isinstance(item, np.generic) else item for key, item in value.items()}
-    elif isinstance(hint, type) and issubclass(hint, _Section):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            return hint.from_dict(value)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool, type(None)) and isinstance(value, hint):
-        return value
-    if isinstance(hint, type) and issubclass(hint, _Section):
-        keys = ", ".join(f"{name}.{key}" for key in _keys(hint))
-        raise ConfigError(f"{name} = {value!r}: {name} is a section; its settings are {keys}")
-    raise ConfigError(f"{name} = {value!r}: expected {_in_words(hint)}")
-
-
-def _in_words(hint: Any) -> str:
-    """An annotation as a user reads it: ``float or 'auto'``."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, args))
-    if origin in (Union, UnionType):
-        return " or ".join(map(_in_words, args))
-    if origin is tuple:
-        return f"a list of {_in_words(args[0])}"
-    return "none" if hint is type(None) else str((origin or hint).__name__)
-
-
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is learned, and how it is split.
 
     Args:
@@ -210,6 +49,11 @@ class DataConfig(_Section):
         limit: Use at most this many training samples (for quick runs).
         flip: Random horizontal flips in training (images).
         workers: Loader processes for torch data sets (started with ``spawn``); 0 loads in this process.
+        sep: What separates the fields of a ``.csv`` or ``.tsv`` file (a blank: any run of blanks); ``"auto"``
+            recognises comma, semicolon, tab and bar.
+        decimal: Its decimal mark; ``"auto"`` recognises it.
+        header: Whether its first line has the names of the columns; ``"auto"`` recognises it. What can be read in two
+            ways is refused, and one of these three decides.
     """
 
     name: str = ""
@@ -222,18 +66,25 @@ class DataConfig(_Section):
     limit: int | None = None
     flip: bool = False
     workers: int = 0
+    sep: str = "auto"
+    decimal: str = "auto"
+    header: bool | Literal["auto"] = "auto"
 
     def _validate(self) -> None:
-        _at_least(self, 2, "levels")
-        _at_least(self, 10, "samples", "limit")
-        _at_least(self, 0, "workers", "split_seed")
+        at_least(self, 2, "levels")
+        at_least(self, 10, "samples", "limit")
+        at_least(self, 0, "workers", "split_seed")
+        if self.sep not in ("auto", ",", ";", "\t", "|", " "):
+            raise ConfigError(f"sep = {self.sep!r}: expected 'auto' or one of ',', ';', '\\t', '|' and ' '")
+        if self.decimal not in ("auto", ".", ","):
+            raise ConfigError(f"decimal = {self.decimal!r}: expected 'auto', '.' or ','")
         for name in ("validation", "test"):
             if not 0 < getattr(self, name) < 0.9:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected a share between 0 and 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig(_Section):
+class NetworkConfig(Section):
     """The dynamics ``f(z, t; θ)`` of each block.
 
     Args:
@@ -258,7 +109,7 @@ class NetworkConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(_Section):
+class FlowConfig(Section):
     """The composition of the flow.
 
     Args:
@@ -279,14 +130,14 @@ class FlowConfig(_Section):
     standardize: bool = True
 
     def _validate(self) -> None:
-        _at_least(self, 1, "blocks", "scales")
-        _at_least(self, 0, "end_time", strict=True)
+        at_least(self, 1, "blocks", "scales")
+        at_least(self, 0, "end_time", strict=True)
         if not 0 <= self.alpha < 0.5:
             raise ConfigError(f"alpha = {self.alpha!r}: expected 0 <= alpha < 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverConfig(_Section):
+class SolverConfig(Section):
     """How a block is integrated, under DifferentialEquations.jl's names.
 
     A bare word where a solver is expected is its name.
@@ -322,12 +173,12 @@ class SolverConfig(_Section):
     _bare_word = "name"
 
     def _validate(self) -> None:
-        _at_least(self, 0, "step_size", "rtol", "atol", strict=True)
-        _at_least(self, 1, "maxiters")
+        at_least(self, 0, "step_size", "rtol", "atol", strict=True)
+        at_least(self, 1, "maxiters")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PenaltyConfig(_Section):
+class PenaltyConfig(Section):
     """The regularisation and the estimator of the divergence (docs/design.md §2; eq. 17 of the paper).
 
     Args:
@@ -355,12 +206,12 @@ class PenaltyConfig(_Section):
         return Divergence(self.divergence, self.probes)
 
     def _validate(self) -> None:
-        _at_least(self, 0, "kinetic", "jacobian", "total_derivative")
-        _at_least(self, 1, "probes")
+        at_least(self, 0, "kinetic", "jacobian", "total_derivative")
+        at_least(self, 1, "probes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The optimisation.
 
     Args:
@@ -403,9 +254,9 @@ class TrainingConfig(_Section):
     max_restarts: int = 3
 
     def _validate(self) -> None:
-        _at_least(self, 1, "epochs", "max_steps", "batch_size", "patience", "validation_limit")
-        _at_least(self, 0, "learning_rate", "clip_norm", strict=True)
-        _at_least(self, 0, "warmup_steps", "weight_decay", "validate_every", "checkpoint_every", "max_restarts")
+        at_least(self, 1, "epochs", "max_steps", "batch_size", "patience", "validation_limit")
+        at_least(self, 0, "learning_rate", "clip_norm", strict=True)
+        at_least(self, 0, "warmup_steps", "weight_decay", "validate_every", "checkpoint_every", "max_restarts")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"ema = {self.ema!r}: expected a decay between 0 and 1")
 
@@ -420,7 +271,7 @@ class TrainingConfig(_Section):
 
 
 @dataclass(frozen=True)
-class Divergence(_Section):
+class Divergence(Section):
     """How the divergence ``tr ∂f/∂z`` is got where a flow is used.
 
     A bare word where a divergence is expected is its kind.
@@ -439,8 +290,8 @@ class Divergence(_Section):
     _bare_word = "kind"
 
     def _validate(self) -> None:
-        _at_least(self, 1, "probes")
-        _at_least(self, 0, "seed")
+        at_least(self, 1, "probes")
+        at_least(self, 0, "seed")
 
     def exact(self, dim: int) -> bool:
         """Whether it is exact for a flow of that many dimensions."""
@@ -455,7 +306,7 @@ DivergenceLike = Divergence | Mapping[str, Any] | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How a trained flow is used and scored: with an accurate solver, other than the one of training.
 
     Args:
@@ -475,11 +326,11 @@ class EvaluationConfig(_Section):
     grid: int = 64
 
     def _validate(self) -> None:
-        _at_least(self, 1, "draws", "chunk", "test_limit", "grid")
+        at_least(self, 1, "draws", "chunk", "test_limit", "grid")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(_Section):
+class Config(Section):
     """A whole run: the sections, and who computes it.
 
     Args:
@@ -501,7 +352,7 @@ class Config(_Section):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def _validate(self) -> None:
-        _at_least(self, 0, "seed")
+        at_least(self, 0, "seed")
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
@@ -530,42 +381,6 @@ class Config(_Section):
         if name not in table:
             raise ConfigError(unknown_name("preset", name, table))
         return cls.from_toml((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table with ``section.key`` for keys."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        value = value.to_dict() if isinstance(value, _Section) else value
-        if isinstance(value, Mapping) and key.rpartition(".")[2] != "options":
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _setting(name: str, paths: Mapping[str, type[_Section] | None]) -> str:
-    """The path of a setting, given that or its last part."""
-    found = [name] if name in paths else [path for path in paths if path.endswith("." + name)]
-    outermost = min((path.count(".") for path in found), default=0)
-    found = [path for path in found if path.count(".") == outermost]
-    if not found:
-        names = {*paths, *(p.rpartition(".")[2] for p in paths)}
-        raise ConfigError(unknown_name("setting", name, names, listing="`pyrnode presets digits` shows them all"))
-    if len(found) > 1:
-        raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
-    return found[0]
-
-
-def _setting_paths(cls: type[_Section], prefix: str = "") -> dict[str, type[_Section] | None]:
-    """The settings of a section and of those inside it, by path; with the section, where it is one."""
-    paths: dict[str, type[_Section] | None] = {}
-    inner = _sections(cls)
-    for key in _keys(cls):
-        paths[prefix + key] = inner.get(key)
-        if key in inner:
-            paths |= _setting_paths(inner[key], f"{prefix}{key}.")
-    return paths
 
 
 _PRESETS = resources.files("pyrnode") / "presets"

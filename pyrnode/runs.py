@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from pyrnode import engines, native
-from pyrnode.config import Config, flatten
+from pyrnode.config import Config
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.files import write_atomically
+from pyrnode.settings import flatten
 
 Record = dict[str, Any]
 

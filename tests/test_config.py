@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import pyrnode
-from pyrnode.config import Config, NetworkConfig, PenaltyConfig, flatten
+from pyrnode.config import Config, NetworkConfig, PenaltyConfig
 from pyrnode.errors import ConfigError
+from pyrnode.settings import flatten
 
 BAD = [
     ("data.levels", 1, "at least 2"),
@@ -24,6 +25,9 @@ BAD = [
     ("data.validation", math.nan, "a share"),
     ("data.test", 0.9, "a share"),
     ("data.flip", 1, "expected bool"),
+    ("data.sep", ":", "expected 'auto' or one of ',', ';', '\\t'"),
+    ("data.decimal", ";", "expected 'auto', '.' or ','"),
+    ("data.header", "yes", "expected bool or 'auto'"),
     ("data.name", 3, "expected str"),
     ("hidden", [], "positive widths"),
     ("hidden", [8, 0], "positive widths"),

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 import pyrnode
 from pyrnode import julia_setup
+from pyrnode.composition import base_log_prob
 from pyrnode.config import SolverConfig
 from pyrnode.data.synthetic import DENSITIES
 from pyrnode.dynamics import MLP, Dynamics, ModuleDynamics
 from pyrnode.engines import Engine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, EngineUnavailableError
-from pyrnode.flow import base_log_prob
 from pyrnode.probes import Probes
 from pyrnode.solvers import METHODS
 from tests.test_dynamics import CASES, EVENTS, make, perturbed
@@ -132,6 +132,7 @@ PROGRAM = """
 import {first}, json, os, sys
 import {second}, torch
 sys.path.insert(0, {root!r})
+from pyrnode.composition import base_log_prob
 from pyrnode.config import SolverConfig
 from pyrnode.engines import TorchEngine
 from pyrnode.probes import Probes
@@ -500,7 +501,7 @@ def test_same_loss_curve_on_mnist(data_dir: Path) -> None:
     settings |= {"solver.sensealg": "Backprop", "solver.name": "RK4", "training.warmup_steps": 0}
     curves = []
     for engine in ("torch", "julia"):
-        result = pyrnode.train("mnist", engine=engine, overrides=settings, evaluate=False, progress=False)
+        result = pyrnode.train("mnist", engine=engine, **settings, evaluate=False, progress=False)
         curves.append(losses(result.history))
     assert len(curves[0]) == len(curves[1]) == 200
     assert curves[0][-1] < 0.8 * curves[0][0]
@@ -515,7 +516,7 @@ def test_run_of_one_engine_resumes_with_the_other(julia_engine: Engine, tmp_path
     def train(engine: str, steps: int, out: Path | None, resume: bool = False) -> np.ndarray[Any, Any]:
         overrides = settings | {"max_steps": steps, "schedule": "constant"}
         result = pyrnode.train(
-            "8gaussians", engine=engine, out=out, resume=resume, overrides=overrides, evaluate=False, progress=False
+            "8gaussians", engine=engine, out=out, resume=resume, **overrides, evaluate=False, progress=False
         )
         return losses(result.history)
 

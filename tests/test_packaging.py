@@ -160,7 +160,7 @@ LAYERS = (
     ("engines",),
     ("probes", "files"),
     ("data", "dynamics", "transforms"),
-    ("config", "solvers", "native", "julia_setup", "devices", "seeds", "tracing", "version", "errors"),
+    ("config", "settings", "solvers", "native", "julia_setup", "devices", "seeds", "tracing", "version", "errors"),
 )
 """docs/design.md §3, from top to bottom: a file or folder imports from its own line and from lines below."""
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pyrnode.trainer import Trainer
 from scipy import stats
 
 import pyrnode
@@ -37,6 +36,7 @@ from pyrnode.paper import (
 from pyrnode.paper.scales import METHODS, PRESETS
 from pyrnode.paper.study import Need, Study
 from pyrnode.runs import RunFolder, read_metrics
+from pyrnode.training.trainer import Trainer
 
 TINY = SCALES["tiny"]
 
@@ -294,7 +294,7 @@ def test_an_interrupted_experiment_goes_on_bit_for_bit(
 
     def stop(trainer: Trainer) -> None:
         validate(trainer)
-        trainer._stop = trainer.state.step == 20
+        trainer._stop = trainer.state.progress.step == 20
 
     monkeypatch.setattr(Trainer, "_validate", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pyrnode.trainer import Trainer
 from torch import Tensor, nn
 
 import pyrnode
 from pyrnode import files, runs, seeds
-from pyrnode.config import Config, FlowConfig, SolverConfig
-from pyrnode.data import load
+from pyrnode.composition import base_log_prob
+from pyrnode.config import Config, Divergence, FlowConfig, SolverConfig
+from pyrnode.data import Batch, load
 from pyrnode.engines import Solution, TorchEngine
 from pyrnode.errors import (
     CheckpointError,
@@ -36,9 +36,13 @@ from pyrnode.errors import (
     SolverError,
     TrainingDivergedError,
 )
-from pyrnode.flow import base_log_prob
 from pyrnode.runs import RunFolder, read_metrics
-from pyrnode.training import TrainingResult
+from pyrnode.training import TrainingResult, state
+from pyrnode.training import trainer as loop
+from pyrnode.training.step import learning_rate
+from pyrnode.training.trainer import Trainer
+from pyrnode.training.validation import Validation
+from pyrnode.transforms import Chain
 
 SMALL: dict[str, Any] = {"flow.network.hidden": [8], "data.samples": 200, "batch_size": 20, "validate_every": 4}
 SMALL |= {"warmup_steps": 0, "schedule": "constant"}
@@ -51,7 +55,7 @@ def train(
     out: Path | None = None, *, data: Any = "8gaussians", resume: bool = False, **settings: Any
 ) -> TrainingResult:
     overrides = {**SMALL, "max_steps": 10, **settings}
-    return pyrnode.train(data, out=out, resume=resume, overrides=overrides, evaluate=False, progress=False)
+    return pyrnode.train(data, out=out, resume=resume, **overrides, evaluate=False, progress=False)
 
 
 def trainer(data: Any = "8gaussians", folder: RunFolder | None = None, **settings: Any) -> Trainer:
@@ -111,6 +115,7 @@ def test_training_is_what_a_hand_written_loop_does(settings: dict[str, Any]) -> 
     penalties = {"kinetic": kinetic, "jacobian": jacobian, "dtype": "float64"}
     subject = trainer(**settings, **penalties)
     by_hand = trainer(**settings, **penalties).flow
+    by_hand.transform = Chain([])
     assert subject.run()
     x = subject.splits.train.tensor()
     mean, std = x.double().mean(0), x.double().std(0, correction=0)
@@ -119,9 +124,9 @@ def test_training_is_what_a_hand_written_loop_does(settings: dict[str, Any]) -> 
     for step in range(10):
         order = torch.randperm(160, generator=seeds.generator(0, "order", step // 8))
         batch = (x[order[step % 8 * 20 :][:20]].double() - mean) / std
-        draw = by_hand.draw("exact", generator=torch.Generator())
+        draw = by_hand.draw(Divergence("exact"), torch.Generator())
         solution = by_hand.solve(batch, draw, SolverConfig(name="RK4", step_size=0.25))
-        nll = -(base_log_prob(solution.z) + solution.log_det - std.log().sum())
+        nll = -(base_log_prob(solution.z) + solution.l - std.log().sum())
         loss = (nll + kinetic * solution.blocks[0].E + jacobian * solution.blocks[0].n).mean() / 2
         optimizer.zero_grad()
         loss.backward()
@@ -144,30 +149,32 @@ def test_training_is_what_a_hand_written_loop_does(settings: dict[str, Any]) -> 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
     subject = trainer(max_steps=20, warmup_steps=5, schedule="cosine", learning_rate=0.1)
-    rates = [subject.learning_rate(step) for step in range(20)]
+    rates = [learning_rate(subject.config.training, step, 20) for step in range(20)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert rates[5] == pytest.approx(0.1)
     assert rates[5:] == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 15)) for k in range(15)])
-    assert subject.learning_rate(20) == pytest.approx(0)
+    assert learning_rate(subject.config.training, 20, 20) == pytest.approx(0)
     constant = trainer(max_steps=20, warmup_steps=2, learning_rate=0.1)
-    assert [constant.learning_rate(step) for step in (0, 1, 2, 19)] == pytest.approx([0.05, 0.1, 0.1, 0.1])
+    assert [learning_rate(constant.config.training, step, 20) for step in (0, 1, 2, 19)] == pytest.approx(
+        [0.05, 0.1, 0.1, 0.1]
+    )
 
 
 def test_each_epoch_has_an_order_of_its_own_that_drops_the_remainder() -> None:
     values = np.arange(200, dtype=np.float32)[:, None]
     subject = trainer(values, epochs=2, max_steps=None, batch_size=30)
     kept = subject.splits.train.tensor().flatten().tolist()
-    assert (subject.steps_per_epoch, subject.total_steps) == (5, 10)
+    assert (subject.order.steps_per_epoch, subject.total_steps) == (5, 10)
     batches = subject._batches()
-    epochs = [[next(batches).flatten().tolist() for _ in range(5)] for _ in range(2)]
+    epochs = [[next(batches).x.flatten().tolist() for _ in range(5)] for _ in range(2)]
     seen = [[value for batch in epoch for value in batch] for epoch in epochs]
     for epoch in seen:
         assert len(epoch) == len(set(epoch)) == 150
         assert set(epoch) <= set(kept)
     assert seen[0] != seen[1]
     assert seen[0] != sorted(seen[0])
-    subject.state.step = 7  # as after a resume
-    assert next(subject._batches()).flatten().tolist() == epochs[1][2]
+    subject.state.progress.step = 7  # as after a resume
+    assert next(subject._batches()).x.flatten().tolist() == epochs[1][2]
 
 
 def test_flips_mirror_about_half_of_the_images() -> None:
@@ -197,10 +204,10 @@ def test_averaged_weights_are_the_average() -> None:
         decay = min(0.6, (1 + step) / (10 + step))
         for name, p in subject.flow.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * p.detach().double()
-    assert subject.average is not None
+    assert subject.state.average is not None
     for name, expected in average.items():
-        torch.testing.assert_close(subject.average[name].double(), expected, rtol=1e-5, atol=1e-7)
-        assert not torch.equal(subject.average[name], subject.flow.state_dict()[name])
+        torch.testing.assert_close(subject.state.average[name].double(), expected, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(subject.state.average[name], subject.flow.state_dict()[name])
 
 
 def test_averaged_weights_are_validated_and_returned_and_training_goes_on_with_its_own() -> None:
@@ -209,12 +216,12 @@ def test_averaged_weights_are_validated_and_returned_and_training_goes_on_with_i
     assert subject.run()
     assert plain.run()
     assert_same_weights(subject.flow, plain.flow)  # validation in between has not disturbed them
-    subject.state.best = math.inf
+    subject.state.progress.best = math.inf
     subject._validate()
     best = subject.best_flow()
-    assert subject.average is not None
+    assert subject.state.average is not None
     for name, value in best.state_dict().items():
-        assert torch.equal(value, subject.average[name])
+        assert torch.equal(value, subject.state.average[name])
     x = subject.splits.validation.tensor()
     log_prob = best.requires_grad_(False).log_prob(x, solver=best.config.solver, divergence="exact")
     value = -float(log_prob.double().mean()) / 2
@@ -226,13 +233,13 @@ def test_averaged_weights_are_validated_and_returned_and_training_goes_on_with_i
 
 def test_the_best_step_on_validation_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values = iter([3.0, 1.0, 2.0, 1.0, 5.0])
-    monkeypatch.setattr(Trainer, "_validation_value", lambda self: next(values))
+    monkeypatch.setattr(Validation, "value", lambda self, solver: next(values))
     weights: list[dict[str, Tensor]] = []
     original = Trainer._validate
 
     def spy(self: Trainer) -> None:
         original(self)
-        weights.append(self._copy())
+        weights.append(state.weights(self.flow))
 
     monkeypatch.setattr(Trainer, "_validate", spy)
     result = train(tmp_path, validate_every=2, learning_rate=0.01)
@@ -244,7 +251,7 @@ def test_the_best_step_on_validation_is_kept(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_patience_ends_training(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([3.0, 1.0, 2.0, 1.0, math.pi, 0.0])
-    monkeypatch.setattr(Trainer, "_validation_value", lambda self: next(values))
+    monkeypatch.setattr(Validation, "value", lambda self, solver: next(values))
     result = train(validate_every=2, patience=3, max_steps=50)
     assert steps(result.history)[-1]["step"] == 10  # the second validation was the best; three did not beat it
     assert not result.interrupted
@@ -267,7 +274,7 @@ def test_validation_scores_the_samples_held_out_and_no_others() -> None:
 def test_validation_limit_bounds_the_samples() -> None:
     subject = trainer(validation_limit=5)
     with torch.no_grad():
-        value = subject._validation_value()
+        value = subject.validation.value(subject.solver)
         log_prob = subject.flow.log_prob(subject.splits.validation.tensor()[:5], divergence="exact")
     assert value == pytest.approx(-float(log_prob.mean()) / 2, rel=1e-5)
 
@@ -302,7 +309,7 @@ def test_validation_costs_no_training_time(tmp_path: Path, monkeypatch: pytest.M
         return clock[0]
 
     monkeypatch.setattr(Trainer, "_validate", slow)
-    monkeypatch.setattr("pyrnode.trainer.time.perf_counter", tick)
+    monkeypatch.setattr("pyrnode.training.trainer.time.perf_counter", tick)
     history = train(tmp_path).history
     assert [r["seconds"] for r in steps(history)] == [float(n) for n in range(1, 11)]
     seconds = {r["step"]: r["seconds"] for r in steps(history)}
@@ -326,9 +333,7 @@ def test_snapshots_need_a_folder_and_a_network_that_can_be_saved(tmp_path: Path)
     with pytest.raises(ConfigError, match="snapshots = true needs out="):
         train(None, snapshots=True)
     with pytest.raises(ConfigError, match="snapshots = true needs pyrnode's own dynamics"):
-        pyrnode.train(
-            "8gaussians", dynamics=lambda shape: Linear(1.0), out=tmp_path, overrides=SMALL | {"snapshots": True}
-        )
+        pyrnode.train("8gaussians", dynamics=lambda shape: Linear(1.0), out=tmp_path, **SMALL | {"snapshots": True})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,7 +356,7 @@ def test_an_automatic_step_starts_at_a_half_and_halves_until_it_agrees_with_half
     result = pyrnode.train(
         "8gaussians",
         dynamics=lambda shape: Linear(6.0),
-        overrides={**SMALL, **settings},
+        **{**SMALL, **settings},
         evaluate=False,
         progress=False,
     )
@@ -384,16 +389,16 @@ def test_an_automatic_step_stays_at_a_half_where_that_is_fine(tmp_path: Path) ->
 
 def test_a_step_that_was_halved_makes_earlier_validations_incomparable(monkeypatch: pytest.MonkeyPatch) -> None:
     values, differences = iter([1.0, 2.0, 3.0]), iter([0.0, 0.5, 0.5, 0.001, 0.0])
-    monkeypatch.setattr(Trainer, "_validation_value", lambda self: next(values))
-    monkeypatch.setattr(Trainer, "_disagreement", lambda self: next(differences))
+    monkeypatch.setattr(Validation, "value", lambda self, solver: next(values))
+    monkeypatch.setattr(Validation, "disagreement", lambda self, solver: next(differences))
     subject = trainer(step_size="auto")
     assert subject.run()
     assert [r["step_size"] for r in validations(subject.history)] == [0.5, 0.125, 0.125]
-    assert (subject.state.best, subject.state.best_step) == (2.0, 8)
+    assert (subject.state.progress.best, subject.state.progress.best_step) == (2.0, 8)
 
 
 def test_the_halving_of_an_automatic_step_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_disagreement", lambda self: 1.0)
+    monkeypatch.setattr(Validation, "disagreement", lambda self, solver: 1.0)
     subject = trainer(step_size="auto", max_steps=1)
     assert subject.run()
     assert subject.solver.step_size == 0.5**7
@@ -426,9 +431,7 @@ def test_arguments_and_overrides_are_the_same_settings() -> None:
         "device": "cpu",
         "seed": 3,
     }
-    result = pyrnode.train(
-        "moons", preset="toy", overrides={"samples": 200}, evaluate=False, progress=False, **arguments
-    )
+    result = pyrnode.train("moons", preset="toy", samples=200, evaluate=False, progress=False, **arguments)
     expected = Config.preset("toy").override(
         {
             "data.name": "moons",
@@ -450,7 +453,7 @@ def test_arguments_and_overrides_are_the_same_settings() -> None:
     )
     assert result.config == expected
     whole = FlowConfig(blocks=2)
-    result = pyrnode.train("moons", flow=whole, overrides=SMALL | {"max_steps": 1}, evaluate=False, progress=False)
+    result = pyrnode.train("moons", flow=whole, **SMALL | {"max_steps": 1}, evaluate=False, progress=False)
     assert result.config.flow.blocks == 2
     assert result.config.flow.network.activation == "softplus"  # a FlowConfig replaces the preset's section
 
@@ -474,7 +477,7 @@ def test_dynamics_of_the_users_own_are_trained(tmp_path: Path) -> None:
         return pyrnode.train(
             "8gaussians",
             dynamics=lambda shape: Own(*shape),
-            overrides=SMALL | {"max_steps": count, "learning_rate": 0.01, "schedule": "constant"},
+            **SMALL | {"max_steps": count, "learning_rate": 0.01, "schedule": "constant"},
             out=out,
             resume=True,
             progress=False,
@@ -491,7 +494,7 @@ def test_dynamics_of_the_users_own_are_trained(tmp_path: Path) -> None:
 
 def test_training_without_a_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = pyrnode.train("8gaussians", overrides=SMALL | {"max_steps": 2}, progress=False)
+    result = pyrnode.train("8gaussians", **SMALL | {"max_steps": 2}, progress=False)
     assert list(tmp_path.iterdir()) == []
     assert result.out is None
     assert result.report is not None
@@ -500,7 +503,7 @@ def test_training_without_a_folder_writes_nothing(tmp_path: Path, monkeypatch: p
 
 def test_a_run_folder_holds_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
     out = tmp_path / "new" / "run"
-    result = pyrnode.train("8gaussians", overrides=SMALL | {"max_steps": 2}, progress=False, out=out)
+    result = pyrnode.train("8gaussians", **SMALL | {"max_steps": 2}, progress=False, out=out)
     names = {path.name for path in out.iterdir()}
     assert {"config.toml", "versions.json", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors"} <= names
     assert {"report.json", "report.txt", "curves.png", "density.png", "trajectories.png"} <= names
@@ -518,9 +521,9 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "expected"),
     [
-        ({"overrides": {"epoch": 1}}, ConfigError, "did you mean 'epochs'"),
-        ({"overrides": {"rtol": 1}}, ConfigError, "ambiguous"),
-        ({"overrides": {"data.dir": 1}}, ConfigError, "dir = 1"),
+        ({"epoch": 1}, ConfigError, "did you mean 'epochs'"),
+        ({"divergence": "exact"}, ConfigError, "ambiguous"),
+        ({"data.dir": 1}, ConfigError, "dir = 1"),
         ({"epochs": 0}, ConfigError, "epochs = 0"),
         ({"kinetic": -1.0}, ConfigError, "kinetic"),
         ({"flow": {"block": 1}}, ConfigError, "unknown setting 'flow.block'"),
@@ -528,7 +531,7 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
         ({"preset": "tiny"}, ConfigError, "unknown preset 'tiny'"),
         ({"solver": "RK5"}, EngineUnavailableError, "did you mean 'RK4'"),
         ({"sensealg": "Adjoint"}, EngineUnavailableError, "did you mean 'BacksolveAdjoint'"),
-        ({"overrides": {"solver.options": {"a": 1}}}, ConfigError, "options"),
+        ({"solver.options": {"a": 1}}, ConfigError, "options"),
         ({"device": "cuda:99"}, ConfigError, "device = 'cuda:99' cannot be used"),
         ({"device": "gpu"}, ConfigError, "device = 'gpu' cannot be used"),
         ({"data": "8gausians"}, DataError, "did you mean '8gaussians'"),
@@ -537,9 +540,9 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
         ({"data": torch.randn(5, 2)}, DataError, "5 samples"),
         ({"data": torch.full((50, 2), math.nan)}, DataError, "NaN"),
         ({"data": torch.ones(50, 2)}, DataError, "constant"),
-        ({"overrides": {"network.kind": "conv"}}, ConfigError, "'conv' needs images"),
+        ({"network.kind": "conv"}, ConfigError, "'conv' needs images"),
         ({"resume": True, "out": None}, ConfigError, "resume=True needs out="),
-        ({"overrides": {"tensorboard": True}, "out": None}, ConfigError, "needs out="),
+        ({"tensorboard": True, "out": None}, ConfigError, "needs out="),
         ({"dynamics": lambda shape: nn.Identity()}, ConfigError, None),
     ],
 )
@@ -549,7 +552,7 @@ def test_bad_arguments_are_errors_and_make_no_folder(
     out = tmp_path / "run"
     call: dict[str, Any] = {"data": "8gaussians", "out": out, "progress": False, **arguments}
     if isinstance(call["data"], str):
-        call["overrides"] = {"samples": 100, **call.get("overrides", {})}
+        call["samples"] = 100
     if "dynamics" in arguments:
         call["dynamics"] = lambda shape: Parameterless()
         expected = "nothing to train"
@@ -606,15 +609,15 @@ def test_stopping_and_resuming_changes_nothing(tmp_path: Path, uninterrupted: Pa
 
 def train_and_stop(out: Path, step: int) -> TrainingResult:
     """Ctrl-C while the step after `step` is computed."""
-    original = Trainer._objective
+    original = loop.loss
 
-    def stopping(self: Trainer, *args: Any) -> Any:
-        if self.state.step == step:
+    def stopping(flow: Any, batch: Any, config: Any, solver: Any, at: int) -> Any:
+        if at == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
+        return original(flow, batch, config, solver, at)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_objective", stopping)
+        patch.setattr(loop, "loss", stopping)
         before = signal.getsignal(signal.SIGINT)
         result = train(out, resume=True, **FULL)
         assert signal.getsignal(signal.SIGINT) is before
@@ -628,16 +631,16 @@ def test_ctrl_c_before_the_first_step_can_be_resumed(tmp_path: Path, uninterrupt
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path) -> None:
-    original = Trainer._objective
+    original = loop.loss
 
-    def stopping(self: Trainer, *args: Any) -> Any:
-        if self.state.step == 7:
+    def stopping(flow: Any, batch: Any, config: Any, solver: Any, at: int) -> Any:
+        if at == 7:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
+        return original(flow, batch, config, solver, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_objective", stopping)
+        patch.setattr(loop, "loss", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, **FULL)
     train(tmp_path, resume=True, **FULL)  # from the checkpoint of step 6
@@ -791,7 +794,7 @@ def train(moment):
         event()
         return step(*args, **kwargs)
     os.fsync, os.replace, torch.optim.Adam.step = killed_fsync, killed_replace, killed_step
-    pyrnode.train("8gaussians", out=out, resume=True, overrides=settings, evaluate=False, progress=False)
+    pyrnode.train("8gaussians", out=out, resume=True, **settings, evaluate=False, progress=False)
 
 # Slow imports, once for all children; but no backward pass: autograd does not survive a fork.
 parameter = torch.nn.Parameter(torch.zeros(1))
@@ -920,8 +923,8 @@ def inject(patch: pytest.MonkeyPatch, *, largest: float, after: int, how: str = 
     original, stepping = TorchEngine.integrate, Trainer._step
     current = {"step": 0}
 
-    def step(self: Trainer, batch: Tensor) -> Any:
-        current["step"] = self.state.step
+    def step(self: Trainer, batch: Batch) -> Any:
+        current["step"] = self.state.progress.step
         return stepping(self, batch)
 
     def integrate(self: TorchEngine, dynamics: Any, z0: Tensor, probes: Any, span: Any, solver: Any, **k: Any) -> Any:
@@ -968,7 +971,7 @@ def test_a_fault_that_a_smaller_step_cures(
     by_hand = trainer(**settings)
     batches = by_hand._batches()
     for step in range(12):
-        by_hand.state.refinement = 0 if step < 6 else 2
+        by_hand.state.progress.refinement = 0 if step < 6 else 2
         by_hand._step(next(batches))
     final, _ = files.read(tmp_path / "run" / "checkpoint.safetensors", "checkpoint")
     for name, value in by_hand.flow.state_dict().items():
@@ -985,7 +988,7 @@ def test_a_restart_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pass
 
     def killed(self: Trainer, *args: Any) -> Any:
-        if self.state.step == 8:
+        if self.state.progress.step == 8:
             raise Killed
         return original(self, *args)
 
@@ -1005,8 +1008,8 @@ def test_a_fault_that_nothing_cures_ends_after_a_bounded_number_of_restarts(
     tried: list[int] = []
     original = Trainer._step
 
-    def spy(self: Trainer, batch: Tensor) -> Any:
-        tried.append(self.state.step)
+    def spy(self: Trainer, batch: Batch) -> Any:
+        tried.append(self.state.progress.step)
         return original(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", spy)
@@ -1023,7 +1026,7 @@ def test_a_fault_that_nothing_cures_ends_after_a_bounded_number_of_restarts(
 
 def test_a_validation_that_fails_is_a_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([1.0, math.nan, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(Trainer, "_validation_value", lambda self: next(values))
+    monkeypatch.setattr(Validation, "value", lambda self, solver: next(values))
     result = train(validate_every=3, checkpoint_every=3)
     restarts = [r for r in result.history if r.get("event") == "restart"]
     assert [(r["step"], r["cause"]) for r in restarts] == [(3, "after step 6: the validation value is nan")]
@@ -1063,14 +1066,14 @@ def test_tensorboard_has_the_metrics_once_after_a_resume_and_a_restart(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = {**SMALL, "max_steps": 12, "checkpoint_every": 3, "tensorboard": True}
-    monkeypatch.setattr("pyrnode.trainer._FLUSH_SECONDS", 0.0)  # so that there is something to hide
+    monkeypatch.setattr("pyrnode.training.journal._FLUSH_SECONDS", 0.0)  # so that there is something to hide
     stepping = Trainer._step
 
     class Killed(Exception):
         pass
 
     def killed(self: Trainer, *args: Any) -> Any:
-        if self.state.step == 5:
+        if self.state.progress.step == 5:
             raise Killed
         return stepping(self, *args)
 
@@ -1110,10 +1113,10 @@ def test_a_second_process_is_not_needed_for_versions() -> None:
 def test_a_solver_with_its_settings_and_options() -> None:
     solver = {"name": "DP5", "rtol": 1e-3, "lazy": False}
     with pytest.raises(ConfigError, match=r"solver options \{'lazy': False\}"):  # PyTorch's solvers have none
-        pyrnode.train("moons", preset="toy", solver=solver, engine="torch", overrides=SMALL, progress=False)
+        pyrnode.train("moons", preset="toy", solver=solver, engine="torch", **SMALL, progress=False)
     with pytest.raises(ConfigError, match="expected a mapping with the solver's 'name'"):
         pyrnode.train("moons", solver={"rtol": 1e-3}, progress=False)
     del solver["lazy"]
     settings = SMALL | {"max_steps": 1}
-    result = pyrnode.train("moons", solver=solver, overrides=settings, evaluate=False, progress=False)
+    result = pyrnode.train("moons", solver=solver, **settings, evaluate=False, progress=False)
     assert (result.config.solver.name, result.config.solver.rtol) == ("DP5", 1e-3)

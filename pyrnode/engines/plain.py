@@ -147,7 +147,7 @@ class Rates(Protocol):
     """The right-hand side of ``z' = f`` and ``l' = tr ∂f/∂z``, bound to the present parameters."""
 
     def __call__(self, t: float, z: Tensor, probes: Tensor | None, /) -> tuple[Tensor, Tensor | None]:
-        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)``; probes are ``(k, batch or 1, *event)``."""
+        """``f`` ``(batch, *event)`` and ``Σ_k ε_k · (∂f/∂z) ε_k`` ``(batch,)``, of ``(k, batch or 1, *event)``."""
         ...
 
 

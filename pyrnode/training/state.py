@@ -6,14 +6,16 @@ All of it is data: captured as tensors by name with the counters, restored from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyrnode import files
 from pyrnode.config import TrainingConfig
 from pyrnode.errors import ConfigError
 from pyrnode.flow import Flow
@@ -57,6 +59,28 @@ class Snapshot:
         for name, value in self.tensors.items():
             if not bool(torch.isfinite(value).all()):
                 raise NotFiniteError(f"{name} is not finite")
+
+    def write(self, path: Path, counts: Mapping[str, int]) -> None:
+        """Writes a checkpoint, with the numbers of samples and of context features that it was trained on."""
+        files.write(path, "checkpoint", self.tensors, {"progress": vars(self.progress), **counts})
+
+    @classmethod
+    def read(cls, path: Path, counts: Mapping[str, int], device: torch.device) -> Snapshot:
+        """Reads what `write` wrote.
+
+        Raises:
+            CheckpointError: The file is damaged, or no checkpoint.
+            KeyError, TypeError, ValueError: It is of another run.
+        """
+        tensors, description = files.read(path, "checkpoint")
+        if description["context_dim"] != counts["context_dim"]:
+            raise ValueError(
+                f"its context has {description['context_dim']} features, the one given {counts['context_dim']}: pass "
+                "that which it was begun with, or take another out="
+            )
+        if description["samples"] != counts["samples"]:
+            raise ValueError(f"it was trained on {description['samples']} samples, not {counts['samples']}")
+        return cls({k: v.to(device) for k, v in tensors.items()}, Progress(**description["progress"]))
 
 
 def weights(flow: Flow) -> Weights:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyrnode import files
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
@@ -22,7 +21,7 @@ from pyrnode.errors import CheckpointError, ConfigError, SolverError, TrainingDi
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder, require_tensorboard
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
-from pyrnode.training.state import NotFiniteError, Progress, Snapshot, State, Weights
+from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
 from pyrnode.training.step import Order, differentiate, learning_rate, loss
 from pyrnode.training.validation import Validation
 from pyrnode.transforms import Chain, Standardize
@@ -266,10 +265,7 @@ class Trainer:
         self.journal.flush()
         if self.make is None:
             self.best_flow().save(self.folder.model)
-        counts = {"samples": self.order.samples, "context_dim": self.splits.context_dim}
-        files.write(
-            self.folder.checkpoint, "checkpoint", snapshot.tensors, {"progress": vars(snapshot.progress), **counts}
-        )
+        snapshot.write(self.folder.checkpoint, self._counts)
 
     def resume(self) -> None:
         """Takes up the run in the folder where its last checkpoint left it.
@@ -279,22 +275,17 @@ class Trainer:
         """
         assert self.folder is not None
         path = self.folder.checkpoint
-        tensors, description = files.read(path, "checkpoint")
-        samples, given = self.order.samples, self.splits.context_dim
         try:
-            if description["context_dim"] != given:
-                raise ValueError(
-                    f"its context has {description['context_dim']} features, the one given {given}: pass that which it "
-                    "was begun with, or take another out="
-                )
-            if description["samples"] != samples:
-                raise ValueError(f"it was trained on {description['samples']} samples, not {samples}")
-            progress = Progress(**description["progress"])
-            self.state.restore(Snapshot({k: v.to(self.device) for k, v in tensors.items()}, progress))
+            self.state.restore(Snapshot.read(path, self._counts, self.device))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of this run: {error}") from error
-        self.journal.take_up(progress.step)
+        self.journal.take_up(self.state.progress.step)
         self._snapshot = self.state.capture()
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        """What a checkpoint says of the data that it was trained on."""
+        return {"samples": self.order.samples, "context_dim": self.splits.context_dim}
 
     # -- being stopped -----------------------------------------------------------------------------------------------
 
