@@ -105,7 +105,7 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
         batch: Number of samples; `None` for any.
 
     Raises:
-        DataError: It is missing, superfluous, or of the wrong shape.
+        DataError: It is missing, superfluous, no tensor, or of the wrong shape.
     """
     if dim == 0:
         if context is not None:
@@ -114,6 +114,8 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     wanted = f"({dim},) for one that all samples share, or ({'n' if batch is None else batch}, {dim}) for each its own"
     if context is None:
         raise DataError(f"this flow is conditional on {dim} features: pass their values as context, {wanted}")
+    if not isinstance(context, Tensor):
+        raise DataError(f"context of type {type(context).__name__}: expected a torch tensor, {wanted}")
     shape = tuple(context.shape)
     if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
         remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""

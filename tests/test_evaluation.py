@@ -20,7 +20,7 @@ from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.evaluation import Report, Score, write_report
 from pyrnode.flow import Flow
-from pyrnode.probes import Probes
+from pyrnode.probes import Draw, Probes, no_probes
 from pyrnode.runs import RunFolder
 from pyrnode.transforms import Chain, Standardize
 
@@ -235,10 +235,10 @@ def test_a_training_solver_that_fails_does_not_lose_the_score(monkeypatch: pytes
     expected = evaluate(flow, x)
     original = Flow.solve
 
-    def failing(self: Flow, y: Tensor, draw: Any, solver: SolverConfig | None = None, **more: Any) -> Any:
+    def failing(self: Flow, x: Tensor, draw: Draw = no_probes, solver: SolverConfig | None = None, **more: Any) -> Any:
         if solver is not None and solver.name == "RK4":
             raise SolverError("block 0: the state is not finite", status="Unstable", block=0)
-        return original(self, y, draw, solver, **more)
+        return original(self, x, draw, solver, **more)
 
     monkeypatch.setattr(Flow, "solve", failing)
     report = evaluate(flow, x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode import solvers
-from pyrnode.composition import Composition
+from pyrnode.composition import Composition, check_context
 from pyrnode.config import Divergence, DivergenceLike, SolverConfig, SolverLike
 from pyrnode.engines import Engine, PlainEngine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, DataError
@@ -143,6 +143,7 @@ class TorchFlow(Composition):
             ConfigError: `n` is not a positive number.
             DataError: The context as in `forward`.
         """
+        check_context(context, self.context_dim, None)
         z, contexts, lead = self.base_sample(n, context, seed=seed)
         return self.inverse(z, contexts).reshape(*lead, *self.event_shape)
 
@@ -150,6 +151,16 @@ class TorchFlow(Composition):
         given = self.divergence
         trace = given.kind + (f", probes={self.probes}, seed={given.seed}" if self.probes else "")
         return f"event_shape={self.event_shape}, solver={solvers.describe(self.solver)!r}, divergence={trace}"
+
+    def condition(self, context: Any, batch: int) -> Tensor | None:
+        check_context(context, self.context_dim, batch)  # no lists: what torch makes of them need not fit the module
+        return super().condition(context, batch)
+
+    def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
+        if not isinstance(x, Tensor):
+            expected = f"expected (batch, {', '.join(map(str, shape))})"
+            raise DataError(f"{what} of type {type(x).__name__}: {expected} as a torch tensor")
+        return super()._admitted(x, shape, what)
 
     def _converted(self, x: Tensor, what: str) -> Tensor:
         """`x` as it is: a module takes what its parameters are, and says what is not."""
