@@ -109,7 +109,9 @@ def test_a_bad_value_is_named_with_what_was_expected(key: str, value: object, ex
 def test_every_numeric_setting_has_a_bad_value_in_the_list_above() -> None:
     # A new setting with a bound belongs in BAD; these have no bound to break.
     unbounded = {"data.dir", "flow.standardize", "device"}
-    unbounded |= {f"{section}solver.{key}" for section in ("", "evaluation.") for key in ("name", "sensealg", "adaptive")}
+    unbounded |= {
+        f"{section}solver.{key}" for section in ("", "evaluation.") for key in ("name", "sensealg", "adaptive")
+    }
     tested = set()
     for key, *_ in BAD:
         tested |= {path for path in _paths() if path == key or path.endswith("." + key)}
