@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyrnode import Config, Flow, Probes
+from pyrnode.transforms import Chain, Standardize
 
 Builder = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
@@ -30,7 +31,14 @@ class RNODEEstimator(ConditionalDensityEstimator):
     """A conditional flow by sbi's rules, where a condition has the shape ``(b, m)`` and an input ``(s, b, d)``."""
 
     def __init__(self, theta: Tensor, x: Tensor, config: Config) -> None:
-        flow = Flow.build(config, theta.shape[1:], sample=theta, context_dim=x.shape[1], context_sample=x)
+        transform, context_transform = (Chain([Standardize.fit(values.double())]) for values in (theta, x))
+        flow = Flow.build(
+            config,
+            theta.shape[1:],
+            transform=transform,
+            context_dim=x.shape[1],
+            context_transform=context_transform,
+        )
         super().__init__(flow, theta.shape[1:], x.shape[1:])
 
     def log_prob(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:

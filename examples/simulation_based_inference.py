@@ -34,6 +34,7 @@ from torch.distributions import MultivariateNormal
 
 import pyrnode
 from pyrnode import plotting
+from pyrnode.transforms import Chain, Standardize
 
 BINS = 10
 
@@ -156,9 +157,9 @@ def train(theta: Tensor, x: Tensor, steps: int) -> pyrnode.Flow:
         epochs=steps,  # max_steps ends it
         batch_size=500,
         learning_rate=5e-3,
-        overrides=settings,
         evaluate=False,
         progress=False,
+        **settings,
     ).flow
 
 
@@ -208,7 +209,11 @@ def main() -> dict[str, dict[str, float]]:
         x = simulator.simulate(theta)
         flow = train(theta, x, 40 if args.quick else simulator.steps)
         untrained = pyrnode.Flow.build(
-            flow.config, flow.event_shape, sample=theta, context_dim=flow.context_dim, context_sample=x
+            flow.config,
+            flow.event_shape,
+            transform=Chain([Standardize.fit(theta.double())]),
+            context_dim=flow.context_dim,
+            context_transform=Chain([Standardize.fit(x.double())]),
         )
         exact, log_prob = simulator.posterior(simulator.observed, samples)
         with torch.no_grad():

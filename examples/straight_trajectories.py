@@ -25,7 +25,7 @@ def main() -> dict[str, float]:
     overrides = {"max_steps": 60, "data.samples": 1000} if args.quick else {"max_steps": 1000}
     evaluations = {}
     for name, penalty in (("regularised", 0.05), ("unregularised", 0.0)):
-        result = pyrnode.train("8gaussians", kinetic=penalty, jacobian=penalty, overrides=overrides, progress=False)
+        result = pyrnode.train("8gaussians", kinetic=penalty, jacobian=penalty, progress=False, **overrides)
         x = pyrnode.data.load("8gaussians").test.tensor()[:100]
         _, states = particles.particle_paths(result.flow, x, 33)
         straight, speed = particles.straightness(states), particles.speed_variation(states)

@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrnode import files
-from pyrnode.data.chunks import open_chunks
+from pyrnode.config import DataConfig
+from pyrnode.data.chunks import Chunks, open_chunks
 from pyrnode.data.samples import Samples
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
 from pyrnode.flow import Flow
@@ -130,12 +131,24 @@ def _scored(flow: Flow, chunks: Any, bar: Any) -> Iterator[tuple[int, NDArray[np
         yield first, scores
 
 
+def _open(flow: Flow, path: str | Path, size: int, dialect: dict[str, Any]) -> Chunks:
+    discrete = flow.levels is not None
+    return open_chunks(path, size, event_shape=flow.event_shape, discrete=discrete, config=DataConfig(**dialect))
+
+
 def _bar(total: int | None, progress: bool, what: str) -> Any:
     return tqdm(total=total, unit="sample", desc=what, disable=not progress)
 
 
 def calibrate(
-    flow: Flow, data: str | Path | Samples | Tensor, *, chunk: int = CHUNK, progress: bool = False
+    flow: Flow,
+    data: str | Path | Samples | Tensor,
+    *,
+    chunk: int = CHUNK,
+    progress: bool = False,
+    sep: str = "auto",
+    decimal: str = "auto",
+    header: bool | str = "auto",
 ) -> Calibration:
     """Scores held-out samples.
 
@@ -145,6 +158,9 @@ def calibrate(
             ``(n, *event)``, or the test set of a `Splits`.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
+        sep: What separates the fields of a ``.csv`` file, as in `DataConfig`.
+        decimal: Its decimal mark.
+        header: Whether its first line has names.
 
     Raises:
         DataError: The samples do not fit.
@@ -153,7 +169,7 @@ def calibrate(
     check_unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
-        opened = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
+        opened = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
         batches = data.batches(torch.arange(len(data)), chunk)
@@ -203,17 +219,23 @@ def score_file(
     calibration: Calibration | None = None,
     chunk: int = CHUNK,
     progress: bool = False,
+    sep: str = "auto",
+    decimal: str = "auto",
+    header: bool | str = "auto",
 ) -> Summary:
     """Scores the samples of a file, chunk by chunk, so that neither the file nor the scores need to fit in memory.
 
     Args:
         flow: The flow.
-        data: ``.npy`` (mapped), ``.csv`` or ``.parquet`` (read by row group) file of samples.
+        data: ``.npy`` (mapped), ``.csv``, ``.tsv`` or ``.parquet`` (read by row group) file of samples.
         out: ``.csv``, ``.json`` (a list of objects) or ``.parquet`` file to write: ``row`` (from 0), ``log_prob``
             (nats) and, with a calibration, ``p_value``. It appears when it is complete.
         calibration: Held-out scores.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
+        sep: What separates the fields of a ``.csv`` file, as in `DataConfig`.
+        decimal: Its decimal mark.
+        header: Whether its first line has names.
 
     Raises:
         DataError: The file cannot be read, or a row does not fit; it is named.
@@ -224,7 +246,7 @@ def score_file(
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
     check_unconditional(flow)
-    chunks = open_chunks(data, chunk, event_shape=flow.event_shape, discrete=flow.levels is not None)
+    chunks = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
     count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
         for first, scores in _scored(flow, chunks, bar):

@@ -49,6 +49,11 @@ class DataConfig(Section):
         limit: Use at most this many training samples (for quick runs).
         flip: Random horizontal flips in training (images).
         workers: Loader processes for torch data sets (started with ``spawn``); 0 loads in this process.
+        sep: What separates the fields of a ``.csv`` or ``.tsv`` file (a blank: any run of blanks); ``"auto"``
+            recognises comma, semicolon, tab and bar.
+        decimal: Its decimal mark; ``"auto"`` recognises it.
+        header: Whether its first line has the names of the columns; ``"auto"`` recognises it. What can be read in two
+            ways is refused, and one of these three decides.
     """
 
     name: str = ""
@@ -61,11 +66,18 @@ class DataConfig(Section):
     limit: int | None = None
     flip: bool = False
     workers: int = 0
+    sep: str = "auto"
+    decimal: str = "auto"
+    header: bool | Literal["auto"] = "auto"
 
     def _validate(self) -> None:
         at_least(self, 2, "levels")
         at_least(self, 10, "samples", "limit")
         at_least(self, 0, "workers", "split_seed")
+        if self.sep not in ("auto", ",", ";", "\t", "|", " "):
+            raise ConfigError(f"sep = {self.sep!r}: expected 'auto' or one of ',', ';', '\\t', '|' and ' '")
+        if self.decimal not in ("auto", ".", ","):
+            raise ConfigError(f"decimal = {self.decimal!r}: expected 'auto', '.' or ','")
         for name in ("validation", "test"):
             if not 0 < getattr(self, name) < 0.9:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected a share between 0 and 0.9")

@@ -10,21 +10,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pyrnode.export.rates import LayeredRates, ModuleRates
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution
 
 import pyrnode
 from pyrnode import RNODEDensity, anomalies, export
 from pyrnode.cli import main
-from pyrnode.config import Config, DataConfig
-from pyrnode.data import Contexts, Splits, TensorSamples, load
+from pyrnode.composition import base_log_prob
+from pyrnode.config import Config, DataConfig, Divergence
+from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.distribution import FlowDistribution, FlowTransform
 from pyrnode.dynamics import ConvNet, ModuleDynamics
+from pyrnode.engines.plain import LayeredRates, ModuleRates
 from pyrnode.errors import CheckpointError, ConfigError, DataError
 from pyrnode.evaluation import evaluate
 from pyrnode.export import to_torch
-from pyrnode.flow import Flow, base_log_prob
+from pyrnode.flow import Flow
+from pyrnode.transforms import Chain, Standardize
 from tests.test_dynamics import EVENTS, ConditionalField, jacobian, make
 from tests.test_export import error
 from tests.test_flow import TIGHT, data_for
@@ -43,9 +45,9 @@ def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool 
         config,
         event_shape,
         levels=levels,
-        sample=sample,
+        transform=None if sample is None else Chain([Standardize.fit(sample)]),
         context_dim=WIDTH,
-        context_sample=contexts,
+        context_transform=Chain([Standardize.fit(contexts)]),
         dynamics=own_dynamics,
     )
     with torch.no_grad():
@@ -120,7 +122,7 @@ def test_samples_by_context() -> None:
 def test_more_samples_than_one_solve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, x, context = FLOWS["vector"](), torch.randn(7, 3).double(), contexts_for(7)
     whole = flow.log_prob(x, context), flow.decode(x, context)
-    monkeypatch.setattr("pyrnode.flow._CHUNK", 3)
+    monkeypatch.setattr(flow, "chunk", 3)
     assert error(flow.log_prob(x, context), whole[0]) < 1e-8
     assert error(flow.decode(x, context), whole[1]) < 1e-7
 
@@ -136,9 +138,9 @@ def test_stated_error_holds_the_truth() -> None:
     flow = FLOWS["images, gated"]()
     x, context = data_for(flow, 12), contexts_for(12)
     exact = flow.log_prob(x, context, divergence="exact")
-    estimate, stated = flow.log_prob(x, context, divergence="hutchinson", probes=16, return_error=True)
+    estimate, stated = flow.log_prob(x, context, divergence=Divergence("hutchinson", 16), return_error=True)
     assert int(((estimate - exact).abs() < 3 * stated).sum()) >= 11
-    own, _ = flow.log_prob(x[2:3], context[2:3], divergence="hutchinson", probes=16, return_error=True)
+    own, _ = flow.log_prob(x[2:3], context[2:3], divergence=Divergence("hutchinson", 16), return_error=True)
     assert error(own, estimate[2:3]) < 1e-7
 
 
@@ -254,7 +256,7 @@ SETTINGS: dict[str, Any] = {
 def test_training_finds_the_conditional_density(tmp_path: Path) -> None:
     """Which a flow that was given the contexts of other samples could not."""
     x, c = simulated(4000)
-    result = pyrnode.train(x, context=c, epochs=200, overrides=SETTINGS, progress=False, out=tmp_path / "run")
+    result = pyrnode.train(x, context=c, epochs=200, **SETTINGS, progress=False, out=tmp_path / "run")
     fresh, given = simulated(1000, seed=1)
     with torch.no_grad():
         gap = exact(fresh, given) - result.flow.log_prob(fresh.float(), given).double()
@@ -280,8 +282,8 @@ def test_training_resumes_bit_for_bit_with_a_context(tmp_path: Path) -> None:
     x, c = simulated(300)
     settings = {**SETTINGS, "flow.network.hidden": [6], "batch_size": 40, "checkpoint_every": 4}
     whole, parts = ({"progress": False, "evaluate": False, "out": tmp_path / name} for name in ("whole", "parts"))
-    full = pyrnode.train(x, context=c, epochs=10, overrides={**settings, "max_steps": 24}, **whole)  # type: ignore[arg-type]
-    pyrnode.train(x, context=c, epochs=10, overrides={**settings, "max_steps": 24, "schedule": "cosine"}, **parts)  # type: ignore[arg-type]
+    full = pyrnode.train(x, context=c, epochs=10, **{**settings, "max_steps": 24}, **whole)  # type: ignore[arg-type]
+    pyrnode.train(x, context=c, epochs=10, **{**settings, "max_steps": 24, "schedule": "cosine"}, **parts)  # type: ignore[arg-type]
     (tmp_path / "parts" / "model.safetensors").unlink()
     for given, features in ((None, 0), (c[:, :1], 1)):
         with pytest.raises(CheckpointError, match=f"context has 2 features, the one given {features}: pass that which"):
@@ -303,7 +305,7 @@ def test_the_users_own_conditional_dynamics_are_trained() -> None:
     x, c = simulated(400)
     settings = {**SETTINGS, "max_steps": 150, "batch_size": 100, "flow.standardize": False, "learning_rate": 0.05}
     result = pyrnode.train(
-        x, context=c, epochs=50, overrides=settings, dynamics=lambda _: Shift(), progress=False, evaluate=False
+        x, context=c, epochs=50, **settings, dynamics=lambda _: Shift(), progress=False, evaluate=False
     )
     weight = result.flow.blocks[0].dynamics.module.linear.weight  # type: ignore[union-attr]
     assert error(weight.double(), -torch.tensor([[1.5, 0.5], [-0.5, 1.0]]).double()) < 0.2  # undoes A
@@ -318,7 +320,7 @@ def test_images_by_class() -> None:
     settings = {**SETTINGS, "levels": 16, "max_steps": 150, "batch_size": 50, "penalties.divergence": "hutchinson"}
     settings |= {"flow.network.hidden": [8], "scales": 1}
     onehot = torch.nn.functional.one_hot(label, 2)
-    result = pyrnode.train(x, context=onehot, epochs=50, overrides=settings, progress=False, evaluate=False)
+    result = pyrnode.train(x, context=onehot, epochs=50, **settings, progress=False, evaluate=False)
     samples = result.flow.sample(20, torch.eye(2), seed=0).double()
     assert float(samples[0].mean()) < 5
     assert float(samples[1].mean()) > 10
@@ -344,14 +346,14 @@ def test_contexts_are_divided_as_the_samples_are() -> None:
     x = torch.arange(100.0).reshape(50, 2)
     for context in (x + 1, (x + 1).numpy(), pd.DataFrame((x + 1).numpy()), (x + 1).long()):
         splits = load(x, config=DataConfig(limit=20), context=context)
-        assert splits.contexts is not None
         for part in ("train", "validation", "test"):
-            assert torch.equal(getattr(splits.contexts, part), getattr(splits, part).tensor() + 1)
+            samples = getattr(splits, part)
+            assert torch.equal(samples.context, samples.tensor() + 1)
     with pytest.raises(DataError, match="Splits have contexts of their own"):
         load(splits, context=x)
     samples = TensorSamples(x)
     with pytest.raises(DataError, match=r"contexts of shape \(50, 2\) in the validation split: expected \(50, 3\)"):
-        Splits("s", samples, samples, samples, (2,), contexts=Contexts(torch.zeros(50, 3), x, x))
+        Splits("s", samples.carrying(context=torch.zeros(50, 3)), *[samples.carrying(context=x)] * 2, (2,))
 
 
 def test_data_with_a_test_set_of_its_own_takes_no_context(data_dir: Path) -> None:
@@ -365,7 +367,7 @@ def test_data_with_a_test_set_of_its_own_takes_no_context(data_dir: Path) -> Non
 @pytest.mark.parametrize("exported", [False, True])
 def test_a_batch_of_distributions(exported: bool) -> None:
     flow, context = FLOWS["vector"](), contexts_for(6).reshape(3, 2, WIDTH)
-    source = to_torch(flow, rtol=1e-9) if exported else flow
+    source = to_torch(flow, {"rtol": 1e-9}) if exported else flow
     density = FlowDistribution(source, context)
     assert (density.batch_shape, density.event_shape) == ((3, 2), (3,))
     x = density.rsample((5,))
@@ -424,12 +426,12 @@ def test_rates_are_autograds(kind: str, time: str) -> None:
     dynamics = make(kind, time, context_dim=WIDTH)
     z, probes = torch.randn(3, *EVENTS[kind]).double(), torch.randn(4, *EVENTS[kind]).double()
     context = torch.randn(3, WIDTH).double()
-    f, div = LayeredRates(dynamics, context)(0.3, z, probes)
+    f, div = LayeredRates(dynamics, context)(0.3, z, probes[:, None])
     full, eps = jacobian(dynamics, 0.3, z, context), probes.flatten(1)
     assert div is not None
     assert error(f, dynamics(0.3, z, context)) < 1e-12
     assert error(div, torch.einsum("ki,bij,kj->b", eps, full, eps)) < 1e-11
-    general = ModuleRates(dynamics, context)(0.3, z, probes)[1]
+    general = ModuleRates(dynamics, context)(0.3, z, probes[:, None])[1]
     assert general is not None
     assert error(div, general) < 1e-11
 
@@ -438,7 +440,8 @@ def test_rates_are_autograds(kind: str, time: str) -> None:
 def test_module_is_the_flow(flow: Flow) -> None:
     x, context = data_for(flow), contexts_for(4)
     expected = flow.log_prob(x, context, divergence="exact")
-    for module in (to_torch(flow, step_size=0.05, divergence="exact"), to_torch(flow, rtol=1e-9, divergence="exact")):
+    for solver in ({"step_size": 0.05}, {"rtol": 1e-9}):
+        module = to_torch(flow, solver, divergence="exact")
         z, _ = module(x, context)
         assert error(module.log_prob(x, context), expected) < 1e-4
         assert error(module.inverse(z, context), x) < 1e-5
@@ -466,7 +469,7 @@ def test_module_under_vmap_and_autograd() -> None:
     ],
 )
 def test_programs_take_the_context(name: str, program: str, tmp_path: Path) -> None:
-    module = to_torch(FLOWS[name](), step_size=0.5)
+    module = to_torch(FLOWS[name](), {"step_size": 0.5})
     result = export.save(module, tmp_path / "flow.pt2", program=program)
     assert len(result.differences) == (3 if program == "encode" else 1)
     run = torch.export.load(tmp_path / "flow.pt2").module()
@@ -488,7 +491,7 @@ def test_programs_take_the_context(name: str, program: str, tmp_path: Path) -> N
 def test_onnx_takes_the_context(name: str, program: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    module = to_torch(FLOWS[name]().float(), step_size=0.5)
+    module = to_torch(FLOWS[name]().float(), {"step_size": 0.5})
     path = tmp_path / "flow.onnx"
     export.save(module, path, to="onnx", program=program)
     session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
@@ -509,7 +512,7 @@ def test_onnx_takes_the_context(name: str, program: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", [name for name in FLOWS if "own" not in name])
 def test_safetensors_keep_the_context(name: str, tmp_path: Path) -> None:
-    module, x, context = to_torch(FLOWS[name](), step_size=0.25), data_for(FLOWS[name]()), contexts_for(4)
+    module, x, context = to_torch(FLOWS[name](), {"step_size": 0.25}), data_for(FLOWS[name]()), contexts_for(4)
     assert export.save(module, tmp_path / "flow.safetensors", to="safetensors").largest < 1e-12
     assert error(export.load(tmp_path / "flow.safetensors").log_prob(x, context), module.log_prob(x, context)) < 1e-12
 
@@ -567,7 +570,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     x, c = simulated(100)
     settings = {**SETTINGS, "flow.network.hidden": [4], "max_steps": 3, "batch_size": 20}
     run = tmp_path / "run"
-    pyrnode.train(x, context=c, epochs=3, overrides=settings, out=run, progress=False, evaluate=False)
+    pyrnode.train(x, context=c, epochs=3, **settings, out=run, progress=False, evaluate=False)
     out = tmp_path / "samples.npy"
     assert main(["sample", str(run), "-n", "5", "--context", "0.5", "-1", "--out", str(out)]) == 0
     assert np.load(out).shape == (5, 2)
@@ -593,6 +596,6 @@ def test_both_engines_train_alike(julia_engine: Any) -> None:
     for engine in ("torch", "julia"):
         settings = {**SETTINGS, "flow.network.hidden": [8], "max_steps": 10, "batch_size": 40, "dtype": "float64"}
         settings |= {"solver.sensealg": "Backprop", "engine": engine}
-        result = pyrnode.train(x, context=c, epochs=5, overrides=settings, progress=False, evaluate=False)
+        result = pyrnode.train(x, context=c, epochs=5, **settings, progress=False, evaluate=False)
         losses.append([record["loss"] for record in result.history if "loss" in record])
     assert np.allclose(*losses, rtol=0, atol=1e-9)

@@ -20,7 +20,7 @@ from torch.distributions import (
 )
 from torch.distributions import kl_divergence as torch_kl
 
-from pyrnode.config import Config
+from pyrnode.config import Config, Divergence
 from pyrnode.distribution import FlowDistribution, FlowTransform, kl_divergence
 from pyrnode.dynamics import MLP
 from pyrnode.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ QUICK = ["vector", "vector, own module", "images, one scale"]
 def linear(matrix: Tensor = MATRIX) -> Flow:
     """``z' = A z`` as the built-in network without a hidden layer."""
     config = Config().override(
-        {"dtype": "float64", "flow.standardize": False, "evaluation.rtol": 1e-9, "evaluation.atol": 1e-9}
+        {"dtype": "float64", "flow.standardize": False, "evaluation.solver": {"rtol": 1e-9, "atol": 1e-9}}
     )
     flow = Flow.build(config, (2,), dynamics=lambda shape: MLP(shape[0], (), time="none"))
     with torch.no_grad():
@@ -63,7 +63,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("exported", [False, True])
 def test_linear_flow_is_a_gaussian(exported: bool) -> None:
-    flow = to_torch(linear(), step_size=0.02) if exported else linear()
+    flow = to_torch(linear(), {"step_size": 0.02}) if exported else linear()
     density, truth = FlowDistribution(flow), gaussian()
     x = truth.sample((7,))
     assert error(density.log_prob(x), truth.log_prob(x)) < 1e-8
@@ -98,8 +98,9 @@ def test_shapes_and_log_prob(name: str) -> None:
 def test_seeds_of_estimates_are_those_of_the_flow() -> None:
     flow = FLOWS["vector"]()
     x = data_for(flow, 3)
-    density = FlowDistribution(flow, divergence="hutchinson", probes=2, seed=5)
-    assert error(density.log_prob(x), flow.log_prob(x, divergence="hutchinson", probes=2, seed=5)) < 1e-12
+    divergence = Divergence("hutchinson", 2, 5)
+    density = FlowDistribution(flow, divergence=divergence)
+    assert error(density.log_prob(x), flow.log_prob(x, divergence=divergence)) < 1e-12
 
 
 def test_samples_follow_the_global_generator() -> None:
@@ -117,8 +118,8 @@ def test_samples_follow_the_global_generator() -> None:
 @pytest.mark.parametrize("exported", [False, True])
 def test_rsample_is_reparameterised(exported: bool) -> None:
     """The gradient of ``E ‖x‖²`` for the parameters, against finite differences with the same noise."""
-    flow = build((2,), evaluation__rtol=1e-10, evaluation__atol=1e-10)
-    subject = to_torch(flow, step_size=0.1) if exported else flow
+    flow = build((2,), evaluation__solver={"rtol": 1e-10, "atol": 1e-10})
+    subject = to_torch(flow, {"step_size": 0.1}) if exported else flow
     density, parameters = FlowDistribution(subject), list(subject.parameters())
 
     def value() -> Tensor:
@@ -234,7 +235,7 @@ def test_transformed_normals_are_gaussian(scale: float, cache: int) -> None:
 @pytest.mark.parametrize("exported", [False, True])
 def test_transform(name: str, exported: bool) -> None:
     flow = FLOWS[name]()
-    transform = FlowTransform(to_torch(flow, step_size=0.05) if exported else flow)
+    transform = FlowTransform(to_torch(flow, {"step_size": 0.05}) if exported else flow)
     z = 0.5 * torch.randn(1, flow.dim, generator=torch.Generator().manual_seed(1)).double()
     x = transform(z)
     assert x.shape == (1, *flow.event_shape)
@@ -281,7 +282,7 @@ def test_cache_saves_solves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_copies_and_pickles() -> None:
-    module = to_torch(linear(), step_size=0.1)
+    module = to_torch(linear(), {"step_size": 0.1})
     density, x = FlowDistribution(module), torch.randn(3, 2).double()
     for twin in (copy.deepcopy(density), pickle.loads(pickle.dumps(density))):
         assert torch.equal(twin.log_prob(x), density.log_prob(x))
@@ -307,10 +308,10 @@ def test_bad_input() -> None:
         transform(torch.full((1, 3), float("inf")))
     with pytest.raises(DataError, match=r"shape \(5,\): expected \(\.\.\., 3\)"):
         transform.forward_shape((5,))
-    with pytest.raises(ConfigError, match="divergence = 'exakt'"):
+    with pytest.raises(ConfigError, match="unknown kind 'exakt'"):
         FlowDistribution(flow, divergence="exakt")
     with pytest.raises(ConfigError, match="give them to to_torch"):
-        FlowTransform(to_torch(flow), seed=2)
+        FlowTransform(to_torch(flow), divergence={"seed": 2})
     with pytest.raises(ConfigError, match="expected a pyrnode flow"):
         FlowDistribution(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cannot be compared"):

@@ -96,7 +96,7 @@ def test_pullback_is_nested_autograds(kind: str, time: str, activation: str, pro
 
     bound = dynamics.bind()
     with torch.no_grad():
-        z_bar, c_bar = bound.pullback(bound.linearize(t, z.detach(), eps, tape=True), f_bar, w_bar, None, 0.5)
+        z_bar, c_bar = bound.pullback(bound.linearize(t, z.detach(), eps, tape=True), f_bar, w_bar, None)
     assert expected[0] is not None
     assert c_bar is None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
@@ -104,7 +104,7 @@ def test_pullback_is_nested_autograds(kind: str, time: str, activation: str, pro
         bound.gradients(), expected[1:], dynamics.named_parameters(), strict=True
     ):
         assert reference is not None, name
-        assert torch.allclose(gradient, 0.5 * reference, rtol=0, atol=1e-10), name
+        assert torch.allclose(gradient, reference, rtol=0, atol=1e-10), name
 
 
 @pytest.mark.parametrize("kind", EVENTS)
@@ -129,11 +129,11 @@ def test_context_in_product_and_pullback(kind: str, time: str, probes: int, own_
         assert linearization.w is not None
         assert torch.allclose(linearization.f, dynamics(t, z, context), rtol=0, atol=1e-12)
         assert torch.allclose(linearization.w, w, rtol=0, atol=1e-10)
-        z_bar, c_bar = bound.pullback(linearization, f_bar, w_bar, None, 0.5)
+        z_bar, c_bar = bound.pullback(linearization, f_bar, w_bar, None)
     assert c_bar is not None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
     for found, reference in zip([c_bar, *bound.gradients()], expected[1:], strict=True):
-        assert torch.allclose(found, 0.5 * reference, rtol=0, atol=1e-10)
+        assert torch.allclose(found, reference, rtol=0, atol=1e-10)
 
 
 def test_context_joins_a_convolution_as_channels_without_a_border() -> None:

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 import pyrnode
 from pyrnode import evaluate, seeds
-from pyrnode.config import Config, DataConfig, EvaluationConfig, SolverConfig
+from pyrnode.config import Config, DataConfig, Divergence, EvaluationConfig, SolverConfig
 from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.evaluation import Report, Score, write_report
 from pyrnode.flow import Flow
+from pyrnode.probes import Probes
 from pyrnode.runs import RunFolder
+from pyrnode.transforms import Chain, Standardize
 
 LEVELS, ALPHA = 5, 0.03
 
 
 def vectors(d: int = 2, *, identity: bool = False, sample: Tensor | None = None, **settings: Any) -> Flow:
     config = Config().override({"hidden": [6], "activation": "tanh", "dtype": "float64", **settings})
-    return moved(Flow.build(config, (d,), sample=sample), identity)
+    transform = None if sample is None else Chain([Standardize.fit(sample.double())])
+    return moved(Flow.build(config, (d,), transform=transform), identity)
 
 
 def images(*, identity: bool = False, **settings: Any) -> Flow:
@@ -41,6 +44,10 @@ def moved(flow: Flow, identity: bool) -> Flow:
         for parameter in flow.parameters():
             nn.init.normal_(parameter, std=0.3)
     return flow.requires_grad_(False)
+
+
+def DP5(tolerance: float) -> SolverConfig:
+    return SolverConfig(name="DP5", rtol=tolerance, atol=tolerance)
 
 
 def pixels(n: int) -> Tensor:
@@ -156,10 +163,9 @@ def test_rescaled_data_score_the_logarithm_of_the_scale_more() -> None:
 
 def test_regularity_and_evaluations_are_means_per_dimension_over_all_samples() -> None:
     flow, x = vectors(2, blocks=2), torch.randn(11, 2)
-    report = evaluate(flow, x, config=EvaluationConfig(chunk=4, rtol=1e-8, atol=1e-8))
+    report = evaluate(flow, x, config=EvaluationConfig(chunk=4, solver=DP5(1e-8)))
     solver = replace(flow.solver, rtol=1e-8, atol=1e-8)
-    draw = flow.draw("exact", generator=torch.Generator())
-    each = [flow.solve(flow.transform(flow.prepare(one))[0], draw, solver) for one in x.split(1)]
+    each = [flow.solve(flow.admit(one)[0], Probes.exact, solver) for one in x.split(1)]
     expected = [sum(float(solution.total(name)) for solution in each) / 11 / 2 for name in ("E", "n")]
     assert [report.E, report.n] == pytest.approx(expected, rel=1e-7)
     assert report.nfe == pytest.approx(sum(s.nfe for s in each) / 11)
@@ -181,7 +187,7 @@ def test_more_probes_come_nearer_to_the_exact_score() -> None:
     exact = evaluate(flow, x).score.nats
     errors = []
     for probes in (1, 64):
-        settings = EvaluationConfig(divergence="hutchinson", probes=probes, draws=4)
+        settings = EvaluationConfig(divergence=Divergence("hutchinson", probes), draws=4)
         report = evaluate(flow, x, config=settings)
         assert report.divergence == f"{probes} probe(s)"
         assert report.draws == 4
@@ -217,7 +223,8 @@ def test_the_disagreement_is_the_mean_difference_of_the_two_solvers() -> None:
 def test_an_accurate_solver_is_used_whatever_training_used() -> None:
     flow, x = vectors(), torch.randn(9, 2)
     reports = [
-        evaluate(flow, x, config=EvaluationConfig(solver=name, rtol=1e-9, atol=1e-9)) for name in ("Tsit5", "DP8")
+        evaluate(flow, x, config=EvaluationConfig(solver=SolverConfig(name=name, rtol=1e-9, atol=1e-9)))
+        for name in ("Tsit5", "DP8")
     ]
     assert reports[0].score.nats == pytest.approx(reports[1].score.nats, rel=1e-7)
     assert reports[0].solver == "Tsit5 rtol 1e-09 atol 1e-09"
@@ -244,14 +251,14 @@ def test_a_training_solver_that_fails_does_not_lose_the_score(monkeypatch: pytes
 
 def test_the_inversion_error_is_that_of_encoding_and_decoding() -> None:
     flow, x = vectors(), torch.randn(9, 2)
-    loose = EvaluationConfig(rtol=1e-2, atol=1e-2)
+    loose = EvaluationConfig(solver=DP5(1e-2))
     report = evaluate(flow, x, config=loose)
     solver = replace(flow.solver, rtol=1e-2, atol=1e-2)
-    y, _ = flow.transform(flow.prepare(x))
-    error = float((flow.unsolve(flow.solve(y, lambda _: None, solver).z, solver) - y).abs().max())
+    passage = flow.solve(flow.admit(x)[0], solver=solver)
+    error = float((flow.unsolve(passage.z, solver) - passage.y).abs().max())
     assert report.inversion_error == pytest.approx(error)
     assert error > 1e-6
-    assert evaluate(flow, x, config=EvaluationConfig(rtol=1e-9, atol=1e-9)).inversion_error < 1e-7
+    assert evaluate(flow, x, config=EvaluationConfig(solver=DP5(1e-9))).inversion_error < 1e-7
 
 
 # -- reproducibility and input ---------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def test_the_inversion_error_is_that_of_encoding_and_decoding() -> None:
 
 def test_the_seed_decides_the_noise() -> None:
     flow, x = images(), pixels(8)
-    settings = EvaluationConfig(divergence="hutchinson", draws=2, chunk=3)
+    settings = EvaluationConfig(divergence=Divergence("hutchinson"), draws=2, chunk=3)
     torch.manual_seed(1)
     first = evaluate(flow, x, config=settings, seed=5)
     torch.manual_seed(2)
@@ -312,7 +319,7 @@ def test_discrete_data_must_be_integers_in_range() -> None:
 
 def test_unknown_solvers_of_the_evaluation_are_errors() -> None:
     with pytest.raises(pyrnode.EngineUnavailableError, match="did you mean 'DP5'"):
-        evaluate(vectors(), torch.randn(3, 2), config=EvaluationConfig(solver="DP55"))
+        evaluate(vectors(), torch.randn(3, 2), config=EvaluationConfig(solver=SolverConfig(name="DP55")))
     with pytest.raises(ConfigError, match="draws = 0"):
         EvaluationConfig(draws=0)
 
@@ -355,7 +362,7 @@ def test_no_baselines_above_128_dimensions_and_it_says_so() -> None:
     report = evaluate(
         vectors(129, identity=True),
         splits_of(x),
-        config=EvaluationConfig(divergence="hutchinson", draws=1),
+        config=EvaluationConfig(divergence=Divergence("hutchinson"), draws=1),
     )
     assert report.baselines == {}
     assert report.notes == ["baselines are fitted up to 128 dimensions; this data has 129"]
@@ -430,5 +437,5 @@ def test_pictures_are_written_where_there_is_something_to_see(
 )
 def test_a_run_draws_what_can_be_drawn(data: Tensor, levels: int | None, pictures: set[str], tmp_path: Path) -> None:
     overrides = {"max_steps": 2, "hidden": (4,), "data.levels": levels, "evaluation.draws": 1, "grid": 4}
-    pyrnode.train(data, out=tmp_path / "run", overrides=overrides, progress=False)
+    pyrnode.train(data, out=tmp_path / "run", **overrides, progress=False)
     assert {path.name for path in (tmp_path / "run").glob("*.png")} == pictures

@@ -129,14 +129,14 @@ def test_wrong_kind_and_newer_format_are_errors(
     monkeypatch.setattr(files, "FORMAT", files.FORMAT + 1)
     files.write(written, "flow", tensors, DESCRIPTION)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"has format 2; this version of pyrnode reads format 1"):
+    with pytest.raises(CheckpointError, match=r"has format 3; this version of pyrnode reads format 2"):
         files.read(written, "flow")
 
 
 def test_the_header_is_readable_json(written: Path) -> None:
     with safetensors.safe_open(written, framework="pt") as file:
         header = json.loads(file.metadata()["pyrnode"])
-    assert (header["format"], header["kind"]) == (1, "flow")
+    assert (header["format"], header["kind"]) == (2, "flow")
     assert len(header["sha256"]) == 64
 
 

@@ -10,21 +10,31 @@ import torch
 from torch import Tensor
 
 import pyrnode
-from pyrnode.config import Config
+from pyrnode.composition import base_log_prob
+from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import ModuleDynamics
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError
-from pyrnode.flow import Flow, base_log_prob
+from pyrnode.flow import Flow
+from pyrnode.transforms import Chain, Standardize
 from tests.test_dynamics import Field
 
-TIGHT = {"dtype": "float64", "evaluation.rtol": 1e-9, "evaluation.atol": 1e-9, "flow.network.hidden": (8, 8)}
+TIGHT = {
+    "dtype": "float64",
+    "evaluation.solver.rtol": 1e-9,
+    "evaluation.solver.atol": 1e-9,
+    "flow.network.hidden": (8, 8),
+}
 
 
 def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool = False, **overrides: object) -> Flow:
     """An untrained flow, moved away from the identity."""
     config = Config().override({**TIGHT, **{k.replace("__", "."): v for k, v in overrides.items()}})
-    sample = torch.randn(50, *event_shape).double() * 2 + 1 if levels is None else None
+    transform = None
+    if levels is None:
+        sample = torch.randn(50, *event_shape).double() * 2 + 1
+        transform = Chain([Standardize.fit(sample)]) if config.flow.standardize else None
     dynamics = (lambda shape: ModuleDynamics(Field().double(), shape)) if own else None
-    flow = Flow.build(config, event_shape, levels=levels, sample=sample, dynamics=dynamics)
+    flow = Flow.build(config, event_shape, levels=levels, transform=transform, dynamics=dynamics)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -40,7 +50,7 @@ FLOWS = {
     "images, one scale": lambda: build((1, 4, 4), levels=17),
     "images, two scales": lambda: build((1, 8, 8), levels=17, flow__alpha=0.05),
     "images, colour": lambda: build((3, 4, 4), levels=256, flow__scales=2, flow__network__time="none"),
-    "images, fixed step": lambda: build((1, 4, 4), levels=17, evaluation__solver="RK4", step_size=0.05),
+    "images, fixed step": lambda: build((1, 4, 4), levels=17, evaluation__solver={"name": "RK4", "step_size": 0.05}),
 }
 
 
@@ -81,7 +91,7 @@ def test_log_prob_is_the_jacobians(flow: Flow) -> None:
 def test_estimated_log_prob_is_unbiased(flow: Flow) -> None:
     x = data_for(flow, 2)
     exact = flow.log_prob(x, divergence="exact")
-    draws = torch.stack([flow.log_prob(x, divergence="hutchinson", probes=4, seed=s) for s in range(40)])
+    draws = torch.stack([flow.log_prob(x, divergence=Divergence("hutchinson", 4, s)) for s in range(40)])
     error = draws.std(0) / math.sqrt(len(draws))
     assert bool(((draws.mean(0) - exact).abs() < 5 * error + 1e-9).all())
 
@@ -91,7 +101,7 @@ def test_same_seed_same_numbers(flow: Flow) -> None:
     assert torch.equal(flow.sample(3, seed=1), flow.sample(3, seed=1))
     assert not torch.equal(flow.sample(3, seed=1), flow.sample(3, seed=2))
     x = data_for(flow)
-    first, second = (flow.log_prob(x, divergence="hutchinson", seed=4) for _ in range(2))
+    first, second = (flow.log_prob(x, divergence=Divergence("hutchinson", seed=4)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -100,12 +110,12 @@ def test_estimates_do_not_depend_on_the_batch(flow: Flow) -> None:
     """Neither on its other samples nor on the place in it; integers get dequantisation noise of their own too."""
     x = data_for(flow, 6)
     x = x if flow.levels is None else x.long()
-    whole = flow.log_prob(x, divergence="hutchinson", probes=2)
+    whole = flow.log_prob(x, divergence=Divergence("hutchinson", 2))
     for rows in ([4], [5, 0, 4], [1, 1]):
-        part = flow.log_prob(x[rows], divergence="hutchinson", probes=2)
+        part = flow.log_prob(x[rows], divergence=Divergence("hutchinson", 2))
         torch.testing.assert_close(part, whole[rows], rtol=0, atol=1e-8)
         torch.testing.assert_close(flow.encode(x[rows]), flow.encode(x)[rows], rtol=0, atol=1e-8)
-    assert not torch.allclose(flow.log_prob(x, divergence="hutchinson", probes=2, seed=1), whole)
+    assert not torch.allclose(flow.log_prob(x, divergence=Divergence("hutchinson", 2, 1)), whole)
 
 
 @torch.no_grad()
@@ -113,7 +123,7 @@ def test_estimates_do_not_depend_on_the_batch(flow: Flow) -> None:
 def test_the_stated_error_is_that_of_the_number(flow: Flow, divergence: str) -> None:
     x = data_for(flow, 20 if flow.levels is None else 4)
     estimate, error = flow.log_prob(x, divergence=divergence, return_error=True)
-    plain = flow.log_prob(x, divergence=divergence, probes=16)
+    plain = flow.log_prob(x, divergence={"kind": divergence, "probes": 16})
     torch.testing.assert_close(estimate, plain, rtol=0, atol=1e-6)
     exact = flow.log_prob(x, solver=replace(flow.solver, name="DP8", rtol=1e-11, atol=1e-11), divergence="exact")
     covered = (estimate - exact).abs() < error
@@ -126,7 +136,7 @@ def test_no_samples_have_no_numbers(flow: Flow) -> None:
     assert flow.log_prob(nothing).shape == (0,)
     assert flow.encode(nothing).shape == (0, flow.dim)
     with pytest.raises(ConfigError, match="probes = 0: expected at least 1"):
-        flow.log_prob(data_for(flow), divergence="hutchinson", probes=0)
+        flow.log_prob(data_for(flow), divergence={"kind": "hutchinson", "probes": 0})
 
 
 @torch.no_grad()
@@ -234,7 +244,7 @@ def test_other_bad_calls() -> None:
         flow.decode(torch.zeros(3, 5))
     with pytest.raises(ConfigError, match="n = 0: expected a positive number"):
         flow.sample(0)
-    with pytest.raises(ConfigError, match="divergence = 'exakt'"):
+    with pytest.raises(ConfigError, match="unknown kind 'exakt'"):
         flow.log_prob(torch.zeros(1, 2), divergence="exakt")
     with pytest.raises(CheckpointError, match="does not exist"):
         pyrnode.load("nowhere.safetensors")

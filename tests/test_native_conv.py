@@ -202,7 +202,7 @@ def _linearization(net: ConvNet) -> list[Tensor]:
     with torch.no_grad():
         bound = net.bind()
         linearization = bound.linearize(0.3, bound.layout(z), bound.layout(eps[None]), tape=True)
-        z_bar, _ = bound.pullback(linearization, f_bar, eps[None], None, 1.0)
+        z_bar, _ = bound.pullback(linearization, f_bar, eps[None], None)
         assert linearization.w is not None
         return [linearization.f, linearization.w, z_bar, *bound.gradients()]
 

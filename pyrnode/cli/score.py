@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pyrnode
 from pyrnode.anomalies import CHUNK, Calibration, calibrate, calibration_path, check_unconditional, score_file
@@ -26,9 +27,14 @@ def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
     held_out = args.calibrate
     if held_out == "test":
         held_out = pyrnode.data.load(None, config=flow.config.data).test
-    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet)
+    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet, **_dialect(args))
     calibration.save(path, flow)
     return calibration
+
+
+def _dialect(args: argparse.Namespace) -> dict[str, Any]:
+    """How a file's fields are separated and its numbers written."""
+    return {"sep": args.sep, "decimal": args.decimal, "header": {"yes": True, "no": False}.get(args.header, "auto")}
 
 
 def score(args: argparse.Namespace) -> int:
@@ -36,7 +42,8 @@ def score(args: argparse.Namespace) -> int:
     flow = pyrnode.load(args.run, engine=args.engine)
     check_unconditional(flow)
     calibration = _calibration(flow, args)
-    summary = score_file(flow, args.data, args.out, calibration=calibration, chunk=args.chunk, progress=not args.quiet)
+    settings = {"chunk": args.chunk, "progress": not args.quiet, **_dialect(args)}
+    summary = score_file(flow, args.data, args.out, calibration=calibration, **settings)
     if args.json:
         below = {str(level): count for level, count in summary.below.items()}
         print_json({"out": args.out, **vars(summary), "below": below})
@@ -48,7 +55,7 @@ def score(args: argparse.Namespace) -> int:
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode score`` takes."""
     parser.add_argument("run", help="folder of a run, or a model file")
-    parser.add_argument("data", help=".npy, .csv or .parquet file of samples; need not fit in memory")
+    parser.add_argument("data", help=".npy, .csv, .tsv or .parquet file of samples; need not fit in memory")
     parser.add_argument("--out", required=True, help=".csv, .json or .parquet file to write")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -58,5 +65,8 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--scores-only", action="store_true", help="log-densities without p-values")
     parser.add_argument("--chunk", type=int, default=CHUNK, help=f"samples in memory at a time (default {CHUNK})")
+    parser.add_argument("--sep", default="auto", help="what separates the fields of a .csv file (default: recognised)")
+    parser.add_argument("--decimal", default="auto", help="its decimal mark (default: recognised)")
+    parser.add_argument("--header", choices=["auto", "yes", "no"], default="auto", help="whether it begins with names")
     engine_argument(parser)
     output_arguments(parser)

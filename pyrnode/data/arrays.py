@@ -120,16 +120,16 @@ def check_channels(shape: tuple[int, ...], what: str) -> None:
 
 
 def _check_continuous(values: Tensor, what: str, levels: int | None, features: tuple[str, ...] | None) -> None:
-    if levels is not None:
-        raise DataError(
-            f"{what} holds floating-point values, but levels = {levels} is for integers 0 .. {levels - 1}: leave "
-            "levels unset, or convert the values to integers"
-        )
     bad = ~torch.isfinite(values)
     if count := int(bad.sum()):
         first = bad.nonzero()[0].tolist()
         place = f"row {first[0]}, column {column(first[1], features)}" if values.ndim == 2 else f"image {first[0]}"
         raise DataError(f"{what} has {count} NaN or infinite values, the first in {place}: remove or fill them")
+    if levels is not None:
+        raise DataError(
+            f"{what} holds floating-point values, but levels = {levels} is for integers 0 .. {levels - 1}: leave "
+            "levels unset, or convert the values to integers"
+        )
     if values.ndim == 2:
         check_varies(values, what, features)
     else:

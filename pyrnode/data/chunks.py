@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor
-from pyrnode.data.readers import SUFFIXES, Reader, open_file
+from pyrnode.data.readers import SUFFIXES, Reader, kind, open_file
 from pyrnode.errors import ConfigError, DataError, unknown_name
 
 
@@ -57,15 +58,26 @@ class Chunks:
         return values
 
 
-def open_chunks(path: str | Path, size: int, *, event_shape: tuple[int, ...], discrete: bool = False) -> Chunks:
+_ANY = DataConfig()
+
+
+def open_chunks(
+    path: str | Path,
+    size: int,
+    *,
+    event_shape: tuple[int, ...],
+    discrete: bool = False,
+    config: DataConfig = _ANY,
+) -> Chunks:
     """Opens a file of samples.
 
     Args:
-        path: A ``.npy`` array ``(n, d)``, ``(n, H, W)`` or ``(n, C, H, W)``, or a table: ``.csv`` (with or without a
-            line of names) or ``.parquet``.
+        path: A ``.npy`` array ``(n, d)``, ``(n, H, W)`` or ``(n, C, H, W)``, or a table: ``.csv`` or ``.tsv`` (with or
+            without a line of names, also as ``.csv.gz``) or ``.parquet``.
         size: Samples in a chunk.
         event_shape: Shape that a sample must have.
         discrete: The values must be integers.
+        config: How a ``.csv`` is to be read: ``sep``, ``decimal``, ``header``.
 
     Returns:
         The chunks. Continuous values are float32 or float64, as the file has them (integers become float64); discrete
@@ -79,8 +91,9 @@ def open_chunks(path: str | Path, size: int, *, event_shape: tuple[int, ...], di
     path = Path(path)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ConfigError(f"chunk = {size!r}: expected a positive number of samples")
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(unknown_name(f"kind of file of {path}:", path.suffix, SUFFIXES))
+    if kind(path) not in SUFFIXES:
+        known = f"known: {', '.join(sorted(s for s in SUFFIXES if not s.endswith('.gz')))}, .csv.gz, .tsv.gz"
+        raise DataError(unknown_name(f"kind of file of {path}:", kind(path), SUFFIXES, listing=known))
     if not path.is_file():
         raise DataError(f"{path} does not exist, or is not a file")
-    return Chunks(open_file(path), size, event_shape, discrete)
+    return Chunks(open_file(path, config), size, event_shape, discrete)

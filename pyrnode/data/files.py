@@ -1,4 +1,4 @@
-"""Samples of whole files (``.npy``, ``.npz``, ``.csv``, ``.parquet``) and of data frames, to be trained on."""
+"""Samples of whole files (`SUFFIXES`) and of data frames, to be trained on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor, check_array
 from pyrnode.data.readers import SUFFIXES as READ
-from pyrnode.data.readers import Array, DelimitedReader, NumpyReader, frame_array, open_file, read_npz
+from pyrnode.data.readers import Array, DelimitedReader, NumpyReader, frame_array, kind, open_file, read_npz
 from pyrnode.data.samples import Source, TensorSamples
 from pyrnode.errors import DataError
 
@@ -26,21 +26,22 @@ def file_source(path: Path, config: DataConfig) -> Source:
     """The samples of a file.
 
     A ``.npz`` holds one array, or arrays ``train``, ``test`` and, if it likes, ``validation`` (or ``val``).
-    A ``.csv`` may have a line of names; its numbers are float64 (integers too, unless ``config.levels`` is set).
+    A ``.csv`` may have a line of names; its numbers are float64 (integers too, unless ``config.levels`` is set); what
+    ``config.sep``, ``config.decimal`` and ``config.header`` leave open, its first lines settle.
     """
-    suffix = path.suffix.lower()
+    suffix = kind(path)
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)} or a folder of images")
     if suffix == ".npz":
         return _archive_source(read_npz(path), path, config)
-    reader = open_file(path)
+    reader = open_file(path, config)
     array = reader.whole()
     if isinstance(reader, NumpyReader):
         return _array_source(array, path, config)
     if isinstance(reader, DelimitedReader) and config.levels is None:
         array = array.astype(np.float64, copy=False)
     names = reader.names or tuple(f"x{i}" for i in range(array.shape[1]))
-    return _table_source(path.stem, array, names, str(path), config)
+    return _table_source(path.name[: -len(suffix)], array, names, str(path), config)
 
 
 def frame_source(frame: pd.DataFrame, config: DataConfig) -> Source:

@@ -38,8 +38,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     gives shares of all its samples to validation and test. ``config.limit`` caps the training samples afterwards.
 
     Args:
-        data: One of: a name in `sources`; the path of a ``.npy``, ``.npz``, ``.csv`` or ``.parquet`` file or of a
-            folder of images; an array, tensor or pandas data frame (``(n, d)`` vectors, ``(n, H, W)`` or
+        data: One of: a name in `sources`; the path of a ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or ``.parquet`` file or
+            of a folder of images; an array, tensor or pandas data frame (``(n, d)`` vectors, ``(n, H, W)`` or
             ``(n, C, H, W)`` images); a map-style `torch.utils.data.Dataset`; a `synthetic.Density`; a
             `Splits`, which is returned as it is. ``None`` and ``""`` stand for ``config.name``.
         config: Folder of downloaded sets, shares, seed and limits. With ``config.levels``, integers are discrete

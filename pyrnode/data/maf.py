@@ -30,6 +30,8 @@ NAMES = {
 
 Parts = tuple[Array, Array, Array]
 
+_NAMED = DataConfig(sep=",", decimal=".", header=True)
+
 
 def named_source(name: str, folder: Path, config: DataConfig) -> Source:
     """The set of that name, from MAF's files under `folder`."""
@@ -114,7 +116,7 @@ def _gas_columns(folder: Path) -> Array:
     stem = folder / "gas" / "ethylene_CO"
     for suffix in (".parquet", ".csv"):
         if (path := stem.with_suffix(suffix)).is_file():
-            reader: TableReader = ParquetReader(path) if suffix == ".parquet" else DelimitedReader(path, header=True)
+            reader: TableReader = ParquetReader(path) if suffix == ".parquet" else DelimitedReader(path, _NAMED)
             names = reader.names or ()
             if missing := {"Time", "Meth", "Eth"} - set(names):
                 raise DataError(f"{path} lacks the columns {', '.join(sorted(missing))} of MAF's ethylene_CO.pickle")
@@ -134,7 +136,7 @@ def _gas_columns(folder: Path) -> Array:
 
 def _hepmass(folder: Path) -> Parts:
     paths = [_require(folder / "hepmass" / f"1000_{part}.csv", folder) for part in ("train", "test")]
-    tables = [DelimitedReader(path, header=True).whole().astype(np.float64, copy=False) for path in paths]
+    tables = [DelimitedReader(path, _NAMED).whole().astype(np.float64, copy=False) for path in paths]
     train, test = (table[table[:, 0] == 1, 1:] for table in tables)  # the signal, without its label
     test = test[:, :-1]  # the test file has one column too many
     if train.shape[1] != test.shape[1]:

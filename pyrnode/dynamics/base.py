@@ -38,14 +38,14 @@ class SplitPullback(Protocol):
     def join(self, linearizations: list[Linearization], t: Tensor, eps: Tensor | None) -> Linearization:
         """One linearization of all stages, from taped ones of f alone; `t` and `eps` are for the joint batch."""
 
-    def pull_product(self, linearization: Linearization, w_bar: Tensor, alpha: float | None) -> None:
+    def pull_product(self, linearization: Linearization, w_bar: Tensor) -> None:
         """First: the transpose of the product, for all stages."""
 
     def pull_state(self, linearization: Linearization, f_bar: Tensor, rows: slice) -> Tensor:
         """Then, from the last stage to the first: the cotangent of the state of the stage at `rows` of the batch."""
 
-    def pull_parameters(self, linearization: Linearization, f_bar: Tensor, alpha: float) -> Tensor | None:
-        """Last: adds the parameters' gradients, given the f̄ of all stages; gives `alpha` times the cotangent of c."""
+    def pull_parameters(self, linearization: Linearization, f_bar: Tensor) -> Tensor | None:
+        """Last: adds the parameters' gradients, given the f̄ of all stages; gives the cotangent of c."""
 
 
 class BoundDynamics(ABC):
@@ -67,18 +67,18 @@ class BoundDynamics(ABC):
 
     @abstractmethod
     def pullback(
-        self,
-        linearization: Linearization,
-        f_bar: Tensor,
-        w_bar: Tensor | None,
-        r_bar: Tensor | None,
-        alpha: float | None,
+        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Cotangents of z and c from those of f, w and r; adds `alpha` times those of θ to the gradients.
+        """Cotangents of z and c from those of f, w and r; adds those of θ to the gradients.
 
-        That of c comes times `alpha` too; it is `None` without a context. With ``alpha=None`` neither it nor the
-        parameters' gradients are computed.
+        That of c is `None` without a context.
         """
+
+    @abstractmethod
+    def pullback_state(
+        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
+    ) -> Tensor:
+        """The cotangent of z alone, as `pullback` gives it; those of c and θ are not computed."""
 
     def split(self) -> SplitPullback | None:
         """The pullback in parts, for an engine that batches all evaluations of a solve; `None` if it has none."""

@@ -15,35 +15,54 @@ with W in all, which is the least that the gradient of a vector-Jacobian product
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization, SplitPullback
-from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Time, TimeEntry, channels_last
+from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Linear, Time, TimeEntry, channels_last
 from pyrnode.dynamics.nested import BoundModule
 
 
-@dataclass
+class _Product(NamedTuple):
+    """A layer in the product, which runs back through the layers: ``r = Wᵀ (s ⊙ g)`` of the layer after it, and g."""
+
+    r: Tensor | None  # of hidden layers, where φ's second derivative reads it
+    g: Tensor  # φ'(a) ⊙ r; of the last layer ε
+    scaled: Tensor  # s ⊙ g, the probes side by side in one batch, as Wᵀ is applied to it
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What one evaluation leaves of one layer, ``a = s ⊙ (W h) + β``, for its pullback."""
+
+    input: Tensor  # h
+    scale: Tensor | None  # s; `None` where it is 1
+    unscaled: Tensor | None  # W h, where there is a scale to differentiate
+    output: Tensor  # φ(a), which is the next layer's input; of the last layer a
+    a: Tensor | None = None  # of hidden layers, where φ's derivatives read it
+    slope: Tensor | None = None  # φ'(a) of hidden layers, where it is known already
+    product: _Product | None = None  # until it is pulled back
+    a_bar: Tensor | None = None  # ā of hidden layers: the product's share, to which `pull_state` adds the rest
+    scale_bar: Tensor | None = None  # the product's share in s̄, elementwise
+
+    @property
+    def phi(self) -> tuple[Tensor, Tensor]:
+        """A and φ(a), which stands for an a that nobody reads."""
+        return self.output if self.a is None else self.a, self.output
+
+
+@dataclass(slots=True)
 class _Tape:
-    """What one evaluation leaves for its pullback: an entry for each layer (of g and r, the last layer's first)."""
+    """What one evaluation leaves for its pullback."""
 
     t: Time
-    c: Tensor | None = None
-    scale: list[Tensor | None] = field(default_factory=list)
-    h: list[Tensor] = field(default_factory=list)  # input of the layer
-    a: list[Tensor] = field(default_factory=list)  # input of the activation, if it reads it (else its output)
-    y: list[Tensor | None] = field(default_factory=list)  # W h, where there is a scale to differentiate
-    slope: list[Tensor] = field(default_factory=list)
-    g: list[Tensor] = field(default_factory=list)  # scaled: s ⊙ g, what Wᵀ was applied to
-    g_unscaled: list[Tensor] = field(default_factory=list)
-    r: list[Tensor] = field(default_factory=list)  # if the activation reads it (else g)
-    a_bar: list[Tensor] = field(default_factory=list)  # cotangents of the hidden a_i, complete after the pullback
-    s_bar: list[Tensor] = field(default_factory=list)  # the product's share in the scales' cotangents, elementwise
+    c: Tensor | None
+    layers: list[_Layer]
 
 
 class BoundLayers(BoundDynamics):
@@ -74,48 +93,44 @@ class BoundLayers(BoundDynamics):
     def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
     ) -> Linearization:
-        record = _Tape(t, c)
+        layers: list[_Layer] = []
         h, last = z, len(self.layers) - 1
         for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t, c), strict=True)):
             if scale is None:
-                y, a = None, layer.linear(h, shift)
+                unscaled, a = None, layer.linear(h, shift)
             else:
-                y = layer.linear(h)
-                a = torch.addcmul(shift, y, scale)
-            record.scale.append(scale)
-            record.h.append(h)
-            record.y.append(y)
+                unscaled = layer.linear(h)
+                a = torch.addcmul(shift, unscaled, scale)
+            output, slope = a, None
             if i < last:
-                if eps is None:
-                    h = self.phi.value(a)
-                else:
-                    h, slope = self.phi.activate(a)
-                    record.slope.append(slope)
-                record.a.append(a if self.phi.keeps_input else h)
+                output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
+            keeps_a = i < last and self.phi.keeps_input
+            layers.append(_Layer(h, scale, unscaled, output, a if keeps_a else None, slope))
+            h = output
+        record = _Tape(t, c, layers)
         w = None if eps is None else self._product(record, eps)
-        return Linearization(a, w, None, record if tape else None)
+        return Linearization(h, w, None, record if tape else None)
 
     def join(self, linearizations: list[Linearization], t: Tensor, eps: Tensor | None) -> Linearization:
         records: list[_Tape] = [linearization.tape for linearization in linearizations]
-        batch = len(records[0].h[0])
-        c = records[0].c
-        joint = _Tape(t, None if c is None else c.repeat(len(records), 1))
-        for i in range(len(self.layers)):
-            joint.h.append(torch.cat([record.h[i] for record in records]))
-            scales = [s for record in records if (s := record.scale[i]) is not None]
-            ys = [y for record in records if (y := record.y[i]) is not None]
+        f = torch.cat([linearization.f for linearization in linearizations])
+        batch, c = len(linearizations[0].f), records[0].c
+        joint = _Tape(t, None if c is None else c.repeat(len(records), 1), [])
+        columns = [[record.layers[i] for record in records] for i in range(len(self.layers))]
+        inputs = [torch.cat([layer.input for layer in column]) for column in columns]
+        for column, h, output in zip(columns, inputs, [*inputs[1:], f], strict=True):
+            scales = [layer.scale for layer in column]
             if c is None:
-                scales = [s.expand(batch, *s.shape) for s in scales]
-            joint.scale.append(torch.cat(scales) if scales else None)
-            joint.y.append(torch.cat(ys) if ys else None)
-        for i in range(len(self.layers) - 1):
-            joint.a.append(torch.cat([r.a[i] for r in records]) if self.phi.keeps_input else joint.h[i + 1])
+                scales = [None if s is None else s.expand(batch, *s.shape) for s in scales]
+            unscaled, a = _cat([layer.unscaled for layer in column]), _cat([layer.a for layer in column])
+            joint.layers.append(_Layer(h, _cat(scales), unscaled, output, a))
         w = None if eps is None else self._product(joint, eps)
-        return Linearization(torch.cat([linearization.f for linearization in linearizations]), w, None, joint)
+        return Linearization(f, w, None, joint)
 
-    def _slopes(self, record: _Tape) -> None:
-        if not record.slope:
-            record.slope = [self.phi.slope(a, h) for a, h in zip(record.a, record.h[1:], strict=True)]
+    def _slope(self, layer: _Layer) -> Tensor:
+        if layer.slope is None:
+            layer.slope = self.phi.slope(*layer.phi)
+        return layer.slope
 
     def _entries(self, t: Time, c: Tensor | None) -> list[tuple[Tensor | None, Tensor]]:
         """Scale and shift of every layer at time `t`; a fixed grid asks for the same times again and again."""
@@ -132,85 +147,94 @@ class BoundLayers(BoundDynamics):
         return [None] * len(self.layers) if c is None else list(c.split(self.context_widths, 1))
 
     def _product(self, record: _Tape, eps: Tensor) -> Tensor:
-        """``w = εᵀ ∂f/∂z``; leaves g and r, last layer first, on the record."""
+        """``w = εᵀ ∂f/∂z``; leaves each layer's part on the record."""
         k, batch = eps.shape[:2]
-        self._slopes(record)
-        g = eps
+        g, kept_r = eps, None
         for i in reversed(range(len(self.layers))):
-            record.g_unscaled.append(g)
-            scale = record.scale[i]
-            g = (g if scale is None else g * scale).flatten(0, 1)
-            r: Tensor = self.layers[i].linear.transpose(g).unflatten(0, (k, batch))
-            record.g.append(g)
+            layer = record.layers[i]
+            scaled = (g if layer.scale is None else g * layer.scale).flatten(0, 1)
+            layer.product = _Product(kept_r, g, scaled)
+            r: Tensor = self.layers[i].linear.transpose(scaled).unflatten(0, (k, batch))
             if i:
-                g = r * record.slope[i - 1] if self.phi.keeps_r else r.mul_(record.slope[i - 1])
-                record.r.append(r if self.phi.keeps_r else g)
+                slope = self._slope(record.layers[i - 1])
+                g, kept_r = (r * slope, r) if self.phi.keeps_r else (r.mul_(slope), None)
         return r
 
     def pullback(
-        self,
-        linearization: Linearization,
-        f_bar: Tensor,
-        w_bar: Tensor | None,
-        r_bar: Tensor | None,
-        alpha: float | None,
+        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if w_bar is not None:
-            self.pull_product(linearization, w_bar, alpha)
+            self.pull_product(linearization, w_bar)
         z_bar = self.pull_state(linearization, f_bar, slice(None))
-        return z_bar, None if alpha is None else self.pull_parameters(linearization, f_bar, alpha)
+        return z_bar, self.pull_parameters(linearization, f_bar)
+
+    def pullback_state(
+        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
+    ) -> Tensor:
+        if w_bar is not None:
+            for _ in self._transposed_product(linearization.tape, w_bar):
+                pass  # what the weights' gradients are made of, which nobody asks for
+        return self.pull_state(linearization, f_bar, slice(None))
 
     def split(self) -> SplitPullback:
         return self
 
-    def pull_product(self, linearization: Linearization, w_bar: Tensor, alpha: float | None) -> None:
-        record: _Tape = linearization.tape
+    def pull_product(self, linearization: Linearization, w_bar: Tensor) -> None:
+        for linear, p, scaled in self._transposed_product(linearization.tape, w_bar):
+            linear.accumulate(p, scaled)
+
+    def _transposed_product(self, record: _Tape, w_bar: Tensor) -> Iterator[tuple[Linear, Tensor, Tensor]]:
+        """Pulls w̄ back, and gives every layer's weight with p and s ⊙ g, whose products are its gradient."""
         k, batch = w_bar.shape[:2]
         last = len(self.layers) - 1
         p = w_bar
-        for i, layer in enumerate(self.layers):
-            p, g_scaled, g = p.flatten(0, 1), record.g.pop(), record.g_unscaled.pop()
-            if alpha is not None:
-                layer.linear.accumulate(p, g_scaled, alpha)
-            scale = record.scale[i]
-            if i == last and scale is None:
+        for i, (bound, layer) in enumerate(zip(self.layers, record.layers, strict=True)):
+            assert layer.product is not None
+            (r, g, scaled), layer.product = layer.product, None
+            p = p.flatten(0, 1)
+            yield bound.linear, p, scaled
+            if i == last and layer.scale is None:
                 break  # ε is held constant: nothing is asked of the last product but its weight
-            g_bar = layer.linear(p).unflatten(0, (k, batch))
-            if scale is not None:
-                record.s_bar.append((g_bar * g).sum(0))
-                g_bar = g_bar * scale
+            g_bar = bound.linear(p).unflatten(0, (k, batch))
+            if layer.scale is not None:
+                layer.scale_bar = (g_bar * g).sum(0)
+                g_bar = g_bar * layer.scale
             if i < last:
-                bend, p = self.phi.pull(record.a[i], record.h[i + 1], record.slope[i], g, record.r.pop(), g_bar)
-                record.a_bar.append(bend[0] if k == 1 else bend.sum(0))
+                bend, p = self.phi.pull(*layer.phi, self._slope(layer), g, g if r is None else r, g_bar)
+                layer.a_bar = bend[0] if k == 1 else bend.sum(0)
 
     def pull_state(self, linearization: Linearization, f_bar: Tensor, rows: slice) -> Tensor:
-        record: _Tape = linearization.tape
-        self._slopes(record)
-        if not record.a_bar:
-            record.a_bar = [torch.zeros_like(slope) for slope in record.slope]
+        layers: list[_Layer] = linearization.tape.layers
+        batch = len(layers[0].input)
         a_bar = f_bar
-        for i in reversed(range(len(self.layers))):
-            scale = record.scale[i]
+        for i in reversed(range(len(layers))):
+            scale = layers[i].scale
             if scale is not None:
-                a_bar = a_bar * (scale[rows] if len(scale) == len(record.h[0]) else scale)
+                a_bar = a_bar * (scale[rows] if len(scale) == batch else scale)
             h_bar = self.layers[i].linear.transpose(a_bar)
             if i:
-                a_bar = record.a_bar[i - 1][rows].addcmul_(h_bar, record.slope[i - 1][rows])
+                before = layers[i - 1]
+                slope = self._slope(before)
+                if before.a_bar is None:
+                    before.a_bar = torch.zeros_like(slope)
+                a_bar = before.a_bar[rows].addcmul_(h_bar, slope[rows])
         return h_bar
 
-    def pull_parameters(self, linearization: Linearization, f_bar: Tensor, alpha: float) -> Tensor | None:
+    def pull_parameters(self, linearization: Linearization, f_bar: Tensor) -> Tensor | None:
         record: _Tape = linearization.tape
         parts, c_bars = self._parts(record.c), list[Tensor]()
-        for i, (layer, a_bar) in enumerate(zip(self.layers, [*record.a_bar, f_bar], strict=True)):
-            scale, y, s_bar = record.scale[i], record.y[i], None
-            if scale is not None and y is not None:
-                s_bar = a_bar * y
-                if record.s_bar:
-                    s_bar += record.s_bar[i]
-            c_bar = layer.accumulate(record.t, parts[i], a_bar, s_bar, alpha)
+        for bound, layer, part in zip(self.layers, record.layers, parts, strict=True):
+            a_bar = f_bar if layer is record.layers[-1] else layer.a_bar
+            assert a_bar is not None
+            s_bar = None
+            if layer.scale is not None and layer.unscaled is not None:
+                s_bar = a_bar * layer.unscaled
+                if layer.scale_bar is not None:
+                    s_bar += layer.scale_bar
+            c_bar = bound.accumulate(record.t, part, a_bar, s_bar)
             if c_bar is not None:
                 c_bars.append(c_bar)
-            layer.linear.accumulate(record.h[i], a_bar if scale is None else a_bar * scale, alpha)
+            bound.linear.accumulate(layer.input, a_bar if layer.scale is None else a_bar * layer.scale)
         return torch.cat(c_bars, 1) if c_bars else None
 
     def gradients(self) -> list[Tensor]:
@@ -219,6 +243,12 @@ class BoundLayers(BoundDynamics):
             table = layer.gradients() | {"weight": layer.linear.weight_gradient()}
             result += [table[name] for name in names]
         return result
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    """The parts side by side in one batch; `None` where they are not there."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 class LayeredDynamics(Dynamics):
@@ -321,11 +351,9 @@ class ConvNet(LayeredDynamics):
         channels, height, width = event_shape
         widths = (channels, *hidden, channels)
         last = len(hidden)
-        size = (height, width)
+        sides, size = (kernel_size, kernel_size), (height, width)
         layers = [
-            Layer(
-                widths[i], widths[i + 1], time=time, kernel_size=(kernel_size, kernel_size), size=size, zero=i == last
-            )
+            Layer(widths[i], widths[i + 1], time=time, kernel_size=sides, size=size, zero=i == last)
             for i in range(last + 1)
         ]
         super().__init__(layers, activation, event_shape, context_dim)

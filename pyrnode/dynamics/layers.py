@@ -38,8 +38,8 @@ class Linear(ABC):
         """Wᵀ g: ``(batch, *out)`` to ``(batch, *in)``."""
 
     @abstractmethod
-    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
-        """Adds ``alpha Σ g hᵀ`` to the gradient."""
+    def accumulate(self, h: Tensor, g: Tensor) -> None:
+        """Adds ``Σ g hᵀ`` to the gradient."""
 
     def weight_gradient(self) -> Tensor:
         """The accumulated gradient, of the weight's shape."""
@@ -75,10 +75,10 @@ class Dense(Linear):
     def transpose(self, g: Tensor) -> Tensor:
         return g @ self.weight
 
-    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
+    def accumulate(self, h: Tensor, g: Tensor) -> None:
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.weight)
-        self.gradient.addmm_(g.t(), h, alpha=alpha)
+        self.gradient.addmm_(g.t(), h)
 
     def constant(self, weight: Tensor) -> Tensor:
         return weight[:, 0]
@@ -122,12 +122,12 @@ class Conv(Linear):
     def transpose(self, g: Tensor) -> Tensor:
         return F.conv2d(channels_last(g), self._flipped, padding=self.padding)
 
-    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
+    def accumulate(self, h: Tensor, g: Tensor) -> None:
         gradient = _conv_weight_gradient(channels_last(h), channels_last(g), self._laid)
         if self.gradient is None:
-            self.gradient = gradient.mul_(alpha)
+            self.gradient = gradient
         else:
-            self.gradient.add_(gradient, alpha=alpha)
+            self.gradient.add_(gradient)
 
     def constant(self, weight: Tensor) -> Tensor:
         response = F.conv2d(weight.new_ones(1, 1, *self.size), weight, padding=self.padding)
@@ -156,8 +156,8 @@ class NativeConv(Conv):
     def transpose(self, g: Tensor) -> Tensor:
         return super().transpose(g) if torch.is_grad_enabled() else self.kernel.transpose(channels_last(g))
 
-    def accumulate(self, h: Tensor, g: Tensor, alpha: float) -> None:
-        self.kernel.accumulate(channels_last(h), channels_last(g), alpha)
+    def accumulate(self, h: Tensor, g: Tensor) -> None:
+        self.kernel.accumulate(channels_last(h), channels_last(g), 1.0)
 
     def weight_gradient(self) -> Tensor:
         return self.kernel.gradient()
@@ -213,10 +213,10 @@ class TimeEntry(ABC):
         """``(s, β)`` at time `t`, broadcastable over ``(batch, *out)``; s is `None` where it is 1."""
 
     @abstractmethod
-    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None) -> Tensor | None:
         """Adds the gradient from the cotangents of the layer's output and, elementwise, of its scale.
 
-        Gives `alpha` times the cotangent of the embedded context, where there is one.
+        Gives the cotangent of the embedded context, where there is one.
         """
 
     @abstractmethod
@@ -235,10 +235,10 @@ class NoTime(TimeEntry):
     def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         return None, self.shift if c is None else self.shift + self.linear.spread(c)
 
-    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None) -> Tensor | None:
         gathered = self.linear.gather(a_bar)
-        self.bias_bar.add_(gathered.sum(0), alpha=alpha)
-        return None if c is None else gathered * alpha
+        self.bias_bar.add_(gathered.sum(0))
+        return None if c is None else gathered
 
     def gradients(self) -> dict[str, Tensor]:
         return {"bias": self.bias_bar}
@@ -265,16 +265,16 @@ class ConcatTime(TimeEntry):
             shift = torch.add(self.bias, self.response, alpha=t)
         return None, shift if c is None else shift + self.linear.spread(c)
 
-    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None) -> Tensor | None:
         total = _batch_sum(a_bar)
         timed = torch.tensordot(t, a_bar, 1) if isinstance(t, Tensor) else total
-        beta = alpha if isinstance(t, Tensor) else alpha * t
+        by = 1.0 if isinstance(t, Tensor) else t
         if self.shift_bar is None or self.time_bar is None:
-            self.shift_bar, self.time_bar = total * alpha, timed * beta
+            self.shift_bar, self.time_bar = total, timed * by
         else:
-            self.shift_bar.add_(total, alpha=alpha)
-            self.time_bar.add_(timed, alpha=beta)
-        return None if c is None else self.linear.gather(a_bar) * alpha
+            self.shift_bar.add_(total)
+            self.time_bar.add_(timed, alpha=by)
+        return None if c is None else self.linear.gather(a_bar)
 
     def gradients(self) -> dict[str, Tensor]:
         bias, weight = self.parameters["bias"], self.parameters["time_weight"]
@@ -308,7 +308,7 @@ class ConcatSquashTime(TimeEntry):
         shift = shift if c is None else shift + c.chunk(2, 1)[0]
         return self.linear.spread(gate), self.linear.spread(shift)
 
-    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None, alpha: float) -> Tensor | None:
+    def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None) -> Tensor | None:
         assert s_bar is not None
         gate, time = self._gate(t, c)
         shift_bar, gate_bar = self.linear.gather(a_bar), self.linear.gather(s_bar)
@@ -321,8 +321,8 @@ class ConcatSquashTime(TimeEntry):
             ("gate_weight", gate_bar * time),
             ("gate_bias", gate_bar),
         ):
-            self.bars[name].add_(bar.sum(0), alpha=alpha)
-        return None if c is None else torch.cat((shift_bar, gate_bar), 1) * alpha
+            self.bars[name].add_(bar.sum(0))
+        return None if c is None else torch.cat((shift_bar, gate_bar), 1)
 
     def gradients(self) -> dict[str, Tensor]:
         return self.bars

@@ -22,6 +22,17 @@ class _Graph:
     w: Tensor | None
     r: Tensor | None
 
+    def pull(
+        self, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, inputs: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Cotangents of z and of the `inputs`; `None` where nothing depends on them."""
+        pairs = [(self.f, f_bar), (self.w, w_bar), (self.r, r_bar)]
+        live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
+        if not live:
+            return [None] * (1 + len(inputs))
+        outputs, bars = zip(*live, strict=True)
+        return list(torch.autograd.grad(outputs, [self.z, *inputs], bars, allow_unused=True, retain_graph=True))
+
 
 class BoundModule(BoundDynamics):
     """Evaluates any dynamics: w by a vector-Jacobian product whose graph is kept.
@@ -60,33 +71,28 @@ class BoundModule(BoundDynamics):
         return Linearization(f.detach(), w, r, graph)
 
     def pullback(
-        self,
-        linearization: Linearization,
-        f_bar: Tensor,
-        w_bar: Tensor | None,
-        r_bar: Tensor | None,
-        alpha: float | None,
+        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         graph: _Graph = linearization.tape
-        pairs = [(graph.f, f_bar), (graph.w, w_bar), (graph.r, r_bar)]
-        live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
-        c, scale = (None, 0.0) if alpha is None else (graph.c, alpha)
-        if not live:
-            return torch.zeros_like(graph.z), None if c is None else torch.zeros_like(c)
-        inputs = [graph.z, *([] if c is None else [c]), *(self.trainable if alpha is not None else [])]
-        outputs, bars = zip(*live, strict=True)
-        z_bar, *rest = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=True)
+        inputs = [*([] if graph.c is None else [graph.c]), *self.trainable]
+        z_bar, *rest = graph.pull(f_bar, w_bar, r_bar, inputs)
         c_bar = None
-        if c is not None:
+        if graph.c is not None:
             c_bar = rest.pop(0)
-            c_bar = torch.zeros_like(c) if c_bar is None else c_bar * scale
-        if alpha is not None:
-            found = iter(rest)
-            for p, total in zip(self.parameters, self.sums, strict=True):
-                bar = next(found) if p.requires_grad else None
-                if bar is not None:
-                    total.add_(bar, alpha=alpha)
+            c_bar = torch.zeros_like(graph.c) if c_bar is None else c_bar
+        found = iter(rest)
+        for p, total in zip(self.parameters, self.sums, strict=True):
+            bar = next(found) if p.requires_grad else None
+            if bar is not None:
+                total.add_(bar)
         return torch.zeros_like(graph.z) if z_bar is None else z_bar, c_bar
+
+    def pullback_state(
+        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
+    ) -> Tensor:
+        graph: _Graph = linearization.tape
+        (z_bar,) = graph.pull(f_bar, w_bar, r_bar, [])
+        return torch.zeros_like(graph.z) if z_bar is None else z_bar
 
     def tape_bytes(self, z: Tensor, probes: int) -> int:
         return 0  # not known

@@ -10,6 +10,7 @@ Everything above a block (composition, loss, optimiser, checkpoints) is the same
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class Solution:
 class Solve(Protocol):
     """One solve of one block, which remembers what its backward pass needs."""
 
-    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, z0: Tensor) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``, or no columns without probes."""
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -81,7 +82,7 @@ class _Nothing:
     def __init__(self, c: Tensor | None, parameters: tuple[Tensor, ...]) -> None:
         self.c, self.parameters = c, parameters
 
-    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, z0: Tensor) -> tuple[Tensor, Tensor]:
         return z0.clone(), z0.new_zeros(0, 4)
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -95,7 +96,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Solve, z0: Tensor, c: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.solve = solve
-        return solve.forward(z0.detach(), record=True)
+        return solve.forward(z0.detach())
 
     @staticmethod
     @once_differentiable
@@ -104,18 +105,30 @@ class _Differentiable(torch.autograd.Function):
         return None, z0_bar, c_bar, *gradients
 
 
-def run(solve: Solve, z0: Tensor, c: Tensor | None, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """`solve.forward`, recorded as a node of autograd's graph where a gradient can be asked for.
+def run(
+    z0: Tensor,
+    c: Tensor | None,
+    parameters: tuple[Tensor, ...],
+    *,
+    plain: Callable[[Tensor], tuple[Tensor, Tensor]],
+    recorded: Callable[[Tensor], Solve],
+) -> tuple[Tensor, Tensor]:
+    """The state at the end time and the integrals, as `Solve.forward` gives them.
 
-    `c` is the context as the solve sees it (`embedded`).
+    Args:
+        z0: State at the start.
+        c: The context as a solve sees it (`embedded`).
+        parameters: Those that the solve depends on.
+        plain: Solves where no gradient can be asked for.
+        recorded: The solve that becomes a node of autograd's graph where one can.
     """
-    if not len(z0):
-        solve = _Nothing(c, parameters)
     inputs = [z0, *parameters, *([] if c is None else [c])]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        z, q = _Differentiable.apply(solve, z0, c, *parameters)
-        return z, q
-    return solve.forward(z0, record=False)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if not differentiable:
+        return plain(z0) if len(z0) else _Nothing(c, parameters).forward(z0)
+    solve = recorded(z0) if len(z0) else _Nothing(c, parameters)
+    z, q = _Differentiable.apply(solve, z0, c, *parameters)
+    return z, q
 
 
 def embedded(dynamics: Dynamics, context: Tensor | None, batch: int) -> Tensor | None:

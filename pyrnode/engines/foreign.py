@@ -67,7 +67,7 @@ class Foreign:
         """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the bound dynamics."""
         assert self.linearization is not None
         w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
-        z_bar, c_bar = self.bound.pullback(self.linearization, self.f_bar, w_bar, r_bar, 1.0)
+        z_bar, c_bar = self.bound.pullback(self.linearization, self.f_bar, w_bar, r_bar)
         self.z_bar.copy_(z_bar)
         if self.c_bar is not None and c_bar is not None:
             self.c_bar.copy_(c_bar)

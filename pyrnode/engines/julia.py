@@ -162,6 +162,8 @@ class JuliaEngine(Engine):
     def _look_up(self, solver: SolverConfig) -> Any:
         if solver.step_size == "auto":
             raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+        if not solver.adaptive:
+            raise ConfigError("adaptive = false is a setting of PyTorch's engines: name a fixed-step solver, e.g. RK4")
         sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
         if sensealg not in SENSITIVITIES:
             raise EngineUnavailableError(
@@ -229,7 +231,7 @@ class JuliaEngine(Engine):
         detached = None if c is None else c.detach()
         parameters = tuple(dynamics.solved_parameters())
         solve = _Solve(self, dynamics, parameters, probes, detached, t_span, solver, handle, total_derivative)
-        z, q = run(solve, z0.contiguous(), c, parameters)
+        z, q = run(z0.contiguous(), c, parameters, plain=solve.plain, recorded=lambda _: solve)
         l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         return Solution(z, l, E, n, D, solve.stats)
 
@@ -306,7 +308,14 @@ class _Solve:
     kept: tuple[Any, ...] = ()  # memory that Julia looks at until the backward pass
     versions: list[int] = field(default_factory=list)
 
-    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
+    def plain(self, z0: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, of which Julia keeps nothing."""
+        return self._solve(z0, record=False)
+
+    def forward(self, z0: Tensor) -> tuple[Tensor, Tensor]:
+        return self._solve(z0, record=True)
+
+    def _solve(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         bridge = _bridge()
         z0 = z0.detach()
         eps = None if self.probes is None else self.probes.eps.contiguous()
@@ -320,7 +329,9 @@ class _Solve:
             rows = slice(0, 1 if alone else len(z0))
             c = None if self.context is None else self.context[rows]
             foreign = Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
-            dynamics = bridge.foreign(foreign.evaluate, foreign.pull, foreign.collect, *map(_shared, foreign.buffers()))
+            dynamics = bridge.foreign(
+                foreign.linearize, foreign.pull, foreign.collect, *map(_shared, foreign.buffers())
+            )
             theta, held = _shared(foreign.theta), foreign
         z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4)
         weight = 0.0 if self.probes is None else self.probes.weight

@@ -7,6 +7,7 @@ So a sample's result does not depend on which others share its batch.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -30,9 +31,25 @@ class Rate(NamedTuple):
 
 
 class System(Protocol):
-    """The right-hand side; `weight` is the stage's weight in the integrals (0: they are not needed here)."""
+    """The right-hand side, for the samples `rows` of the batch (`None`: for all of them)."""
 
-    def __call__(self, t: Time, y: Tensor, rows: Tensor | None, weight: float, /) -> Rate: ...
+    def rate(self, t: Time, y: Tensor, rows: Tensor | None, /) -> Rate:
+        """That of the state and of the integrals."""
+
+    def state_rate(self, t: Time, y: Tensor, rows: Tensor | None, /) -> Tensor:
+        """That of the state, where a stage has no weight in the integrals, or there are none."""
+
+
+class StateOnly(ABC):
+    """A `System` without integrals."""
+
+    @abstractmethod
+    def state_rate(self, t: Time, y: Tensor, rows: Tensor | None) -> Tensor:
+        """The derivative of the state."""
+
+    def rate(self, t: Time, y: Tensor, rows: Tensor | None) -> Rate:
+        """The same, with no integrals beside it."""
+        return Rate(self.state_rate(t, y, rows), y.new_empty(len(y), 0))
 
 
 @dataclass
@@ -114,11 +131,13 @@ def solve_fixed(
         q_next = q
         for c, row, b in zip(tableau.c, tableau.a, tableau.b, strict=True):
             stage = combine(y, rates, row, h)
-            rate = system(t + c * h, stage, None, b)
-            rates.append(rate.y)
             stages.append(stage)
             if b and q.shape[1]:
+                rate = system.rate(t + c * h, stage, None)
+                rates.append(rate.y)
                 q_next = torch.add(q_next, rate.q, alpha=h * b)
+            else:
+                rates.append(system.state_rate(t + c * h, stage, None))
         y = combine(y, rates, tableau.b, h)
         q = q_next
         if on_step is not None:
@@ -275,7 +294,7 @@ def _start(
     t0, t1 = t_span
     direction, span = math.copysign(1.0, t1 - t0), abs(t1 - t0)
     index = torch.arange(len(y), device=y.device)
-    rate = system(t0, y, None, 1.0)
+    rate = system.rate(t0, y, None)
     if bad := _not_finite(rate.y, rate.q):
         raise not_finite_at_start(t0, bad, len(y))
     state = Rate(y, q)
@@ -284,7 +303,7 @@ def _start(
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1.clamp(min=1e-300)).clamp(max=span)
     t = torch.full_like(h0, t0)
     step = torch.as_tensor(per_sample(h0 * direction, y))
-    ahead = system((t + h0 * direction).to(y.dtype), torch.addcmul(y, rate.y, step), None, 1.0)
+    ahead = system.rate((t + h0 * direction).to(y.dtype), torch.addcmul(y, rate.y, step), None)
     d2 = norm(Rate(ahead.y - rate.y, ahead.q - rate.q), state, state) / h0
     steepest = torch.maximum(d1, d2)
     flat = torch.clamp(h0 * 1e-3, min=1e-6)
@@ -301,12 +320,12 @@ def _attempt(
     rates, stages = [front.rate], [front.y]
     for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
         stage = combine(front.y, [k.y for k in rates], row, h)
-        rates.append(system((front.t + c * h).to(stage.dtype), stage, front.index, 1.0))
+        rates.append(system.rate((front.t + c * h).to(stage.dtype), stage, front.index))
         stages.append(stage)
     y = combine(front.y, [k.y for k in rates], tableau.b, h)
     q = combine(front.q, [k.q for k in rates], tableau.b, h) if m else front.q
     new = Rate(y, q)
-    rates.append(system((front.t + h).to(y.dtype), y, front.index, 1.0))
+    rates.append(system.rate((front.t + h).to(y.dtype), y, front.index))
     zero_y, zero_q = torch.zeros_like(y), torch.zeros_like(q)
     errors = [
         Rate(combine(zero_y, [k.y for k in rates], e, h), combine(zero_q, [k.q for k in rates], e, h) if m else zero_q)

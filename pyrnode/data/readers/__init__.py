@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pyrnode.config import DataConfig
 from pyrnode.data.readers.base import Array, Reader, TableReader, frame_array
 from pyrnode.data.readers.delimited import DelimitedReader
 from pyrnode.data.readers.numpy_files import NumpyReader, read_npz
@@ -18,23 +19,33 @@ __all__ = [
     "Reader",
     "TableReader",
     "frame_array",
+    "kind",
     "open_file",
     "read_npz",
 ]
 
-SUFFIXES = (".npy", ".csv", ".parquet")
+SUFFIXES = (".npy", ".csv", ".tsv", ".parquet", ".csv.gz", ".tsv.gz")
 """Files that `open_file` reads."""
 
+_ANY = DataConfig()
 
-def open_file(path: Path) -> Reader:
+
+def kind(path: Path) -> str:
+    """The suffix of a file in lower case, with what was compressed: ``.csv.gz``."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
+
+
+def open_file(path: Path, config: DataConfig = _ANY) -> Reader:
     """Opens a file of one of the `SUFFIXES`.
+
+    Args:
+        path: The file.
+        config: How a delimited file is to be read: ``sep``, ``decimal``, ``header``.
 
     Raises:
         DataError: It is missing, damaged or empty.
     """
-    readers: dict[str, type[NumpyReader] | type[DelimitedReader] | type[ParquetReader]] = {
-        ".npy": NumpyReader,
-        ".csv": DelimitedReader,
-        ".parquet": ParquetReader,
-    }
-    return readers[path.suffix.lower()](path)
+    if kind(path) == ".npy":
+        return NumpyReader(path)
+    return ParquetReader(path) if kind(path) == ".parquet" else DelimitedReader(path, config)

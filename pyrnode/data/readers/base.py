@@ -91,10 +91,15 @@ def frame_array(frame: pd.DataFrame, what: str, *, first: int = 0) -> Array:
     """
     for position, name in enumerate(frame.columns):
         _check_numbers(frame.iloc[:, position], str(name), what, first)
-    if all(dtype.kind in "iu" for dtype in frame.dtypes) and not bool(frame.isna().to_numpy().any()):
+    if all(_fits_int64(frame.iloc[:, position]) for position in range(frame.shape[1])):
         return np.array(frame.to_numpy(dtype=np.int64), order="C")
     single = all(str(dtype).lower() == "float32" for dtype in frame.dtypes)
     return np.array(frame.to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan), order="C")
+
+
+def _fits_int64(values: pd.Series[Any]) -> bool:
+    whole = values.dtype.kind in "iu" and not bool(values.isna().any())
+    return whole and (values.dtype.kind == "i" or not len(values) or int(values.max()) <= np.iinfo(np.int64).max)
 
 
 def _check_numbers(values: pd.Series[Any], name: str, what: str, first: int) -> None:
@@ -107,9 +112,11 @@ def _check_numbers(values: pd.Series[Any], name: str, what: str, first: int) -> 
     raise not_a_number(what, first + row, name, values.iloc[row])
 
 
-def not_a_number(what: str, row: int, name: str, cell: Any) -> DataError:
+def not_a_number(what: str, row: int, name: str, cell: Any, hint: str = "") -> DataError:
     """The error of a cell that is not a number: either the cell is wrong, or the whole column is of another kind."""
+    cell = cell.item() if isinstance(cell, np.generic) else cell
+    shown = repr(cell if not isinstance(cell, str) or len(cell) <= 40 else cell[:39] + "…")
     return DataError(
-        f"{what}: row {row}, column {name!r} is not a number ({cell!r}): correct it, or, if column {name!r} is not "
-        f"numeric at all and not {cell!r} in row {row} alone, remove or encode the column"
+        f"{what}: row {row}, column {name!r} is not a number ({shown}): correct it, or, if column {name!r} is not "
+        f"numeric at all and not {shown} in row {row} alone, remove or encode the column{hint}"
     )

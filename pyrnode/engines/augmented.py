@@ -1,0 +1,260 @@
+"""The augmented system of design.md §2 in torch's operations: its right-hand side, and the transpose of that.
+
+What a solve holds fixed (dynamics with their parameters, probes, context) is bound once; `TorchSolve` is what every way
+of differentiating a solve shares. The ways themselves are in backprop.py, backsolve.py and fused.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrnode import solvers
+from pyrnode.config import SolverConfig
+from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
+from pyrnode.dynamics.layers import Time
+from pyrnode.engines.base import Stats
+from pyrnode.engines.runge_kutta import (
+    ErrorNorm,
+    OnStep,
+    Rate,
+    System,
+    integrate_adaptive,
+    integrate_fixed,
+    per_sample,
+)
+from pyrnode.errors import ConfigError
+from pyrnode.probes import Probes
+
+_PIECE = 20 * 2**20
+"""Bytes of intermediates beyond which an evaluation goes through in pieces of the batch: they stay in the caches."""
+
+
+class Held(NamedTuple):
+    """What a solve holds fixed for some samples: their probes ``(k, batch, *event)`` and embedded contexts."""
+
+    eps: Tensor | None
+    c: Tensor | None
+
+    def piece(self, rows: slice) -> Held:
+        """Those of consecutive samples."""
+        return Held(None if self.eps is None else self.eps[:, rows], None if self.c is None else self.c[rows])
+
+
+class Augmented:
+    """The right-hand side ``(f, l', E', n', D')`` for one solve of one block, and its pullback.
+
+    Args:
+        dynamics: ``f(z, t, c; θ)``.
+        probes: Probes of the divergence; `None` for the state alone.
+        context: Embedded, detached from autograd's graph.
+        total_derivative: Whether there is a ``D'``.
+    """
+
+    def __init__(
+        self, dynamics: Dynamics, probes: Probes | None, context: Tensor | None, *, total_derivative: bool
+    ) -> None:
+        self.dynamics, self.context, self.total_derivative = dynamics, context, total_derivative
+        self._bound: BoundDynamics | None = None
+        self._context_bar: Tensor | None = None
+        self.probes = None if probes is None else Probes(self.bound.layout(probes.eps), probes.weight)
+
+    @property
+    def bound(self) -> BoundDynamics:
+        """The dynamics bound to their parameters, from here to the end of a pass; gradients gather in it."""
+        if self._bound is None:
+            self._bound = self.dynamics.bind(total_derivative=self.total_derivative)
+        return self._bound
+
+    def release(self) -> None:
+        """Ends a pass: till the backward pass a large flow holds many solves, with transformed weights in each."""
+        self._bound = None
+
+    def versions(self) -> list[int]:
+        """How often each parameter was changed in place."""
+        return [p._version for p in self.dynamics.solved_parameters()]
+
+    @property
+    def count(self) -> int:
+        """Number of the probes."""
+        return 0 if self.probes is None else len(self.probes.eps)
+
+    def no_integrals(self, z: Tensor) -> Tensor:
+        """The integrals (l, E, n, D) at the start, ``(batch, 4)``; no columns without probes."""
+        return z.new_zeros(len(z), 0 if self.probes is None else 4)
+
+    def held(self, rows: Tensor | None) -> Held:
+        """Probes and contexts of the samples `rows`; `None` for all of them."""
+        eps, c = None if self.probes is None else self.probes.eps, self.context
+        if rows is None:
+            return Held(eps, c)
+        return Held(None if eps is None else eps[:, rows], None if c is None else c[rows])
+
+    def rate(self, t: Time, z: Tensor, rows: Tensor | None) -> Rate:
+        """F and the integrands of the samples `rows`."""
+        held, parts = self.held(rows), []
+        for piece in self._pieces(z):
+            eps, c = held.piece(piece)
+            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c)
+            parts.append((at.f, self.integrands(at, eps)))
+        if len(parts) == 1:
+            return Rate(*parts[0])
+        return Rate(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+    def state_rate(self, t: Time, z: Tensor, rows: Tensor | None) -> Tensor:
+        """F alone."""
+        c = self.context if self.context is None or rows is None else self.context[rows]
+        parts = [
+            self.bound.linearize(_time_of(t, piece), z[piece], None, c=None if c is None else c[piece]).f
+            for piece in self._pieces(z)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _pieces(self, z: Tensor) -> list[slice]:
+        """Slices of the batch whose intermediates have at most `_PIECE` bytes."""
+        each = self.bound.tape_bytes(z[:1], self.count)
+        size = max(1, min(len(z), _PIECE // each) if each else len(z))
+        return [slice(start, start + size) for start in range(0, len(z), size)] or [slice(0, 0)]
+
+    def integrands(self, at: Linearization, eps: Tensor | None) -> Tensor:
+        """(l', E', n', D') for each sample; no columns without probes."""
+        if eps is None or at.w is None or self.probes is None:
+            return at.f.new_empty(len(at.f), 0)
+        dims, weight = tuple(range(1, at.f.ndim)), self.probes.weight
+        w, e = (at.w[0], eps[0]) if len(eps) == 1 else (at.w.transpose(0, 1), eps.transpose(0, 1))
+        inner = tuple(range(1, w.ndim))
+        q = at.f.new_zeros(len(at.f), 4)
+        torch.sum(e * w, inner, out=q[:, 0])
+        torch.sum(at.f * at.f, dims, out=q[:, 1])
+        torch.sum(w * w, inner, out=q[:, 2])
+        if at.r is not None:
+            torch.sum(at.r * at.r, dims, out=q[:, 3])
+        if weight != 1:
+            q[:, 0:3:2] *= weight
+        return q
+
+    def cotangents(
+        self, at: Linearization, f_bar: Tensor, q_bar: Tensor, eps: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Cotangents of f, w and r, given that of the state's rate and those of the four integrands ``(batch, 4)``."""
+        if eps is None or at.w is None or self.probes is None:
+            return f_bar, None, None
+        l_bar, E_bar, n_bar, D_bar = (per_sample(x, at.f) for x in q_bar.unbind(1))
+        weight = self.probes.weight
+        f_bar = torch.addcmul(f_bar, at.f, E_bar, value=2)  # type: ignore[arg-type]
+        w_bar = torch.addcmul(at.w * (2 * weight * n_bar), eps, l_bar, value=weight)  # type: ignore[arg-type]
+        r_bar = None if at.r is None else 2 * D_bar * at.r
+        return f_bar, w_bar, r_bar
+
+    def pullback(self, t: Time, z: Tensor, rows: Tensor | None, held: Held, f_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """Evaluates the system again at a stage of the samples `rows`, and gives the cotangent of its state.
+
+        Those of context and parameters are added to what gathers. `held` has the samples' probes, or none where the
+        stage had no weight in the integrals.
+        """
+        z_bars, c_bars = [], []
+        for piece in self._pieces(z):
+            eps, c = held.piece(piece)
+            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c, tape=True)
+            z_bar, c_bar = self.bound.pullback(at, *self.cotangents(at, f_bar[piece], q_bar[piece], eps))
+            z_bars.append(z_bar)
+            c_bars.append(c_bar)
+        self.add_context_bar(rows, c_bars)
+        return z_bars[0] if len(z_bars) == 1 else torch.cat(z_bars)
+
+    def begin_pullback(self) -> None:
+        """Nothing has gathered yet."""
+        self._context_bar = None if self.context is None else torch.zeros_like(self.context)
+
+    def add_context_bar(self, rows: Tensor | None, bars: list[Tensor | None]) -> None:
+        """Adds the context's cotangents of consecutive pieces of the samples `rows`."""
+        given = [bar for bar in bars if bar is not None]
+        if self._context_bar is None or not given:
+            return
+        bar = torch.cat(given)
+        if rows is None:
+            self._context_bar += bar.unflatten(0, (-1, len(self._context_bar))).sum(0)  # one stage, or several joined
+        else:
+            self._context_bar.index_add_(0, rows, bar)
+
+    def end_pullback(self) -> tuple[Tensor | None, list[Tensor]]:
+        """What has gathered: the cotangents of the context and of the parameters."""
+        gradients = self.bound.gradients()
+        self.release()
+        return self._context_bar, gradients
+
+
+def integrate(
+    system: System,
+    y: Tensor,
+    q: Tensor,
+    t_span: tuple[float, float],
+    solver: SolverConfig,
+    on_step: OnStep | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """State and integrals at the end time, by the method and the steps that `solver` asks for."""
+    method = solvers.method(solver.name)
+    if not solvers.adaptive(solver):
+        if isinstance(solver.step_size, str):
+            raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+        return integrate_fixed(system, y, q, t_span, solver.step_size, method, on_step=on_step)
+    controlled = min(q.shape[1], 4 if solver.error_control == "all" else 1)
+    norm = ErrorNorm(solver.rtol, solver.atol, controlled)
+    return integrate_adaptive(system, y, q, t_span, method, norm, maxiters=solver.maxiters, on_step=on_step)
+
+
+@dataclass(eq=False)
+class TorchSolve(ABC):
+    """One solve of one block that remembers what its backward pass needs; a subclass is a way of differentiating it."""
+
+    system: Augmented
+    t_span: tuple[float, float]
+    solver: SolverConfig
+    stats: Stats
+    versions: list[int] = field(default_factory=list, init=False)  # of the parameters, at the time of the solve
+
+    @property
+    def tableau(self) -> solvers.Tableau:
+        """The solver's coefficients."""
+        return solvers.method(self.solver.name).tableau
+
+    @abstractmethod
+    def solve(self, z0: Tensor) -> tuple[Tensor, Tensor, Stats]:
+        """State and integrals at the end time; keeps what `pull` needs."""
+
+    @abstractmethod
+    def pull(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """The cotangent of the start state; those of context and parameters gather in the system.
+
+        May be asked for again (``retain_graph=True``).
+        """
+
+    def forward(self, z0: Tensor) -> tuple[Tensor, Tensor]:
+        """`solve`, as `base.Solve` has it."""
+        self.versions = self.system.versions()
+        with torch.no_grad():
+            z, q, stats = self.solve(z0)
+        vars(self.stats).update(vars(stats))
+        self.system.release()
+        return z, q
+
+    def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """`pull`, as `base.Solve` has it."""
+        if self.system.versions() != self.versions:
+            raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
+        self.system.begin_pullback()
+        z0_bar = self.pull(self.system.bound.layout(z_bar), q_bar)
+        return z0_bar, *self.system.end_pullback()
+
+
+def cast_time(t: Time, z: Tensor) -> Time:
+    """A time in numbers of the type of `z`."""
+    return t.to(z.dtype) if isinstance(t, Tensor) else t
+
+
+def _time_of(t: Time, piece: slice) -> Time:
+    return t[piece] if isinstance(t, Tensor) else t
