@@ -52,7 +52,8 @@ class Section:
         values = dict(table)
         for f in fields(cls):  # type: ignore[arg-type]
             given, default = values.get(f.name), cast(Any, f.default_factory)
-            if f.name in _sections(cls) and isinstance(given, (Mapping, str)):
+            inner = _sections(cls).get(f.name)
+            if inner and (isinstance(given, Mapping) or (isinstance(given, str) and inner._bare_word)):
                 values[f.name] = default().changed(given)
         return cls(**values)
 
@@ -70,7 +71,10 @@ class Section:
         if value is None or isinstance(value, type(self)):
             return self if value is None else value
         if isinstance(value, str) and self._bare_word is not None:
-            value = {self._bare_word: value}
+            try:
+                return type(self).from_dict({**self.to_dict(), self._bare_word: value})
+            except ConfigError as error:  # which knows the word as `kind`, and its user as the section
+                raise ConfigError(f"{type(self).__name__.lower()} = {value!r}: {error}") from None
         if not isinstance(value, Mapping):
             keys = ", ".join(_keys(type(self)))
             raise ConfigError(f"{value!r}: expected a section, {type(self).__name__}; its settings are {keys}")

@@ -404,9 +404,7 @@ def test_the_command_takes_the_runs_own_test_set(tmp_path: Path) -> None:
     x = normal(200, seed=3)
     np.save(tmp_path / "train.npy", x)
     settings = {"hidden": [4], "max_steps": 2, "batch_size": 20}
-    run = pyrnode.train(
-        str(tmp_path / "train.npy"), out=tmp_path / "run", overrides=settings, evaluate=False, progress=False
-    )
+    run = pyrnode.train(str(tmp_path / "train.npy"), out=tmp_path / "run", **settings, evaluate=False, progress=False)
     arguments = [str(tmp_path / "run"), str(tmp_path / "train.npy"), "--out", str(tmp_path / "out.parquet")]
     assert command(*arguments, "--calibrate", "test") == 0
     test = pyrnode.data.load(tmp_path / "train.npy").test.tensor()

@@ -42,7 +42,7 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "images"
     settings = ["--set", "data.limit=100", "--set", "blocks=1", "--set", "test_limit=20", "--set", "draws=2"]
-    settings += ["--set", "evaluation.rtol=1e-3", "--set", "evaluation.atol=1e-3", "--set", "grid=4"]
+    settings += ["--set", "evaluation.solver.rtol=1e-3", "--set", "evaluation.solver.atol=1e-3", "--set", "grid=4"]
     assert run("train", "digits", "--out", str(out), *settings, *TINY) == 0
     return out
 
@@ -406,7 +406,7 @@ def test_demo_runs_both_and_prints_the_comparison(
         (["train", "moons", "--out", "FILE"], "cannot make the folder"),
         (["evaluate", "RUN"], "does not exist"),
         (["evaluate", "FILE"], "truncated, or not a safetensors file"),
-        (["evaluate", "GOOD", "--set", "draw=3"], "did you mean 'evaluation.draws'"),
+        (["evaluate", "GOOD", "--set", "draw=3"], "did you mean 'draws'"),
         (["evaluate", "GOOD", "--data", "digits"], "expected (batch, 2)"),
         (["evaluate", "GOOD", "--data", "no.npy"], "does not exist"),
         (["sample", "RUN", "--out", "x.npy"], "does not exist"),

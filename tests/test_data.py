@@ -120,7 +120,7 @@ def test_batches_follow_the_order(samples: Samples) -> None:
     order = torch.tensor([19, 0, 0, 7, 3])
     batches = list(samples.batches(order, 2))
     assert [len(b) for b in batches] == [2, 2, 1]
-    assert torch.equal(torch.cat(batches), VALUES[order])
+    assert torch.equal(torch.cat([b.x for b in batches]), VALUES[order])
     assert torch.equal(samples.tensor(), VALUES)
     assert torch.equal(samples.take(torch.tensor([5, 2])).tensor(), VALUES[[5, 2]])
     assert list(samples.batches(torch.arange(0), 4)) == []
@@ -139,14 +139,14 @@ def test_workers_give_the_same_batches_and_draw_no_random_numbers() -> None:
     for _ in range(2):  # the second pass reuses the processes
         batches = samples.batches(order, 6, workers=1)
         first = next(batches)
-        assert torch.equal(first, VALUES.flip(0)[order[:6]])
-        assert torch.equal(torch.cat([first, *batches]), VALUES.flip(0)[order])
+        assert torch.equal(first.x, VALUES.flip(0)[order[:6]])
+        assert torch.equal(torch.cat([b.x for b in (first, *batches)]), VALUES.flip(0)[order])
     given_up = samples.batches(order, 6, workers=1)
     next(given_up)
     expected = VALUES.flip(0)[order[:5]]
-    assert torch.equal(torch.cat(list(samples.batches(order[:5], 2, workers=1))), expected)  # beside the other pass
+    assert torch.equal(torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)]), expected)  # beside the other pass
     del given_up
-    assert torch.equal(torch.cat(list(samples.batches(order[:5], 2, workers=1))), expected)  # after it
+    assert torch.equal(torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)]), expected)  # after it
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -16,21 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-from pyrnode.export.rates import SMOOTH, LayeredRates, ModuleRates
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import pyrnode
 from pyrnode import export
 from pyrnode.cli import main
-from pyrnode.config import Config
+from pyrnode.composition import base_log_prob
+from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import MLP, ModuleDynamics
 from pyrnode.dynamics.activations import ACTIVATIONS
-from pyrnode.engines import Probes
+from pyrnode.engines.plain import SMOOTH, LayeredRates, ModuleRates
 from pyrnode.errors import CheckpointError, ConfigError, DataError, EngineUnavailableError, SolverError
 from pyrnode.export import TorchFlow, files, to_torch
 from pyrnode.export.programs import PROGRAMS, to_program
-from pyrnode.flow import Flow, base_log_prob
+from pyrnode.flow import Flow
+from pyrnode.probes import Probes
 from tests.test_dynamics import CASES, EVENTS, jacobian, make
 from tests.test_flow import FLOWS, build, data_for
 
@@ -69,12 +70,12 @@ def test_all_activations_are_there() -> None:
 def test_rates_are_autograds(kind: str, time: str, activation: str) -> None:
     dynamics = make(kind, time, activation)
     z, probes = torch.randn(3, *EVENTS[kind]).double(), torch.randn(4, *EVENTS[kind]).double()
-    f, div = LayeredRates(dynamics)(0.3, z, probes)
+    f, div = LayeredRates(dynamics)(0.3, z, probes[:, None])
     full, eps = jacobian(dynamics, 0.3, z), probes.flatten(1)
     assert div is not None
     assert error(f, dynamics(0.3, z)) < 1e-12
     assert error(div, torch.einsum("ki,bij,kj->b", eps, full, eps)) < 1e-11
-    general = ModuleRates(dynamics)(0.3, z, probes)[1]
+    general = ModuleRates(dynamics)(0.3, z, probes[:, None])[1]
     assert general is not None
     assert error(div, general) < 1e-11
 
@@ -83,7 +84,7 @@ def test_rates_of_a_single_layer() -> None:
     dynamics = MLP(3, (), time="concat").double()
     with torch.no_grad():
         dynamics.layers[0].weight.copy_(torch.arange(9.0).reshape(3, 3))
-    div = LayeredRates(dynamics)(0.5, torch.randn(4, 3).double(), torch.eye(3).double())[1]
+    div = LayeredRates(dynamics)(0.5, torch.randn(4, 3).double(), torch.eye(3).double()[:, None])[1]
     assert div is not None
     assert div.tolist() == [12.0] * 4
 
@@ -96,22 +97,22 @@ def test_rates_of_a_single_layer() -> None:
 def test_module_is_the_flow(name: str) -> None:
     flow = FLOWS[name]()
     x = data_for(flow)
-    module = to_torch(flow, step_size=0.05, divergence="exact")
+    module = to_torch(flow, {"step_size": 0.05}, divergence="exact")
     z, log_det = module(x)
     assert error(z, flow.encode(x)) < 3e-6
     assert error(module.log_prob(x), flow.log_prob(x, divergence="exact")) < 1e-4
     assert error(log_det, module.log_prob(x) - base_log_prob(z)) < 1e-12
     assert error(module.inverse(z), x) < 1e-5
     assert list(module.state_dict()) == list(flow.state_dict())
-    adaptive = to_torch(flow, rtol=1e-9, divergence="exact")
-    evaluation = flow.config.evaluation.solver
+    adaptive = to_torch(flow, {"rtol": 1e-9}, divergence="exact")
+    evaluation = flow.config.evaluation.solver.name
     assert error(adaptive.log_prob(x), flow.log_prob(x, divergence="exact")) < (1e-7 if evaluation == "DP5" else 1e-6)
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_log_det_is_the_jacobians(name: str) -> None:
     flow = FLOWS[name]()
-    module, x = to_torch(flow, step_size=0.05, divergence="exact"), data_for(flow, 1)
+    module, x = to_torch(flow, {"step_size": 0.05}, divergence="exact"), data_for(flow, 1)
     full = torch.autograd.functional.jacobian(lambda v: module(v)[0], x).reshape(flow.dim, flow.dim)
     assert float(module(x)[1].detach()) == pytest.approx(float(torch.linalg.slogdet(full)[1]), abs=1e-6)
 
@@ -131,15 +132,15 @@ def test_linear_dynamics_have_a_closed_form() -> None:
     config = Config().override({"dtype": "float64", "flow.end_time": 1.5, "flow.standardize": False})
     flow = Flow.build(config, (2,), dynamics=lambda shape: ModuleDynamics(Field(), shape))
     x = torch.randn(5, 2).double()
-    for settings in ({"step_size": 0.02}, {"solver": "DP8", "step_size": 0.3}, {"rtol": 1e-8}):
-        z, log_det = to_torch(flow, **settings)(x)  # type: ignore[arg-type]
+    for settings in ({"step_size": 0.02}, {"name": "DP8", "step_size": 0.3}, {"rtol": 1e-8}):
+        z, log_det = to_torch(flow, settings)(x)
         assert error(z, x @ torch.linalg.matrix_exp(1.5 * matrix).T) < 1e-7
         assert error(log_det, torch.full((5,), 1.5 * -0.1).double()) < 1e-8
 
 
 @torch.no_grad()
 def test_density_integrates_to_one() -> None:
-    module = to_torch(build((2,)), step_size=0.1)
+    module = to_torch(build((2,)), {"step_size": 0.1})
     centre, scale = module.sample(500, seed=0).mean(0), 1.0
     axis = torch.linspace(-12, 12, 121, dtype=torch.double)
     grid = torch.cartesian_prod(axis, axis) * scale + centre
@@ -149,7 +150,10 @@ def test_density_integrates_to_one() -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     flow = FLOWS[name]()
-    module, x = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=2), data_for(flow, 2).requires_grad_()
+    module, x = (
+        to_torch(flow, {"step_size": 0.25}, divergence=Divergence("hutchinson", 2)),
+        data_for(flow, 2).requires_grad_(),
+    )
     generator = torch.Generator().manual_seed(1)
     tensors = [x, *module.parameters()]
     directions = [torch.randn(p.shape, generator=generator).double() for p in tensors]
@@ -164,10 +168,10 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"step_size": 0.02}, {"rtol": 1e-9}])
-def test_gradients_are_the_flows(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("solver", [{"step_size": 0.02}, {"rtol": 1e-9}])
+def test_gradients_are_the_flows(solver: dict[str, Any]) -> None:
     flow = FLOWS["vector, two blocks"]()
-    module, x = to_torch(flow, **settings), data_for(flow).requires_grad_()
+    module, x = to_torch(flow, solver), data_for(flow).requires_grad_()
     mine = torch.autograd.grad(module.log_prob(x).sum(), [x, *module.parameters()])
     theirs = torch.autograd.grad(flow.log_prob(x).sum(), [x, *flow.parameters()])
     assert max(error(a, b) for a, b in zip(mine, theirs, strict=True)) < 1e-7
@@ -177,20 +181,19 @@ def test_gradients_are_the_flows(settings: dict[str, Any]) -> None:
 def test_estimate_uses_the_stored_probes_for_every_sample() -> None:
     flow = FLOWS["images, two scales"]()
     x = data_for(flow, 2)
-    module = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=3, seed=4)
+    module = to_torch(flow, {"step_size": 0.25}, divergence=Divergence("hutchinson", 3, 4))
     noise = iter(range(len(flow.blocks)))
 
     def draw(z: Tensor) -> Probes:
         return Probes(module.get_buffer(f"noise_{next(noise)}").unsqueeze(1).expand(3, *z.shape), 1 / 3)
 
     solver = copy.copy(flow.config.solver)
-    y, log_det = flow.transform(x)
-    expected = flow.solve(y, draw, solver)
+    expected = flow.solve(x, draw, solver)
     assert solver.name == "RK4"
     assert solver.step_size == 0.25
-    assert error(module(x)[1], expected.log_det + log_det) < 1e-9
-    again = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=3, seed=4)
-    other = to_torch(flow, step_size=0.25, divergence="hutchinson", probes=3, seed=5)
+    assert error(module(x)[1], expected.log_det) < 1e-9
+    again = to_torch(flow, {"step_size": 0.25}, divergence=Divergence("hutchinson", 3, 4))
+    other = to_torch(flow, {"step_size": 0.25}, divergence=Divergence("hutchinson", 3, 5))
     assert torch.equal(module.log_prob(x), again.log_prob(x))
     assert error(module.log_prob(x), other.log_prob(x)) > 0.01
     assert error(module.log_prob(x)[:1], module.log_prob(x[:1])) < 1e-9
@@ -200,9 +203,12 @@ def test_estimate_uses_the_stored_probes_for_every_sample() -> None:
 def test_estimate_is_unbiased() -> None:
     flow = FLOWS["vector"]()
     x = data_for(flow, 2)
-    exact = to_torch(flow, step_size=0.25).log_prob(x)
+    exact = to_torch(flow, {"step_size": 0.25}).log_prob(x)
     draws = torch.stack(
-        [to_torch(flow, step_size=0.25, divergence="hutchinson", seed=s).log_prob(x) for s in range(60)]
+        [
+            to_torch(flow, {"step_size": 0.25}, divergence=Divergence("hutchinson", seed=s)).log_prob(x)
+            for s in range(60)
+        ]
     )
     spread = draws.std(0) / math.sqrt(len(draws))
     assert bool(((draws.mean(0) - exact).abs() < 4 * spread).all())
@@ -211,7 +217,7 @@ def test_estimate_is_unbiased() -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_functional_transforms(name: str) -> None:
     flow = FLOWS[name]()
-    module, x = to_torch(flow, step_size=0.5), data_for(flow, 3)
+    module, x = to_torch(flow, {"step_size": 0.5}), data_for(flow, 3)
     together = module.log_prob(x)
     assert error(vmap(lambda v: module.log_prob(v[None])[0])(x), together) < 1e-11
     each = vmap(grad(lambda v: module.log_prob(v[None])[0]))(x)
@@ -228,20 +234,20 @@ def test_functional_transforms(name: str) -> None:
 
 def test_adaptive_steps_are_refused_where_values_are_not_known() -> None:
     flow = small()
-    module, x = to_torch(flow, rtol=1e-4), torch.randn(3, 2)
+    module, x = to_torch(flow, {"rtol": 1e-4}), torch.randn(3, 2)
     for attempt in (
         lambda: vmap(lambda v: module.log_prob(v[None])[0])(x),
         lambda: grad(lambda v: module.log_prob(v).sum())(x),
         lambda: torch.export.export(module, (x,)),
         lambda: to_program(module, "encode", x),
     ):
-        with pytest.raises(ConfigError, match=r"DP5, rtol 0\.0001: .*use fixed steps"):
+        with pytest.raises(ConfigError, match=r"DP5 rtol 0\.0001 atol 0\.0001: .*use fixed steps"):
             attempt()
 
 
 def test_module_is_a_module() -> None:
     flow = FLOWS["vector"]()
-    module, x = to_torch(flow, step_size=0.25, divergence="hutchinson"), data_for(flow)
+    module, x = to_torch(flow, {"step_size": 0.25}, divergence="hutchinson"), data_for(flow)
     before = module.log_prob(x)
     twin = copy.deepcopy(module)
     with torch.no_grad():
@@ -259,17 +265,18 @@ def test_module_is_a_module() -> None:
         assert not module.log_prob(x).requires_grad
     assert before.requires_grad
     assert not module.training
-    assert "RK4, step 0.25" in repr(module)
+    assert "RK4 step 0.25" in repr(module)
 
 
 def test_methods_of_the_flow() -> None:
     flow, x = small(), torch.randn(3, 2)
-    settings = {"solver": "Heun", "step_size": 0.5, "divergence": "hutchinson", "probes": 3, "seed": 2}
-    module, same = flow.to_torch(**settings), to_torch(flow, **settings)  # type: ignore[arg-type]
+    solver, divergence = {"name": "Heun", "step_size": 0.5}, Divergence("hutchinson", 3, 2)
+    module, same = flow.to_torch(solver, divergence=divergence), to_torch(flow, solver, divergence=divergence)
     assert torch.equal(module.log_prob(x), same.log_prob(x))
     assert module.extra_repr() == same.extra_repr()
-    density = flow.distribution(divergence="hutchinson", probes=2, seed=3, validate_args=False)
-    assert error(density.log_prob(x), flow.log_prob(x, divergence="hutchinson", probes=2, seed=3)) < 1e-6
+    divergence = Divergence("hutchinson", 2, 3)
+    density = flow.distribution(divergence=divergence, validate_args=False)
+    assert error(density.log_prob(x), flow.log_prob(x, divergence=divergence)) < 1e-6
     assert density._validate_args is False
 
 
@@ -287,7 +294,7 @@ def test_parameters_are_copies() -> None:
 
 @torch.no_grad()
 def test_samples_are_decoded_normals() -> None:
-    module = to_torch(small(), step_size=0.25)
+    module = to_torch(small(), {"step_size": 0.25})
     x = module.sample(5, seed=3)
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
     assert torch.equal(x, module.inverse(z))
@@ -301,17 +308,17 @@ def test_samples_are_decoded_normals() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step_size": 0.1, "rtol": 1e-3}, "give step_size"),
-        ({"atol": 1e-3}, "give step_size"),
-        ({"solver": "RK4", "rtol": 1e-3}, "RK4 has no error estimate"),
-        ({"step_size": 0.0}, "step_size = 0.0: expected a positive number"),
-        ({"step_size": float("nan")}, "step_size = nan"),
-        ({"step_size": "0.1"}, "step_size = '0.1'"),
-        ({"step_size": 1e-5}, "more than 10000 steps"),
-        ({"rtol": -1.0}, "rtol = -1.0"),
+        ({"solver": {"step_size": 0.1, "rtol": 1e-3}}, "give step_size"),
+        ({"solver": {"atol": 1e-3}}, "give step_size"),
+        ({"solver": {"name": "RK4", "rtol": 1e-3}}, "RK4 has no error estimate"),
+        ({"solver": {"step_size": 0.0}}, "step_size = 0.0: expected more than 0"),
+        ({"solver": {"step_size": float("nan")}}, "step_size = nan"),
+        ({"solver": {"step_size": "0.1"}}, "step_size = '0.1'"),
+        ({"solver": {"step_size": 1e-5}}, "more than 10000 steps"),
+        ({"solver": {"rtol": -1.0}}, "rtol = -1.0"),
         ({"divergence": "exakt"}, "did you mean 'exact'"),
-        ({"probes": 0}, "probes = 0"),
-        ({"seed": -1}, "seed = -1"),
+        ({"divergence": {"probes": 0}}, "probes = 0"),
+        ({"divergence": {"seed": -1}}, "seed = -1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -325,7 +332,7 @@ def test_unknown_solver_lists_what_there_is() -> None:
 
 
 def test_bad_values() -> None:
-    module = to_torch(small(), step_size=0.5)
+    module = to_torch(small(), {"step_size": 0.5})
     with pytest.raises(DataError, match=r"input of shape \(4, 3\): expected \(batch, 2\)"):
         module(torch.randn(4, 3))
     with pytest.raises(DataError, match=r"expected \(batch, 2\)"):
@@ -344,7 +351,7 @@ def test_bad_values() -> None:
 
 
 def test_bad_values_of_discrete_data() -> None:
-    module = to_torch(FLOWS["images, one scale"](), step_size=0.5)
+    module = to_torch(FLOWS["images, one scale"](), {"step_size": 0.5})
     with pytest.raises(DataError, match="give integers noise"):
         module.log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     with pytest.raises(DataError, match="expected 0 to 17"):
@@ -361,8 +368,8 @@ def test_broken_parameters_and_failing_solves() -> None:
     with torch.no_grad():
         for parameter in stiff.parameters():
             parameter.mul_(1e5)
-    with pytest.raises(SolverError, match=r"block 0: the state is not finite at t = 1 .*smaller step_size"):
-        to_torch(stiff, step_size=0.1).log_prob(torch.randn(3, 2))
+    with pytest.raises(SolverError, match=r"block 0 \(\(2,\)\): the state is not finite at t = 1 .*smaller step_size"):
+        to_torch(stiff, {"step_size": 0.1}).log_prob(torch.randn(3, 2))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -390,7 +397,7 @@ print(json.dumps([v.tolist() for v in out] + [float(parameter.grad.abs().sum())]
 @pytest.mark.parametrize("name", ["vector, two blocks", "vector, own module"])
 def test_programs_run_where_pyrnode_is_not(name: str, tmp_path: Path) -> None:
     flow = FLOWS[name]().float()
-    module = to_torch(flow, step_size=0.5)
+    module = to_torch(flow, {"step_size": 0.5})
     paths = [tmp_path / f"{program}.pt2" for program in PROGRAMS]
     for path in paths:
         assert export.save(module, path, program=path.stem).largest == 0
@@ -408,7 +415,7 @@ def test_programs_run_where_pyrnode_is_not(name: str, tmp_path: Path) -> None:
 
 def test_program_of_an_image_flow(tmp_path: Path) -> None:
     flow = FLOWS["images, two scales"]().float()
-    module = to_torch(flow, step_size=0.5, divergence="hutchinson", probes=2)
+    module = to_torch(flow, {"step_size": 0.5}, divergence=Divergence("hutchinson", 2))
     result = export.save(module, tmp_path / "encode.pt2")
     assert (result.target, result.program, list(result.differences)) == (
         "torch.export",
@@ -428,7 +435,7 @@ def test_onnx_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     flow = FLOWS[name]().float()
-    module = to_torch(flow, step_size=0.5, divergence="hutchinson")
+    module = to_torch(flow, {"step_size": 0.5}, divergence="hutchinson")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
 
@@ -450,15 +457,18 @@ def test_onnx_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
 def test_onnx_sampler(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    module = to_torch(small(), step_size=0.5)
+    module = to_torch(small(), {"step_size": 0.5})
     result = export.save(module, tmp_path / "sample.onnx", to="onnx", program="sample")
     assert result.largest < 0.25
     with pytest.raises(ConfigError, match=r"float32 only.*module\.to\(torch\.float32\)"):
-        export.save(to_torch(build((2,)), step_size=0.5), tmp_path / "double.onnx", to="onnx")
+        export.save(to_torch(build((2,)), {"step_size": 0.5}), tmp_path / "double.onnx", to="onnx")
 
 
 @pytest.mark.parametrize("name", ["vector, two blocks", "vector, as it is", "images, two scales"])
-@pytest.mark.parametrize("settings", [{"step_size": 0.5, "divergence": "hutchinson", "seed": 3}, {"rtol": 1e-3}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"solver": {"step_size": 0.5}, "divergence": {"kind": "hutchinson", "seed": 3}}, {"solver": {"rtol": 1e-3}}],
+)
 def test_safetensors_come_back(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     module = to_torch(FLOWS[name](), **settings)
     assert export.save(module, tmp_path / "flow", to="safetensors").largest == 0
@@ -480,7 +490,7 @@ def test_description_is_read_by_the_documentations_reader(
     reader: dict[str, Any] = {}
     exec(compile(code, "export.md", "exec"), reader)
     flow = build((3,), flow__network__activation=activation, **settings)
-    export.save(to_torch(flow, step_size=0.05), tmp_path / "flow", to="safetensors")
+    export.save(to_torch(flow, {"step_size": 0.05}), tmp_path / "flow", to="safetensors")
     x = data_for(flow, 2)
     expected = flow.log_prob(x).detach()
     for row, want in zip(x, expected, strict=True):
@@ -498,7 +508,7 @@ def test_a_run_of_either_engine_exports_and_agrees(engine: str, suffix: str, tmp
     solver = {"name": "Vern7", "lazy": False} if engine == "julia" else "Tsit5"
     settings = {"flow.network.hidden": [8], "max_steps": 5, "batch_size": 50, "engine": engine}
     run, path = tmp_path / "run", tmp_path / f"flow.{suffix}"
-    pyrnode.train(x + c, context=c, solver=solver, overrides=settings, out=run, evaluate=False, progress=False)
+    pyrnode.train(x + c, context=c, solver=solver, **settings, out=run, evaluate=False, progress=False)
     target = {"pt2": "torch.export"}.get(suffix, suffix)
     assert (
         command("export", str(run), "--engine", engine, "--step-size", "0.25", "--to", target, "--out", str(path)) == 0
@@ -519,7 +529,7 @@ def test_a_run_of_either_engine_exports_and_agrees(engine: str, suffix: str, tmp
 
 
 def test_a_file_that_does_not_agree_is_refused(tmp_path: Path) -> None:
-    module = to_torch(small(), step_size=0.5)
+    module = to_torch(small(), {"step_size": 0.5})
     path = tmp_path / "flow.pt2"
     export.save(module, path)
     _rewrite(path, lambda table: table["outputs"]["log_prob"].__setitem__(2, table["outputs"]["log_prob"][2] + 0.01))
@@ -543,7 +553,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("export")
-    module = to_torch(small(), step_size=1.0)
+    module = to_torch(small(), {"step_size": 1.0})
     for target in ("torch.export", "safetensors"):
         export.save(module, folder / target, to=target)
     return {target: (folder / target).read_bytes() for target in ("torch.export", "safetensors")}
@@ -612,14 +622,14 @@ def test_other_versions(exported: dict[str, bytes], tmp_path: Path, monkeypatch:
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     flow, out = small(), tmp_path / "file"
-    adaptive = to_torch(flow, rtol=1e-3)
+    adaptive = to_torch(flow, {"rtol": 1e-3})
     for target in ("torch.export", "onnx"):
         if target == "onnx":
             pytest.importorskip("onnxscript")
         for program in PROGRAMS:
             with pytest.raises(ConfigError, match="use fixed steps"):
                 export.save(adaptive, out, to=target, program=program)
-    module = to_torch(flow, step_size=0.5)
+    module = to_torch(flow, {"step_size": 0.5})
     with pytest.raises(ConfigError, match=r"did you mean 'torch\.export'"):
         export.save(module, out, to="torch_export")
     with pytest.raises(ConfigError, match="did you mean 'encode'"):
@@ -628,7 +638,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export.save(module, out, to="safetensors", program="encode")
     with pytest.raises(ConfigError, match="bfloat16 cannot be exported"):
         export.save(to_torch(flow).to(torch.bfloat16), out)
-    own = to_torch(FLOWS["vector, own module"](), step_size=0.5)
+    own = to_torch(FLOWS["vector, own module"](), {"step_size": 0.5})
     with pytest.raises(ConfigError, match=r"export to torch\.export or onnx"):
         export.save(own, out, to="safetensors")
     assert not out.exists()
@@ -647,7 +657,7 @@ def test_untraceable_dynamics_get_our_error(tmp_path: Path) -> None:
 
     flow = Flow.build(Config(), (2,), dynamics=lambda shape: ModuleDynamics(Branch(), shape))
     with pytest.raises(ConfigError, match=r"torch\.export cannot trace this flow"):
-        export.save(to_torch(flow, step_size=0.5), tmp_path / "file")
+        export.save(to_torch(flow, {"step_size": 0.5}), tmp_path / "file")
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------
@@ -664,7 +674,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert f"written to {out}" in text
     assert "largest difference 0.0e+00" in text
-    gap = re.search(r"at most (\S+) nats from DP5, rtol 1e-09", text)
+    gap = re.search(r"at most (\S+) nats from DP5 rtol 1e-09 atol 1e-09", text)
     assert gap is not None
     assert 0 < float(gap[1]) < 1e-4
     assert isinstance(export.load(out), TorchFlow)
