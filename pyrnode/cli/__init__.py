@@ -26,9 +26,7 @@ from pyrnode.cli.output import (
     print_json,
     print_table,
 )
-from pyrnode.engines import Engine, TorchEngine
 from pyrnode.errors import PyrnodeError
-from pyrnode.solvers import METHODS, SENSITIVITIES
 
 
 def _presets(args: argparse.Namespace) -> int:

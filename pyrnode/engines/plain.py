@@ -29,6 +29,7 @@ from pyrnode.engines.base import Engine, Solution, Stats
 from pyrnode.engines.runge_kutta import combine, grid
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.probes import Probes
+from pyrnode.solvers import SolverInfo
 from pyrnode.tracing import holds
 
 _MAX_STEPS = 10_000
@@ -38,6 +39,12 @@ class PlainEngine(Engine):
     """Explicit Runge-Kutta methods along a fixed grid, those with an error estimate too; integrates z and l alone."""
 
     name = "plain"
+
+    def solvers(self) -> list[SolverInfo]:
+        return [method.info for method in solvers.METHODS.values()]
+
+    def sensitivities(self) -> dict[str, str]:
+        return {"Backprop": "autograd through the operations themselves, to any order"}
 
     def check(self, solver: SolverConfig) -> None:
         solvers.method(solver.name)
