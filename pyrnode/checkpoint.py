@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from pyrnode import files
 from pyrnode.composition import Composition
 from pyrnode.config import Config
@@ -27,6 +29,7 @@ def save(flow: Composition, config: Config, path: str | Path) -> None:
         "event_shape": flow.event_shape,
         "levels": flow.levels,
         "context_dim": flow.context_dim,
+        "data_dtype": None if flow.data_dtype is None else str(flow.data_dtype).removeprefix("torch."),
     }
     files.write(path, "flow", flow.state_dict(), description)
 
@@ -52,7 +55,9 @@ def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = 
     try:
         config = Config.from_dict(description["config"]).override(overrides)
         shape, levels, context_dim = (description[key] for key in ("event_shape", "levels", "context_dim"))
-        flow = build(config, tuple(shape), levels=levels, context_dim=context_dim)
+        given = description["data_dtype"]
+        dtype = None if given is None else {"float32": torch.float32, "float64": torch.float64}[given]
+        flow = build(config, tuple(shape), levels=levels, context_dim=context_dim, data_dtype=dtype)
         flow.load_state_dict(tensors)
     except EngineUnavailableError:
         raise

@@ -134,6 +134,7 @@ class Composition(nn.Module):
         divergence: How the divergence is got where nothing is said.
         levels: Grey levels of discrete data; `None` for continuous.
         context_transform: What the context goes through before it reaches the blocks.
+        data_dtype: Type of continuous data, in which samples are given back; default the flow's own.
 
     Raises:
         ConfigError: The blocks differ in the number of features of their contexts.
@@ -153,8 +154,10 @@ class Composition(nn.Module):
         divergence: Divergence,
         levels: int | None = None,
         context_transform: Chain | None = None,
+        data_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.data_dtype = data_dtype
         self.transform = transform
         self.context_transform = context_transform or Chain([])
         self.parts = nn.ModuleList(parts)
@@ -183,10 +186,11 @@ class Composition(nn.Module):
     # -- the gate ----------------------------------------------------------------------------------------------------
 
     def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Tensor | None]:
-        """Samples and their contexts as the passage takes them: checked, on the flow's device, in its type.
+        """Samples and their contexts as the passage takes them: checked, and on the flow's device.
 
         Args:
-            x: ``(batch, *event)``; integers of discrete data stay integers.
+            x: ``(batch, *event)``. They keep their type until the transform has centred them; integers that are
+                continuous data become float64.
             context: ``(batch, m)``, or ``(m,)`` for one that all samples share; `None` for an unconditional flow.
 
         Returns:
@@ -200,7 +204,7 @@ class Composition(nn.Module):
 
     def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Tensor | None]:
         """`admit` of latents ``(batch, d)``."""
-        z = self._admitted(z, (self.dim,), "latents")
+        z = self._admitted(z, (self.dim,), "latents").to(self.reference.dtype)
         return z, self.condition(context, z.shape[0])
 
     def condition(self, context: Any, batch: int) -> Tensor | None:
@@ -212,7 +216,7 @@ class Composition(nn.Module):
         if not holds(torch.isfinite(context).all()):
             raise DataError("the context has NaN or infinite values")
         c, _ = self.context_transform(self._converted(context.expand(batch, -1), "the context"))
-        return cast(Tensor, c)
+        return cast(Tensor, c.to(self.reference.dtype))
 
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         """`x` as a tensor of samples of that shape, checked and converted."""
@@ -229,10 +233,9 @@ class Composition(nn.Module):
         return self._converted(x, what)
 
     def _converted(self, x: Tensor, what: str) -> Tensor:
-        """`x` on the flow's device, in its type unless it is discrete."""
-        reference = self.reference
-        discrete = self.levels is not None and what == "input" and not x.is_floating_point()
-        return x.to(reference.device, x.dtype if discrete else reference.dtype)
+        """`x` on the flow's device; integers as float64, unless they are discrete data."""
+        discrete = self.levels is not None and what == "input"
+        return x.to(self.reference.device, x.dtype if x.is_floating_point() or discrete else torch.float64)
 
     # -- the passage -------------------------------------------------------------------------------------------------
 
@@ -264,7 +267,7 @@ class Composition(nn.Module):
             DataError: Values outside the grey levels.
             SolverError: A block's solve failed; the message names it.
         """
-        y, log_det = self.transform(x, generator)
+        y, log_det = self.transformed(x, generator)
         z, l, outs, solutions = y, y.new_zeros(y.shape[0]), list[Tensor](), list[Solution]()
         for part in self.parts:
             if isinstance(part, Block):
@@ -278,6 +281,21 @@ class Composition(nn.Module):
             else:
                 z = part(z)
         return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions)
+
+    def transformed(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Samples in the flow's space and type, ``(batch, *event)``, and the transform's log-determinant, in nats."""
+        y, log_det = self.transform(x, generator)
+        return y.to(self.reference.dtype), log_det.to(self.reference.dtype)
+
+    def restored(self, y: Tensor, *, rounded: bool) -> Tensor:
+        """The inverse of `transformed`, in the type of the data.
+
+        Args:
+            y: ``(batch, *event)`` in the flow's space.
+            rounded: Discrete data as integers; else as ``p + u``.
+        """
+        x = self.transform.inverse(y) if rounded else self.transform.continuous(y)
+        return x.to(self.data_dtype or y.dtype) if x.is_floating_point() else x
 
     def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
         """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *event)``."""

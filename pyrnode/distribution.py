@@ -54,7 +54,7 @@ class _Bijection:
         context = context_tensor(context)
         rows = context.flatten(0, -2) if context is not None and context.ndim > 2 else context
         check_context(rows, flow.context_dim, None)
-        self.context = None if context is None else context.to(self.like)
+        self.context = None if context is None else context.to(self.like.device)
         self.batch_shape = torch.Size() if context is None else context.shape[:-1]
 
     @property
@@ -79,7 +79,7 @@ class _Bijection:
 
     def _encode(self, x: Tensor, context: Tensor | None) -> _Encoded:
         x, c = self.flow.admit(x, context)
-        noise = SampleNoise(x, self.divergence.seed, x.dtype)  # that of Flow.log_prob
+        noise = SampleNoise(x, self.divergence.seed, self.like.dtype)  # that of Flow.log_prob
         passage = self.flow.solve(x, self.flow.draw(self.divergence, noise), self.solver, context=c)
         return _Encoded(passage.z, passage.log_det, passage.log_prob)
 
@@ -93,7 +93,7 @@ class _Bijection:
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         z, c = self.flow.admit_latents(z, context)
-        return self.flow.transform.continuous(self.flow.unsolve(z, self.solver, context=c))
+        return self.flow.restored(self.flow.unsolve(z, self.solver, context=c), rounded=False)
 
     def _contexts(self, lead: torch.Size) -> Tensor | None:
         """The contexts of values ``(*lead, ...)``, as ``(n, m)``."""

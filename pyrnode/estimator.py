@@ -170,7 +170,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rng = check_random_state(self.random_state)
         config = self._config(X.shape, int(rng.randint(2**31 - 1)))
         rows = self._divided(rng.permutation(len(X)), weights)
-        values = torch.tensor(X, dtype=getattr(torch, config.dtype))
+        values = torch.tensor(X)
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
         if given is not None:
             check_varies(given[rows["train"]], "the context (what is trained on)", None)
@@ -269,7 +269,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     # -- use ---------------------------------------------------------------------------------------------------------
 
     def _log_prob(self, X: NDArray[Any], context: Tensor | None) -> NDArray[np.float64]:
-        return log_densities(self.flow_, torch.tensor(X, dtype=self.flow_.reference.dtype), context)
+        return log_densities(self.flow_, torch.tensor(X), context)
 
     def score_samples(self, X: ArrayLike, context: ArrayLike | None = None) -> NDArray[np.float64]:
         """Log-density of each sample.

@@ -41,6 +41,7 @@ class Flow(Composition):
         config: The settings that it was built from.
         levels: Grey levels of discrete data; `None` for continuous.
         context_transform: What the context goes through before it reaches the blocks.
+        data_dtype: Type of continuous data, in which samples are given back; default the flow's own.
 
     Raises:
         ConfigError: The blocks differ in the number of features of their contexts.
@@ -54,6 +55,7 @@ class Flow(Composition):
         config: Config,
         levels: int | None = None,
         context_transform: Chain | None = None,
+        data_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             transform,
@@ -64,6 +66,7 @@ class Flow(Composition):
             divergence=config.evaluation.divergence,
             levels=levels,
             context_transform=context_transform,
+            data_dtype=data_dtype,
         )
         self.config = config
         self.chunk = config.evaluation.chunk
@@ -78,6 +81,7 @@ class Flow(Composition):
         transform: Chain | None = None,
         context_dim: int = 0,
         context_transform: Chain | None = None,
+        data_dtype: torch.dtype | None = None,
         dynamics: Callable[[tuple[int, ...]], Dynamics] | None = None,
     ) -> Flow:
         """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
@@ -90,6 +94,7 @@ class Flow(Composition):
                 mean 0 and standard deviation 1 where it standardises (`Standardize.fit` takes them from data).
             context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
             context_transform: The same for contexts ``(n, m)``.
+            data_dtype: Type of continuous data, in which samples are given back; default ``config.dtype``.
             dynamics: Makes the dynamics of a block from its event shape; default as ``config.flow.network`` says.
 
         Raises:
@@ -106,7 +111,7 @@ class Flow(Composition):
         if context_transform is None:
             standardised = context_dim and config.flow.standardize
             context_transform = Chain([Standardize.identity((context_dim,))] if standardised else [])
-        flow = cls(transform, parts, event_shape, config, levels, context_transform)
+        flow = cls(transform, parts, event_shape, config, levels, context_transform, data_dtype)
         if flow.context_dim != context_dim:
             raise ConfigError(f"the dynamics take a context of {flow.context_dim} features, the data has {context_dim}")
         return flow.to(dtype)
@@ -206,8 +211,8 @@ class Flow(Composition):
         solver = self.solver.changed(solver)
         z, contexts = self.admit_latents(z, context)
         pieces = chunked(z, contexts, self.chunk)
-        parts = [self.transform.inverse(self.unsolve(piece, solver, context=c)) for piece, c in pieces]
-        return torch.cat(parts) if parts else self.transform.inverse(z.reshape(0, *self.event_shape))
+        parts = [self.restored(self.unsolve(piece, solver, context=c), rounded=True) for piece, c in pieces]
+        return torch.cat(parts) if parts else self.restored(z.reshape(0, *self.event_shape), rounded=True)
 
     @torch.no_grad()
     def sample(

@@ -44,7 +44,7 @@ def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Ten
         raise ConfigError(f"points = {points!r}: expected at least 2")
     if len(flow.event_shape) != 1:
         raise DataError(f"a flow on images {flow.event_shape}: paths are followed for vectors (d,) only")
-    z = flow.transform(flow.admit(x)[0], torch.Generator().manual_seed(0))[0]
+    z = flow.transformed(flow.admit(x)[0], torch.Generator().manual_seed(0))[0]
     if not len(z):
         raise DataError(f"x of shape {tuple(x.shape)}: expected at least one particle")
     lengths = [block.end_time for block in flow.blocks]

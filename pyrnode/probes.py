@@ -71,7 +71,7 @@ class SampleNoise:
     """Random numbers for each sample of a batch.
 
     Args:
-        x: The samples, ``(batch, *event)``; integers of any type are the same samples.
+        x: The samples, ``(batch, *event)``; the same numbers of another type are the same samples.
         seed: Seed.
         dtype: Floating-point type of the noise.
     """
@@ -83,7 +83,7 @@ class SampleNoise:
     def _keys(self) -> list[NDArray[np.uint64]]:
         """A key for each sample; made when there is noise to draw."""
         x = self._x.cpu().flatten(1)
-        rows = (x + 0.0 if x.is_floating_point() else x.long()).numpy()  # -0.0 is the same value as 0.0
+        rows = (x.double() + 0.0 if x.is_floating_point() else x.long()).numpy()  # -0.0 is the same value as 0.0
         start, keys = hashlib.blake2b(repr(self._seed).encode(), digest_size=16), []
         for row in rows:
             digest = start.copy()

@@ -151,8 +151,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     elif isinstance(hint, type) and issubclass(hint, Section):
         if isinstance(value, hint):
             return value
-        if isinstance(value, Mapping):
-            return hint.from_dict(value)
+        if isinstance(value, Mapping) or (isinstance(value, str) and hint._bare_word is not None):
+            return hint().changed(value)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):

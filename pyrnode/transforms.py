@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,10 @@ class Logit(Transform):
 
 
 class Standardize(Transform):
-    """``y = (x − mean)/std`` by feature.
+    """``y = (x − mean)/std`` by feature, in double precision, whatever the type of the samples and of the flow.
+
+    Far from zero, or in small units, single precision would round samples together before they are centred: at 1.7e9 it
+    knows multiples of 128. So mean and standard deviation stay float64 where a module's type is changed.
 
     Args:
         mean: ``(*event)``.
@@ -121,17 +125,24 @@ class Standardize(Transform):
         if bool((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).any()):
             worst = int((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).flatten().nonzero()[0])
             raise DataError(f"feature {worst} is constant or not finite: drop it before training")
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.register_buffer("mean", mean.double())
+        self.register_buffer("std", std.double())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = self.mean, self.std
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mean, self.std = (old.to(new.device) for old, new in zip(kept, (self.mean, self.std), strict=True))
+        return self
 
     @classmethod
     def identity(cls, event_shape: tuple[int, ...]) -> Standardize:
         """Mean 0 and standard deviation 1: what a flow without data has, until those of one are loaded."""
-        return cls(torch.zeros(event_shape), torch.ones(event_shape))
+        return cls(torch.zeros(event_shape, dtype=torch.float64), torch.ones(event_shape, dtype=torch.float64))
 
     @classmethod
     def fit(cls, x: Tensor, weight: Tensor | None = None) -> Standardize:
         """The mean and standard deviation of ``x`` ``(n, *event)``, whose samples may have weights ``(n,)``."""
+        x = x.double()
         if weight is None:
             return cls(x.mean(0), x.std(0, correction=0))
         share = (weight / weight.sum()).reshape(-1, *[1] * (x.ndim - 1))
@@ -139,10 +150,11 @@ class Standardize(Transform):
         return cls(mean, (share * (x - mean).square()).sum(0).sqrt())
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        x = x.double()
         return (x - self.mean) / self.std, _zeros(x) - self.std.log().sum()
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y * self.std + self.mean
+        return y.double() * self.std + self.mean
 
 
 class Chain(Transform):

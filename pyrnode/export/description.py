@@ -21,7 +21,7 @@ from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform
 READING = {
     "encode": "x -> transforms in order -> parts in order -> z, flattened; log_det sums the log-determinants; "
     "log_prob = -(|z|^2 + d log(2 pi))/2 + log_det, in nats. decode runs everything backwards.",
-    "standardize": "y = (x - mean)/std; log_det = -sum(log std)",
+    "standardize": "y = (x - mean)/std, in double precision; log_det = -sum(log std)",
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
@@ -53,6 +53,7 @@ def describe(flow: TorchFlow) -> dict[str, Any]:
         "event_shape": list(flow.event_shape),
         "levels": flow.levels,
         "dtype": dtype_name(flow.reference.dtype),
+        "data_dtype": None if flow.data_dtype is None else dtype_name(flow.data_dtype),
         "transforms": _transforms("transform", flow.transform),
         "context_dim": flow.context_dim,
         "context_transforms": _transforms("context_transform", flow.context_transform),
@@ -141,6 +142,7 @@ def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Torc
         shape,
         description["levels"],
         solver=SolverConfig(adaptive="step_size" not in solver, **given),
+        data_dtype=None if (given_dtype := description["data_dtype"]) is None else getattr(torch, given_dtype),
         divergence=Divergence(divergence["kind"], divergence.get("probes"), divergence.get("seed", 0)),
         context_transform=Chain(_build_transform(entry, (context_dim,)) for entry in description["context_transforms"]),
     )

@@ -51,6 +51,7 @@ class TorchFlow(Composition):
         solver: Solver of the PyTorch engine.
         divergence: How the divergence is got.
         context_transform: What the context of a conditional flow goes through before it reaches the blocks.
+        data_dtype: Type of the data, which samples may have beside the parameters' own; default that.
 
     Raises:
         ConfigError: The steps of the solver are too many.
@@ -67,6 +68,7 @@ class TorchFlow(Composition):
         solver: SolverConfig,
         divergence: Divergence,
         context_transform: Chain | None = None,
+        data_dtype: torch.dtype | None = None,
     ) -> None:
         engine: Engine = TorchEngine() if solvers.adaptive(solver) else PlainEngine()
         engine.check(solver)
@@ -79,6 +81,7 @@ class TorchFlow(Composition):
             divergence=divergence,
             levels=levels,
             context_transform=context_transform,
+            data_dtype=data_dtype,
         )
         exact = divergence.exact(self.dim)
         self.divergence = Divergence("exact") if exact else replace(divergence, kind="hutchinson")
@@ -126,7 +129,7 @@ class TorchFlow(Composition):
             SolverError: The solve did not reach its end, or is not finite.
         """
         z, c = self.admit_latents(z, context)
-        return self.transform.continuous(self.unsolve(z, context=c))
+        return self.restored(self.unsolve(z, context=c), rounded=False)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density of samples in nats, ``(batch,)``, in the units of `x`; arguments and errors as in `forward`."""
@@ -165,7 +168,7 @@ class TorchFlow(Composition):
     def _converted(self, x: Tensor, what: str) -> Tensor:
         """`x` as it is: a module takes what its parameters are, and says what is not."""
         reference = self.reference
-        if x.dtype != reference.dtype or x.device != reference.device:
+        if x.dtype not in (reference.dtype, self.data_dtype) or x.device != reference.device:
             integers = self.levels is not None and what == "input" and not x.is_floating_point()
             raise DataError(
                 f"{what} of {x.dtype} on {x.device}, and the module is {reference.dtype} on {reference.device}: "
@@ -240,6 +243,7 @@ def to_torch(
         solver=_solver(solver),
         divergence=Divergence().changed(divergence),
         context_transform=context,
+        data_dtype=flow.data_dtype,
     )
     return module.eval()
 

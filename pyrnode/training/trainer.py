@@ -53,6 +53,7 @@ class Trainer:
         _check_outputs(config, folder, dynamics)
         self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
         self.device = resolve_device(config.device)
+        self._data_dtype = splits.train.first(1).x.dtype if splits.levels is None else None
         self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
         self.flow = self._built(config, *_standardised(config, splits)).to(self.device)
         self.state = State(self.flow, config.training)
@@ -73,6 +74,7 @@ class Trainer:
             transform=transform,
             context_dim=splits.context_dim,
             context_transform=context_transform,
+            data_dtype=self._data_dtype,
             dynamics=self.make,
         )
 
@@ -311,9 +313,9 @@ def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain |
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
     if config.flow.standardize and splits.levels is None:
-        transform = Chain([Standardize.fit(train.tensor().double(), train.weight)])
+        transform = Chain([Standardize.fit(train.tensor(), train.weight)])
     if config.flow.standardize and train.context is not None:
-        context_transform = Chain([Standardize.fit(train.context.double())])
+        context_transform = Chain([Standardize.fit(train.context)])
     return transform, context_transform
 
 
