@@ -131,27 +131,58 @@ class _Gradient(torch.autograd.Function):
         return z0_bar, c_bar, *gradients
 
     @staticmethod
-    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        z_bar, q_bar, z0, c, *parameters = ctx.saved_tensors
-        once, twice = (z0, c, *parameters), (z_bar, q_bar, z0, c, *parameters)
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        def gradient(z_bar: Tensor, q_bar: Tensor, z0: Tensor, c: Tensor | None, *parameters: Tensor) -> Tensors:
+            return _grad(ctx.solve.replay(z0, c), (z_bar, q_bar), (z0, c, *parameters))
+
+        return None, *_derivative(gradient, 4, ctx.saved_tensors, bars)
+
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class _Derivative(torch.autograd.Function):
+    """A function of tensors as a node whose derivative is such a node again.
+
+    The first `cut` of its inputs are cut from the graphs that they come from, or else what goes through those would be
+    counted here too; the others are parameters, which come from none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensors], cut: int, *inputs: Tensor | None) -> Tensors:
+        ctx.function, ctx.cut = function, cut
+        ctx.save_for_backward(*inputs)
+        own = (x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[:cut])
         with torch.enable_grad():
-            ends = zip(ctx.solve.replay(z0, c), (z_bar, q_bar), strict=True)
-            gradients = _grad([(y, bar) for y, bar in ends], once, create_graph=True)
-        pairs = [(g, direction) for g, direction in zip(gradients, directions, strict=True)]
-        return None, *_grad(pairs, twice, create_graph=torch.is_grad_enabled())
+            outputs = function(*own, *inputs[cut:])
+        return tuple(x if x is None else x.detach() for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> Tensors:
+        return None, None, *_derivative(ctx.function, ctx.cut, ctx.saved_tensors, bars)
 
 
-def _grad(
-    pairs: list[tuple[Tensor | None, Tensor | None]], inputs: tuple[Tensor | None, ...], *, create_graph: bool
-) -> list[Tensor | None]:
-    """The gradients of outputs with their cotangents, for each of the inputs; `None` where there is none to be had."""
-    live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
+def _derivative(function: Callable[..., Tensors], cut: int, inputs: Tensors, bars: Tensors) -> Tensors:
+    """The cotangents of a function's inputs from those of its outputs."""
+
+    def derivative(*values: Tensor | None) -> Tensors:
+        given, own = values[: len(bars)], values[len(bars) :]
+        return _grad(function(*own), given, own)
+
+    found: Tensors = _Derivative.apply(derivative, len(bars) + cut, *bars, *inputs)
+    return found
+
+
+def _grad(outputs: Tensors, bars: Tensors, inputs: Tensors) -> Tensors:
+    """The gradients for each of the inputs, in autograd's graph; `None` where there is none to be had."""
+    live = [(y, bar) for y, bar in zip(outputs, bars, strict=True) if y is not None and bar is not None]
+    live = [(y, bar) for y, bar in live if y.requires_grad]
     asked = [x for x in inputs if x is not None and x.requires_grad]
     if not live or not asked:
-        return [None] * len(inputs)
-    outputs, bars = zip(*live, strict=True)
-    found = iter(torch.autograd.grad(outputs, asked, bars, create_graph=create_graph, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+        return (None,) * len(inputs)
+    ys, given = zip(*live, strict=True)
+    found = iter(torch.autograd.grad(ys, asked, given, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def run(
