@@ -144,9 +144,11 @@ def test_workers_give_the_same_batches_and_draw_no_random_numbers() -> None:
     given_up = samples.batches(order, 6, workers=1)
     next(given_up)
     expected = VALUES.flip(0)[order[:5]]
-    assert torch.equal(torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)]), expected)  # beside the other pass
+    beside = torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)])  # the other pass
+    assert torch.equal(beside, expected)
     del given_up
-    assert torch.equal(torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)]), expected)  # after it
+    again = torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)])  # after it
+    assert torch.equal(again, expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 
