@@ -603,8 +603,8 @@ def test_damaged_program(exported: dict[str, bytes], tmp_path: Path) -> None:
 def test_other_versions(exported: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(exported["torch.export"])
-    _rewrite(path, lambda table: table.update(format=3))
-    with pytest.raises(CheckpointError, match="has format 3; this version of pyrnode reads format 2"):
+    _rewrite(path, lambda table: table.update(format=2))
+    with pytest.raises(CheckpointError, match="has format 2; this version of pyrnode reads format 1"):
         export.verify(path)
     path.write_bytes(exported["torch.export"])
     with zipfile.ZipFile(path) as archive:
