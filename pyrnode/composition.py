@@ -21,7 +21,7 @@ from pyrnode.engines import Engine, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.parts import Block, FactorOut, Squeeze
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
-from pyrnode.tracing import holds, recording
+from pyrnode.tracing import holds, in_own_precision, recording
 from pyrnode.transforms import Chain
 
 
@@ -243,6 +243,7 @@ class Composition(nn.Module):
         """How the divergence is probed (`pyrnode.probes.draw`)."""
         return draw(divergence, self.dim, source, noise=noise)
 
+    @in_own_precision
     def solve(
         self,
         x: Tensor,
@@ -297,6 +298,7 @@ class Composition(nn.Module):
         x = self.transform.inverse(y) if rounded else self.transform.continuous(y)
         return x.to(self.data_dtype or y.dtype) if x.is_floating_point() else x
 
+    @in_own_precision
     def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
         """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *event)``."""
         shapes = self._latent_shapes()

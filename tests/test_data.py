@@ -148,7 +148,8 @@ def test_workers_give_the_same_batches_and_draw_no_random_numbers() -> None:
         torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)]), expected
     )  # beside the other pass
     del given_up
-    assert torch.equal(torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)]), expected)  # after it
+    again = torch.cat([b.x for b in samples.batches(order[:5], 2, workers=1)])  # after it
+    assert torch.equal(again, expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -615,8 +615,8 @@ def test_other_versions(exported: dict[str, bytes], tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match=rf"written by torch {re.escape(torch.__version__)}.*export it again"):
         export.verify(path)
     path.write_bytes(exported["safetensors"])
-    monkeypatch.setattr("pyrnode.files.FORMAT", 2)
-    with pytest.raises(CheckpointError, match="has format 1"):
+    monkeypatch.setattr("pyrnode.files.FORMAT", 3)
+    with pytest.raises(CheckpointError, match="has format 2"):
         export.verify(path)
 
 

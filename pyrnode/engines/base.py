@@ -22,6 +22,7 @@ from pyrnode.dynamics.base import Dynamics
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.probes import Probes
 from pyrnode.solvers import SolverInfo
+from pyrnode.tracing import own_precision
 
 
 @dataclass
@@ -112,7 +113,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            z0_bar, c_bar, gradients = ctx.solve.backward(z_bar, q_bar)
+            with own_precision(z_bar):
+                z0_bar, c_bar, gradients = ctx.solve.backward(z_bar, q_bar)
             return None, z0_bar, c_bar, *gradients
         z0, c, *parameters = ctx.saved_tensors  # create_graph=True: the gradient will be differentiated itself
         return None, *_Gradient.apply(ctx.solve, z_bar, q_bar, z0, c, *parameters)

@@ -206,6 +206,7 @@ def _program_bytes(flow: TorchFlow, to: str, program: str) -> bytes:
         "dtype": dtype_name(flow.reference.dtype),
         **settings(flow),
         "inputs": {name: v.tolist() if isinstance(v, Tensor) else v for name, v in inputs.items()},
+        "input_dtypes": {name: dtype_name(v.dtype) for name, v in inputs.items() if isinstance(v, Tensor)},
         "outputs": {name: v.tolist() for name, v in outputs.items()},
         "tolerance": TOLERANCES[dtype_name(flow.reference.dtype)],
     }
@@ -236,7 +237,7 @@ def _table(path: Path, text: str | bytes | None) -> dict[str, Any]:
     try:
         table = json.loads(text or "")
         version = table["format"]
-        if not {"program", "versions", "dtype", "inputs", "outputs", "tolerance"} <= table.keys():
+        if not {"program", "versions", "dtype", "inputs", "input_dtypes", "outputs", "tolerance"} <= table.keys():
             raise KeyError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path} is a program, but not one that pyrnode exported") from None
@@ -268,7 +269,8 @@ def _verify_torch(path: Path, content: bytes) -> Verification:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             dtype = table["dtype"]
-            values = [v if isinstance(v, int) else _tensor(v, dtype) for v in table["inputs"].values()]
+            types = table["input_dtypes"]
+            values = [v if isinstance(v, int) else _tensor(v, types[k]) for k, v in table["inputs"].items()]
             outputs = module(*values)
     except PyrnodeError:
         raise
@@ -298,7 +300,8 @@ def _verify_onnx(path: Path, content: bytes) -> Verification:
         ) from None
     table = _table(path, session.get_modelmeta().custom_metadata_map.get("pyrnode"))
     feeds = {
-        k: np.asarray(v, dtype=np.int64 if isinstance(v, int) else table["dtype"]) for k, v in table["inputs"].items()
+        k: np.asarray(v, dtype=np.int64 if isinstance(v, int) else table["input_dtypes"][k])
+        for k, v in table["inputs"].items()
     }
     try:
         outputs = [torch.from_numpy(out) for out in session.run(None, feeds)]

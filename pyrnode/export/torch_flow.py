@@ -168,7 +168,8 @@ class TorchFlow(Composition):
     def _converted(self, x: Tensor, what: str) -> Tensor:
         """`x` as it is: a module takes what its parameters are, and says what is not."""
         reference = self.reference
-        if x.dtype not in (reference.dtype, self.data_dtype) or x.device != reference.device:
+        known = (reference.dtype, torch.float64 if what == "the context" else self.data_dtype)
+        if x.dtype not in known or x.device != reference.device:
             integers = self.levels is not None and what == "input" and not x.is_floating_point()
             raise DataError(
                 f"{what} of {x.dtype} on {x.device}, and the module is {reference.dtype} on {reference.device}: "
