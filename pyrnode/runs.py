@@ -16,15 +16,16 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyrnode import engines, native
+from pyrnode import engines, files, native
 from pyrnode.config import Config
 from pyrnode.errors import CheckpointError, ConfigError
-from pyrnode.files import write_atomically
 from pyrnode.settings import flatten
 
 Record = dict[str, Any]
@@ -73,7 +74,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether the folder already holds a run."""
-        return self.checkpoint.exists() or self.model.exists() or self._metrics.exists()
+        return any(os.path.exists(path) for path in (self.checkpoint, self.model, self._metrics))  # noqa: PTH110
 
     def stored_config(self) -> Config | None:
         """The configuration of the run in the folder; `None` if there is none.
@@ -89,19 +90,33 @@ class RunFolder:
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
 
-    def begin(self, config: Config) -> None:
-        """Makes the folder and writes the configuration and versions of a new run.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and keeps it from everyone else who would write a run there.
 
         Raises:
-            CheckpointError: It cannot be made or written to, or is a file.
+            CheckpointError: It cannot be made, is a file, or is in use.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"cannot make the folder {self.path}: {reason}; use another out=") from error
+        with files.locked(self.path):
+            yield
+
+    def begin(self, config: Config) -> None:
+        """Writes the configuration and versions of a new run, for one who has `locked` the folder.
+
+        Raises:
+            CheckpointError: It cannot be written to.
+        """
+        try:
             self._metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
             for path in self.snapshots().values():
                 path.unlink()
         except OSError as error:
-            raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; use another out=") from error
+            raise CheckpointError(f"cannot empty the folder {self.path}: {error.strerror}; use another out=") from error
         self.write_config(config)
         self.write_text("versions.json", json.dumps(versions(config), indent=2) + "\n")
 
@@ -128,19 +143,12 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file of the folder, atomically."""
-        write_atomically(self.path / name, text.encode())
+        files.write_atomically(self.path / name, text.encode())
 
     def append(self, records: list[Record]) -> None:
         """Appends metrics, one JSON object a line."""
-        if not records:
-            return
-        try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self._metrics}: {error.strerror}") from error
+        if records:
+            files.append(self._metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def rewind(self, step: int) -> list[Record]:
         """Drops metrics and snapshots after `step` (they will be computed again), and returns the other metrics."""

@@ -783,8 +783,9 @@ def train(moment):
             os.kill(os.getpid(), signal.SIGKILL)
     fsync, replace, step = os.fsync, os.replace, torch.optim.Adam.step
     def killed_fsync(fd):
-        size, new = os.fstat(fd).st_size, os.readlink(f"/proc/self/fd/{fd}").endswith(".part")
-        event(lambda: os.ftruncate(fd, size // 2 if new else size - 10))  # metrics are appended to
+        path, size = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size
+        cut = size // 2 if path.endswith(".part") else size - 10  # metrics are appended to
+        event(lambda: os.path.isdir(path) or os.ftruncate(fd, cut))
         fsync(fd)
         event()
     def killed_replace(a, b):
@@ -913,6 +914,32 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, comman
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_run(command_line_run, out)
+
+
+# -- two at once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+    """While a step is computed, another asks for the folder, which looks free; the run ends as if it had been alone."""
+    original, refused, metrics = loop.loss, list[str](), tmp_path / "a" / "metrics.jsonl"
+
+    def meanwhile(flow: Any, batch: Any, config: Any, solver: Any, at: int) -> Any:
+        if at == 1:
+            patch.undo()
+            metrics.rename(tmp_path / "kept")  # so that nothing but the lock refuses
+            with pytest.raises(CheckpointError, match="in use by process") as caught:
+                train(tmp_path / "a", resume=resume)
+            refused.append(str(caught.value))
+            (tmp_path / "kept").rename(metrics)
+        return original(flow, batch, config, solver, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "loss", meanwhile)
+        train(tmp_path / "a")
+    assert refused == [f"{tmp_path / 'a'} is in use by process {os.getpid()}: wait for it, end it, or take another folder"]
+    train(tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 # -- when it goes wrong ----------------------------------------------------------------------------------------------
