@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from pyrnode.errors import CheckpointError
+from pyrnode.errors import CheckpointError, EngineUnavailableError, PyrnodeError
 
 try:
     import fcntl
@@ -273,6 +274,44 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, description
 
 
+@contextmanager
+def converted(problem: str) -> Iterator[None]:
+    """Turns whatever fails in the block, where a reader meets contents that another may have made, into one error.
+
+    Raises:
+        CheckpointError: `problem`, and what it was. Errors that say what is missing on this machine pass.
+    """
+    try:
+        yield
+    except EngineUnavailableError:
+        raise
+    except Exception as error:  # whatever it is: contents can go wrong in more ways than could be listed
+        reason = str(error) if isinstance(error, PyrnodeError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{problem}: {reason[:500]}") from error
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` unless tensors have the names, shapes and types of others; the message says where not."""
+    for name in sorted({*found, *expected}):
+        kinds = [f"{str(t[name].dtype).removeprefix('torch.')} {tuple(t[name].shape)}" if name in t else "nothing"
+                 for t in (found, expected)]
+        if kinds[0] != kinds[1]:
+            raise CheckpointError(f"{name[:200]!r} is {kinds[0]}: expected {kinds[1]}")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON that every reader takes: numbers that JSON does not know, infinite ones and NaN, are ``null``."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_json(path: Path, *, remedy: str, check: Callable[[Any], object] = lambda value: None) -> Any:
     """The value in a JSON file that pyrnode wrote beside a run.
 
@@ -287,6 +326,6 @@ def read_json(path: Path, *, remedy: str, check: Callable[[Any], object] = lambd
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         check(value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+    except Exception as error:  # see `converted`
+        raise CheckpointError(f"{path} is damaged ({str(error)[:500]}); {remedy}") from error
     return value

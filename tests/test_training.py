@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -696,6 +697,82 @@ def test_resuming_on_other_data_is_an_error(tmp_path: Path) -> None:
     train(tmp_path, data=values)
     with pytest.raises(CheckpointError, match="trained on 160 samples, not 80"):
         train(tmp_path, data=values[:100], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [("seed = 0", "seed = 5"), ("end_time = 1.0", "end_time = 2.0"), ('activation = "tanh"', 'activation = "silu"')],
+)
+def test_a_configuration_that_was_edited_is_refused(
+    uninterrupted: Path, tmp_path: Path, setting: str, other: str
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    assert setting in config.read_text()
+    config.write_text(config.read_text().replace(setting, other, 1))
+    key = setting.partition(" ")[0]
+    with pytest.raises(CheckpointError, match=rf"it was begun with other settings \([a-z.]*{key}: .* → .*\)"):
+        pyrnode.train(out=tmp_path / "run", resume=True, evaluate=False, progress=False)
+
+
+@pytest.mark.parametrize("change", ["scaled", "shifted", "another order", "one value", "contexts"])
+def test_other_data_of_the_same_length_is_refused(tmp_path: Path, change: str) -> None:
+    values = torch.randn(200, 2)
+    context = torch.randn(200, 1) if change == "contexts" else None
+    settings = {"progress": False, "evaluate": False, **SMALL}
+    pyrnode.train(values, out=tmp_path, context=context, **settings, max_steps=3)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    other, c = values.clone(), context
+    if change == "one value":
+        other[load(values).train.tensor()[5, 1] == values] += 1e-6
+    elif context is not None:
+        c = context + 1
+    else:
+        other = {"scaled": values * 50, "shifted": values + 1000, "another order": values.flip(0)}[change]
+    with pytest.raises(CheckpointError, match="it was trained on other data: as many samples, 160, but other values"):
+        pyrnode.train(other, out=tmp_path, context=c, resume=True, **settings, max_steps=6)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    pyrnode.train(values, out=tmp_path, context=context, resume=True, **settings, max_steps=6)
+
+
+def test_a_data_set_with_random_transforms_can_be_resumed_and_another_cannot(tmp_path: Path) -> None:
+    class Items(torch.utils.data.Dataset[Tensor]):
+        def __init__(self, scale: float, noise: float) -> None:
+            self.x, self.noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)) * scale, noise
+
+        def __len__(self) -> int:
+            return 200
+
+        def __getitem__(self, index: int) -> Tensor:
+            return self.x[index] + self.noise * torch.rand(())
+
+    train(tmp_path / "a", data=Items(1, 0.1), max_steps=2)
+    train(tmp_path / "a", data=Items(1, 0.1), max_steps=4, resume=True)
+    train(tmp_path / "b", data=Items(1, 0), max_steps=2)
+    train(tmp_path / "b", data=Items(1, 0), max_steps=4, resume=True)
+    with pytest.raises(CheckpointError, match="other data"):
+        train(tmp_path / "b", data=Items(2, 0), max_steps=6, resume=True)
+
+
+def test_a_resume_on_another_footing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, max_steps=2)
+    train(tmp_path, max_steps=4, resume=True)
+    assert "bit for bit" not in capsys.readouterr().err
+    about = json.loads((tmp_path / "versions.json").read_text())
+    about["threads"], about["kernels"]["mlp"] = 7, "PYRNODE_NATIVE=0 turns them off"
+    (tmp_path / "versions.json").write_text(json.dumps(about))
+    history = train(tmp_path, max_steps=6, resume=True).history
+    said = capsys.readouterr().err
+    assert "resumed, but from here on not bit for bit as begun: kernel mlp: 'PYRNODE_NATIVE=0" in said
+    assert f"threads: '7' → '{torch.get_num_threads()}'" in said
+    (event,) = [record for record in history if record.get("event") == "resumed elsewhere"]
+    assert event["step"] == 4
+    assert len(event["changes"]) == 2
+    assert read_metrics(tmp_path) == history
+    assert json.loads((tmp_path / "versions.json").read_text())["threads"] == torch.get_num_threads()
+    (tmp_path / "versions.json").write_text("[" * 100_000)
+    train(tmp_path, max_steps=8, resume=True)
+    assert "versions.json: damaged or missing" in capsys.readouterr().err
 
 
 def test_damaged_run_folders_are_errors(tmp_path: Path) -> None:

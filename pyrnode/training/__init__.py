@@ -16,7 +16,7 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
-from pyrnode.runs import Record, RunFolder, differences
+from pyrnode.runs import Record, RunFolder, differences, lasting
 from pyrnode.training.trainer import Trainer
 
 
@@ -121,7 +121,6 @@ def _start(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
     _check_free(folder, resume)
     if folder.checkpoint.exists():
         trainer.resume()
-        folder.write_config(trainer.config)
     else:
         folder.begin(trainer.config)
 
@@ -149,7 +148,7 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None
         raise CheckpointError(f"{folder.path} holds a run without its config.toml; it cannot be resumed")
     if resume and stored is not None:
         asked = _preset(preset, stored).override(given)
-        if changed := differences(stored, asked):
+        if changed := differences(lasting(stored), lasting(asked)):
             raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
         return asked
     if preset is None:
