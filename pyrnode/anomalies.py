@@ -12,7 +12,8 @@ If x is from the same distribution as they are, ``P(p ≤ α) ≤ α`` for every
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,8 +63,16 @@ class Calibration:
         return f"Calibration({len(self.scores)} scores, {self.scores[0]:g} to {self.scores[-1]:g})"
 
     def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """Conformal p-values ``(m,)`` of log-densities ``(m,)``, from ``1/(n + 1)`` to 1."""
-        below = np.searchsorted(self.scores, np.asarray(scores, dtype=np.float64), side="right")
+        """Conformal p-values ``(m,)`` of log-densities ``(m,)``, from ``1/(n + 1)`` to 1; −inf has the smallest.
+
+        Raises:
+            DataError: A score is NaN. It has no rank, and a p-value of NaN would pass for an ordinary one wherever
+                ``p <= level`` is asked: where a density could not be computed, say −inf.
+        """
+        scores = np.asarray(scores, dtype=np.float64)
+        if np.isnan(scores).any():
+            raise DataError(f"score {int(np.isnan(scores).argmax())} is NaN: expected log-densities, -inf for none")
+        below = np.searchsorted(self.scores, scores, side="right")
         p: NDArray[np.float64] = (1 + below) / (len(self.scores) + 1)
         return p
 
@@ -80,20 +89,25 @@ class Calibration:
             CheckpointError: The file is missing, damaged, foreign, or of another flow.
         """
         tensors, description = files.read(path, "calibration")
-        if description.get("model") != fingerprint(flow) or "scores" not in tensors:
+        if description.get("model") != fingerprint(flow):
             raise CheckpointError(f"{path} was made with another model: calibrate again, with held-out samples")
-        return cls(tensors["scores"].numpy())
+        with files.converted(f"{path} is not a calibration: calibrate again, with held-out samples"):
+            if tensors["scores"].dtype != torch.float64:
+                raise CheckpointError(f"its scores are {tensors['scores'].dtype}: expected float64")
+            return cls(tensors["scores"].numpy())
 
 
 def calibration_path(run: str | Path) -> Path:
     """Where a run, or a model file, has its calibration."""
     run = Path(run)
-    return run / "calibration.safetensors" if run.is_dir() else run.with_suffix(".calibration.safetensors")
+    return run / "calibration.safetensors" if os.path.isdir(run) else run.with_suffix(".calibration.safetensors")
 
 
 def fingerprint(flow: Flow) -> str:
-    """A hash of what determines the flow's log-densities: weights, solver, and estimator of the trace."""
-    digest = hashlib.sha256(repr((flow.solver, flow.divergence)).encode())
+    """A hash of what determines the flow's log-densities: shape, blocks, weights, solver, and estimator of the trace."""
+    shape = (flow.event_shape, flow.levels, flow.context_dim, flow.config.dtype, flow.config.flow.to_dict())
+    times = [block.end_time for block in flow.blocks]
+    digest = hashlib.sha256(repr((flow.solver, flow.divergence, shape, times)).encode())
     for name, value in sorted(flow.state_dict().items()):
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -119,14 +133,34 @@ def log_densities(flow: Flow, x: Tensor, context: Tensor | None = None) -> NDArr
     return scores
 
 
-def _scored(flow: Flow, chunks: Any, bar: Any) -> Iterator[tuple[int, NDArray[np.float64]]]:
+def scores_or_none(flow: Flow, x: Tensor) -> NDArray[np.float64]:
+    """Log-densities ``(n,)`` of finite samples; −inf where the solve fails, or a value is beyond the flow's numbers.
+
+    Which samples those are is found by halving: the others are scored as they are without them.
+    """
+    try:
+        scores = log_densities(flow, x)
+    except (SolverError, DataError) as error:
+        if isinstance(error, DataError) and flow.levels is not None:
+            raise  # a value that is no grey level is wrong, not unlikely
+        if len(x) == 1:
+            return np.full(1, -np.inf)
+        return np.concatenate([scores_or_none(flow, half) for half in x.tensor_split(2)])
+    return np.where(np.isnan(scores) | (scores == np.inf), -np.inf, scores)
+
+
+def _scored(
+    flow: Flow, chunks: Any, bar: Any, score: Callable[[Flow, Tensor], NDArray[np.float64]]
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """First row and log-densities of each chunk."""
     for first, values in chunks:
+        where = f"rows {first} to {first + len(values) - 1}"
         try:
-            scores = log_densities(flow, values)
+            scores = score(flow, values)
         except SolverError as error:
-            message = f"in rows {first} to {first + len(values) - 1}: {error}"
-            raise SolverError(message, status=error.status, block=error.block) from error
+            raise SolverError(f"in {where}: {error}", status=error.status, block=error.block) from error
+        except DataError as error:
+            raise DataError(f"in {where}: {error}") from error
         bar.update(len(values))
         yield first, scores
 
@@ -173,11 +207,11 @@ def calibrate(
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
         batches = data.batches(torch.arange(len(data)), chunk)
-        chunks, total = enumerate(batch.x for batch in batches), len(data)
+        chunks, total = zip(range(0, len(data), chunk), (batch.x for batch in batches), strict=True), len(data)
     else:
-        chunks, total = enumerate(data.split(chunk) if len(data) else ()), len(data)
+        chunks, total = ((first, data[first : first + chunk]) for first in range(0, len(data), chunk)), len(data)
     with _bar(total, progress, "calibrate") as bar:
-        scores = [part for _, part in _scored(flow, chunks, bar)]
+        scores = [part for _, part in _scored(flow, chunks, bar, log_densities)]
     return Calibration(np.concatenate(scores) if scores else np.empty(0))
 
 
@@ -187,18 +221,22 @@ class Summary:
 
     Attributes:
         samples: Samples scored.
-        mean: Mean log-density, nats.
+        mean: Mean log-density of those that have one, nats; NaN where none has.
         below: For each of `LEVELS`, how many p-values are at most that; empty without a calibration.
         calibration: Number of calibration scores; 0 without.
+        impossible: Samples whose log-density is −inf: their solve failed, or their values are beyond the flow's numbers.
     """
 
     samples: int
     mean: float
     below: dict[float, int]
     calibration: int
+    impossible: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.samples} samples, mean log-density {self.mean:.4f} nats"]
+        if self.impossible:
+            lines.append(f"{self.impossible} of them failed or are out of all range: log_prob -inf, outside that mean")
         for level, count in self.below.items():
             if level * (self.calibration + 1) < 1:
                 lines.append(
@@ -229,7 +267,9 @@ def score_file(
         flow: The flow.
         data: ``.npy`` (mapped), ``.csv``, ``.tsv`` or ``.parquet`` (read by row group) file of samples.
         out: ``.csv``, ``.json`` (a list of objects) or ``.parquet`` file to write: ``row`` (from 0), ``log_prob``
-            (nats) and, with a calibration, ``p_value``. It appears when it is complete.
+            (nats) and, with a calibration, ``p_value``. It appears when it is complete. A sample whose solve fails, or
+            whose values are beyond the flow's numbers, has the log-density −inf (in JSON ``null``, which knows no
+            infinity) and the smallest p-value.
         calibration: Held-out scores.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
@@ -241,22 +281,24 @@ def score_file(
         DataError: The file cannot be read, or a row does not fit; it is named.
         ConfigError: `out` is of an unknown kind.
         CheckpointError: `out` cannot be written; what was there before is untouched.
-        SolverError: A solve failed; the rows are named.
     """
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
     check_unconditional(flow)
     chunks = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
-    count, total, below = 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
+    count, impossible, total, below = 0, 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
-        for first, scores in _scored(flow, chunks, bar):
+        for first, scores in _scored(flow, chunks, bar, scores_or_none):
             columns: dict[str, NDArray[Any]] = {"row": np.arange(first, first + len(scores)), "log_prob": scores}
             if calibration is not None:
                 columns["p_value"] = p = calibration.p_values(scores)
                 below = {level: number + int((p <= level).sum()) for level, number in below.items()}
             write(columns)
-            count, total = count + len(scores), total + float(scores.sum())
-    return Summary(count, total / count, below, 0 if calibration is None else len(calibration.scores))
+            possible = scores[np.isfinite(scores)]
+            count, total = count + len(scores), total + float(possible.sum())
+            impossible += len(scores) - len(possible)
+    mean = total / (count - impossible) if count > impossible else math.nan
+    return Summary(count, mean, below, 0 if calibration is None else len(calibration.scores), impossible)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -289,7 +331,7 @@ def _csv_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
 def _json_writer(file: Any) -> Iterator[Callable[[Columns], None]]:
     def write(columns: Columns) -> None:
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        lines = ",\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows)
+        lines = ",\n".join(files.to_json(dict(zip(columns, row, strict=True))) for row in rows)
         file.write(((",\n" if file.tell() else "[\n") + lines).encode())
 
     yield write

@@ -16,15 +16,16 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyrnode import engines, native
+from pyrnode import engines, files, native
 from pyrnode.config import Config
 from pyrnode.errors import CheckpointError, ConfigError
-from pyrnode.files import write_atomically
 from pyrnode.settings import flatten
 
 Record = dict[str, Any]
@@ -48,9 +49,10 @@ def versions(config: Config) -> dict[str, Any]:
     return {
         "engine": dict(zip(("name", "why"), engines.choose(config.engine, config.device), strict=True)),
         "packages": packages,
-        "kernels": native.compiler(),
+        "kernels": {name: native.status(name).why for name in native.NAMES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "command": sys.argv,
@@ -73,7 +75,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether the folder already holds a run."""
-        return self.checkpoint.exists() or self.model.exists() or self._metrics.exists()
+        return any(os.path.exists(path) for path in (self.checkpoint, self.model, self._metrics))  # noqa: PTH110
 
     def stored_config(self) -> Config | None:
         """The configuration of the run in the folder; `None` if there is none.
@@ -89,21 +91,57 @@ class RunFolder:
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
 
-    def begin(self, config: Config) -> None:
-        """Makes the folder and writes the configuration and versions of a new run.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and keeps it from everyone else who would write a run there.
 
         Raises:
-            CheckpointError: It cannot be made or written to, or is a file.
+            CheckpointError: It cannot be made, is a file, or is in use.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"cannot make the folder {self.path}: {reason}; use another out=") from error
+        with files.locked(self.path):
+            yield
+
+    def begin(self, config: Config) -> None:
+        """Writes the configuration and versions of a new run, for one who has `locked` the folder.
+
+        Raises:
+            CheckpointError: It cannot be written to.
+        """
+        try:
             self._metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
             for path in self.snapshots().values():
                 path.unlink()
         except OSError as error:
-            raise CheckpointError(f"cannot make the folder {self.path}: {error.strerror}; use another out=") from error
+            raise CheckpointError(f"cannot empty the folder {self.path}: {error.strerror}; use another out=") from error
         self.write_config(config)
-        self.write_text("versions.json", json.dumps(versions(config), indent=2) + "\n")
+        self._write_versions(versions(config))
+
+    def _write_versions(self, about: dict[str, Any]) -> None:
+        self.write_text("versions.json", json.dumps(about, indent=2) + "\n")
+
+    def go_on(self, config: Config) -> list[str]:
+        """Writes configuration and versions of a run that is resumed.
+
+        Returns:
+            What differs from when it was last computed, of that on which its last digits depend, as
+            ``name: then → now``.
+        """
+        self.write_config(config)
+        now = versions(config)
+        try:
+            then = files.read_json(self.path / "versions.json", remedy="", check=footing)
+        except CheckpointError:
+            changed = ["versions.json: damaged or missing, so that nothing can be compared"]
+        else:
+            changed = differences(footing(then), footing(now))
+        if changed:
+            self._write_versions(now)
+        return changed
 
     def snapshot(self, step: int) -> Path:
         """The file of the model that was validated after that step; its folder is made.
@@ -128,19 +166,12 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file of the folder, atomically."""
-        write_atomically(self.path / name, text.encode())
+        files.write_atomically(self.path / name, text.encode())
 
     def append(self, records: list[Record]) -> None:
         """Appends metrics, one JSON object a line."""
-        if not records:
-            return
-        try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self._metrics}: {error.strerror}") from error
+        if records:
+            files.append(self._metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def rewind(self, step: int) -> list[Record]:
         """Drops metrics and snapshots after `step` (they will be computed again), and returns the other metrics."""
@@ -213,8 +244,23 @@ def read_metrics(path: str | Path) -> list[Record]:
     return records
 
 
-def differences(stored: Config, asked: Config) -> list[str]:
-    """What a resumed run may not change, as ``key: stored → asked``; how long to train and how to score, it may."""
-    old, new = flatten(stored.to_dict()), flatten(asked.to_dict())
-    keys = sorted(key for key in {*old, *new} - _FREE if not key.startswith("evaluation."))
-    return [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
+def lasting(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run may not change, by name; how long to train and how to score, it may."""
+    settings = flatten(config.to_dict())
+    return {k: v for k, v in settings.items() if k not in _FREE and not k.startswith("evaluation.")}
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Where settings differ, as ``key: stored → asked``."""
+    keys = sorted(key for key in {*stored, *asked} if stored.get(key) != asked.get(key))
+    return [f"{key}: {stored.get(key)!r} → {asked.get(key)!r}" for key in keys]
+
+
+def footing(about: Mapping[str, Any]) -> dict[str, str]:
+    """What the last digits of a run depend on, of what `versions` gives, by name."""
+    packages, engine = about["packages"], about["engine"]["name"]
+    computes = ("torch", "juliacall") if engine == "julia" else ("torch",)
+    found = {name: packages.get(name) for name in ("pyrnode", *computes)} | {"engine": engine}
+    found |= {name: about.get(name) for name in ("threads", "processor", "cuda")}
+    found |= {f"kernel {name}": why for name, why in about["kernels"].items()}
+    return {name: str(value) for name, value in found.items()}

@@ -70,6 +70,14 @@ def test_p_values_are_ranks_among_the_calibration() -> None:
     np.testing.assert_allclose(calibration.p_values([0.5, 1, 1.5, 2, 2.5, 3, 9]), expected, rtol=1e-15)
 
 
+def test_a_density_of_nan_has_no_p_value_and_minus_infinity_the_smallest() -> None:
+    calibration = Calibration(np.array([3.0, 1.0, 2.0, 2.0]))
+    with pytest.raises(DataError, match="score 1 is NaN"):
+        calibration.p_values([0.5, np.nan])
+    np.testing.assert_allclose(calibration.p_values([-np.inf, np.inf]), [1 / 5, 1], rtol=1e-15)
+    assert calibration.p_values([]).shape == (0,)
+
+
 @pytest.mark.parametrize("flow_seed", [0, 1])
 def test_p_values_are_valid_whatever_the_flow(flow_seed: int) -> None:
     """Over many calibrations, P(p ≤ α) is α to the next multiple of 1/(n+1), though the flow was never trained."""
@@ -108,6 +116,28 @@ def test_a_calibration_is_stored_with_its_model(tmp_path: Path) -> None:
         Calibration.load(tmp_path / "c", other)
     flow.solver = pyrnode.SolverConfig()
     with pytest.raises(CheckpointError, match="another model"):
+        Calibration.load(tmp_path / "c", flow)
+
+
+@pytest.mark.parametrize("settings", [{"end_time": 2.0}, {"activation": "tanh"}, {"time": "none"}, {"hidden": [5]}])
+def test_a_calibration_of_a_flow_with_the_same_weights_and_another_meaning_is_refused(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    flow = build()
+    other = Flow.build(flow.config.override(settings), (2,))
+    if settings.keys() <= {"end_time", "activation"}:
+        other.load_state_dict(flow.state_dict())
+    Calibration(normal(50)[:, 0]).save(tmp_path / "c", flow)
+    with pytest.raises(CheckpointError, match="was made with another model: calibrate again"):
+        Calibration.load(tmp_path / "c", other)
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(3, 1).double(), torch.zeros(0).double(),
+    torch.tensor([1, torch.nan]).double(), torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.uint8)])
+def test_a_calibration_of_the_right_digest_with_useless_scores(tmp_path: Path, scores: torch.Tensor) -> None:
+    flow = build()
+    files.write(tmp_path / "c", "calibration", {"scores": scores}, {"model": fingerprint(flow)})
+    with pytest.raises(CheckpointError, match="is not a calibration: calibrate again"):
         Calibration.load(tmp_path / "c", flow)
 
 
@@ -340,21 +370,70 @@ def test_bad_targets(tmp_path: Path) -> None:
             score_file(flow, data, tmp_path / "out.csv", chunk=size)
 
 
-def test_a_solve_that_fails_names_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow, original = build(), Flow.log_prob
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the solves of whatever has a value above 50."""
+    original = Flow.log_prob
 
-    def failing(self: Flow, x: torch.Tensor, context: None, **settings: Any) -> torch.Tensor:
+    def log_prob(self: Flow, x: torch.Tensor, context: None, **settings: Any) -> torch.Tensor:
         if float(x.max()) > 50:
             raise SolverError("block 0: too stiff", status="MaxIters", block=0)
         return original(self, x, context, **settings)
 
-    monkeypatch.setattr(Flow, "log_prob", failing)
+    monkeypatch.setattr(Flow, "log_prob", log_prob)
+
+
+def test_a_held_out_sample_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch)
     x = normal(30)
     x[17] = 99
     with pytest.raises(SolverError, match="in rows 10 to 19: block 0: too stiff") as caught:
-        score_file(flow, write(tmp_path / "x.npy", x), tmp_path / "out.csv", chunk=10)
+        calibrate(build(), torch.from_numpy(x), chunk=10)
     assert (caught.value.status, caught.value.block) == ("MaxIters", 0)
-    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("bad", [[17], [0, 1, 2], [10, 19, 29], list(range(30))])
+def test_samples_whose_solve_fails_are_impossible_and_the_others_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[int]
+) -> None:
+    flow, x, held_out = build(), normal(30), Calibration(expected_scores(build(), normal(200, seed=1)))
+    expected = expected_scores(flow, x)
+    expected[bad], x[bad] = -np.inf, 99
+    failing(monkeypatch)
+    data, out = write(tmp_path / "x.npy", x), tmp_path / "out.csv"
+    summary = score_file(flow, data, out, chunk=10, calibration=held_out)
+    table = pd.read_csv(out)
+    np.testing.assert_allclose(table["log_prob"], expected, rtol=1e-10)
+    np.testing.assert_allclose(table["p_value"], held_out.p_values(expected), rtol=1e-12)
+    assert set(table["p_value"][bad]) == {1 / 201}
+    assert summary.impossible == len(bad)
+    np.testing.assert_allclose(summary.mean, np.mean(np.delete(expected, bad)) if len(bad) < 30 else np.nan, rtol=1e-9)
+    assert str(summary).splitlines()[1].startswith(f"{len(bad)} of them failed or are out of all range")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])
+@pytest.mark.parametrize("value", [1e39, -1e300, 1e30])
+def test_a_row_out_of_all_range_does_not_end_the_scoring(tmp_path: Path, suffix: str, value: float) -> None:
+    """1e39 is no 32-bit number; the square of 1e30 is none either."""
+    flow, x, held_out = build().float(), normal(20), Calibration(np.zeros(9))
+    expected = expected_scores(flow, x.astype(np.float32))
+    x[7, 1], expected[7] = value, -np.inf
+    data, out = write(tmp_path / f"x{suffix}", x), tmp_path / "out.json"
+    summary = score_file(flow, data, out, chunk=6, calibration=held_out)
+    text = out.read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    rows = json.loads(text, parse_constant=pytest.fail)
+    assert rows[7] == {"row": 7, "log_prob": None, "p_value": 0.1}
+    np.testing.assert_allclose([row["log_prob"] or -np.inf for row in rows], expected, rtol=1e-5)
+    assert summary.impossible == 1
+    assert summary.mean == pytest.approx(np.delete(expected, 7).mean(), rel=1e-5)
+
+
+def test_a_row_of_nan_is_an_error_still(tmp_path: Path) -> None:
+    x = normal(20)
+    x[7, 1], x[3] = np.nan, 1e39
+    with pytest.raises(DataError, match="row 7, column 1 is NaN"):
+        score_file(build().float(), write(tmp_path / "x.npy", x), tmp_path / "out.csv")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

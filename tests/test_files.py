@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,4 +197,137 @@ def test_places_that_cannot_be_written_to_are_errors(written: Path, tmp_path: Pa
     (tmp_path / "a folder").mkdir()
     with pytest.raises(CheckpointError, match="Is a directory"):
         files.write_atomically(tmp_path / "a folder", b"x")
+    assert leftovers(tmp_path) == []
+
+
+# -- two writers, modes, links ---------------------------------------------------------------------------------------
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """The second begins and ends while the first writes: both contents are whole, and the later one stays."""
+    path = tmp_path / "file"
+    with files.replacing(path) as first:
+        first.write(b"first")
+        with files.replacing(path) as second:
+            second.write(b"second, and longer")
+            assert len(leftovers(tmp_path)) == 2
+        assert path.read_bytes() == b"second, and longer"
+    assert path.read_bytes() == b"first"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_writer_that_fails_leaves_the_other_ones_work(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with files.replacing(path) as first:
+        first.write(b"first")
+        with pytest.raises(ZeroDivisionError), files.replacing(path) as second:
+            second.write(b"half")
+            raise ZeroDivisionError
+    assert path.read_bytes() == b"first"
+
+
+def test_what_killed_writers_left_is_removed_but_not_what_is_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / ".file.0123456789abcdef.part").write_bytes(b"half")
+    (tmp_path / ".file.mine").write_bytes(b"not ours")
+    (tmp_path / ".filed.0123456789abcdef.part").write_bytes(b"of another file")
+    with files.replacing(path) as first:
+        files.write_atomically(path, b"second")
+        first.write(b"first")
+    assert path.read_bytes() == b"first"
+    assert leftovers(tmp_path) == [".file.mine", ".filed.0123456789abcdef.part"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    files.write_atomically(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o7777) == (b"new", mode)
+
+
+def test_a_new_file_has_the_mode_of_the_process(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        files.write_atomically(tmp_path / "file", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o7777 == 0o640
+
+
+def test_a_link_laid_in_place_of_the_temporary_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where another has guessed the random name."""
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_bytes(b"precious")
+    folder.mkdir()
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    (folder / ".file.0000000000000000.part").symlink_to(victim)
+    with pytest.raises(CheckpointError, match="File exists"):
+        files.write_atomically(folder / "file", b"new")
+    (folder / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        files.append(folder / "metrics.jsonl", b"new")
+    assert victim.read_bytes() == b"precious"
+
+
+def test_the_folder_is_synced_after_the_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events, fsync, replace = list[str](), os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).suffix or 'folder'}")
+        fsync(descriptor)
+
+    def replaced(a: Any, b: Any) -> None:
+        events.append("replace")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    files.write_atomically(tmp_path / "file", b"new")
+    assert events == ["sync .part", "replace", "sync folder"]
+
+
+@pytest.mark.parametrize("name", ["nul\0", "x" * 300, "é" * 200, "\udc80" * 90 + "x" * 200])
+def test_names_that_no_file_can_have_are_errors(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot write"):
+        files.write_atomically(tmp_path / name, b"x")
+    with pytest.raises(CheckpointError):
+        files.read(tmp_path / name, "flow")
+
+
+def test_the_longest_name_that_a_file_can_have_is_written(tmp_path: Path) -> None:
+    files.write_atomically(tmp_path / ("x" * 255), b"new")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"new"
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_locked_folder_is_refused_to_others_and_free_afterwards(tmp_path: Path) -> None:
+    with files.locked(tmp_path):
+        with pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()}: wait"), files.locked(tmp_path):
+            pass
+        with pytest.raises(CheckpointError, match="in use"), files.locked(tmp_path):  # the refused one freed nothing
+            pass
+    with files.locked(tmp_path):
+        pass
+    assert leftovers(tmp_path) == []
+
+
+def test_the_lock_of_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from pyrnode import files\n"
+    code += "with files.locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(CheckpointError, match=f"in use by process {process.pid}"), files.locked(tmp_path):
+            pass
+        process.kill()
+    assert leftovers(tmp_path) == [".lock"]
+    with files.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
     assert leftovers(tmp_path) == []

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -698,6 +699,82 @@ def test_resuming_on_other_data_is_an_error(tmp_path: Path) -> None:
         train(tmp_path, data=values[:100], resume=True)
 
 
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [("seed = 0", "seed = 5"), ("end_time = 1.0", "end_time = 2.0"), ('activation = "tanh"', 'activation = "silu"')],
+)
+def test_a_configuration_that_was_edited_is_refused(
+    uninterrupted: Path, tmp_path: Path, setting: str, other: str
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    assert setting in config.read_text()
+    config.write_text(config.read_text().replace(setting, other, 1))
+    key = setting.partition(" ")[0]
+    with pytest.raises(CheckpointError, match=rf"it was begun with other settings \([a-z.]*{key}: .* → .*\)"):
+        pyrnode.train(out=tmp_path / "run", resume=True, evaluate=False, progress=False)
+
+
+@pytest.mark.parametrize("change", ["scaled", "shifted", "another order", "one value", "contexts"])
+def test_other_data_of_the_same_length_is_refused(tmp_path: Path, change: str) -> None:
+    values = torch.randn(200, 2)
+    context = torch.randn(200, 1) if change == "contexts" else None
+    settings = {"progress": False, "evaluate": False, **SMALL}
+    pyrnode.train(values, out=tmp_path, context=context, **settings, max_steps=3)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    other, c = values.clone(), context
+    if change == "one value":
+        other[load(values).train.tensor()[5, 1] == values] += 1e-6
+    elif context is not None:
+        c = context + 1
+    else:
+        other = {"scaled": values * 50, "shifted": values + 1000, "another order": values.flip(0)}[change]
+    with pytest.raises(CheckpointError, match="it was trained on other data: as many samples, 160, but other values"):
+        pyrnode.train(other, out=tmp_path, context=c, resume=True, **settings, max_steps=6)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    pyrnode.train(values, out=tmp_path, context=context, resume=True, **settings, max_steps=6)
+
+
+def test_a_data_set_with_random_transforms_can_be_resumed_and_another_cannot(tmp_path: Path) -> None:
+    class Items(torch.utils.data.Dataset[Tensor]):
+        def __init__(self, scale: float, noise: float) -> None:
+            self.x, self.noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)) * scale, noise
+
+        def __len__(self) -> int:
+            return 200
+
+        def __getitem__(self, index: int) -> Tensor:
+            return self.x[index] + self.noise * torch.rand(())
+
+    train(tmp_path / "a", data=Items(1, 0.1), max_steps=2)
+    train(tmp_path / "a", data=Items(1, 0.1), max_steps=4, resume=True)
+    train(tmp_path / "b", data=Items(1, 0), max_steps=2)
+    train(tmp_path / "b", data=Items(1, 0), max_steps=4, resume=True)
+    with pytest.raises(CheckpointError, match="other data"):
+        train(tmp_path / "b", data=Items(2, 0), max_steps=6, resume=True)
+
+
+def test_a_resume_on_another_footing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, max_steps=2)
+    train(tmp_path, max_steps=4, resume=True)
+    assert "bit for bit" not in capsys.readouterr().err
+    about = json.loads((tmp_path / "versions.json").read_text())
+    about["threads"], about["kernels"]["mlp"] = 7, "PYRNODE_NATIVE=0 turns them off"
+    (tmp_path / "versions.json").write_text(json.dumps(about))
+    history = train(tmp_path, max_steps=6, resume=True).history
+    said = capsys.readouterr().err
+    assert "resumed, but from here on not bit for bit as begun: kernel mlp: 'PYRNODE_NATIVE=0" in said
+    assert f"threads: '7' → '{torch.get_num_threads()}'" in said
+    (event,) = [record for record in history if record.get("event") == "resumed elsewhere"]
+    assert event["step"] == 4
+    assert len(event["changes"]) == 2
+    assert read_metrics(tmp_path) == history
+    assert json.loads((tmp_path / "versions.json").read_text())["threads"] == torch.get_num_threads()
+    (tmp_path / "versions.json").write_text("[" * 100_000)
+    train(tmp_path, max_steps=8, resume=True)
+    assert "versions.json: damaged or missing" in capsys.readouterr().err
+
+
 def test_damaged_run_folders_are_errors(tmp_path: Path) -> None:
     train(tmp_path)
     config, file = tmp_path / "config.toml", tmp_path / "checkpoint.safetensors"
@@ -783,8 +860,9 @@ def train(moment):
             os.kill(os.getpid(), signal.SIGKILL)
     fsync, replace, step = os.fsync, os.replace, torch.optim.Adam.step
     def killed_fsync(fd):
-        size, new = os.fstat(fd).st_size, os.readlink(f"/proc/self/fd/{fd}").endswith(".part")
-        event(lambda: os.ftruncate(fd, size // 2 if new else size - 10))  # metrics are appended to
+        path, size = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size
+        cut = size // 2 if path.endswith(".part") else size - 10  # metrics are appended to
+        event(lambda: os.path.isdir(path) or os.ftruncate(fd, cut))
         fsync(fd)
         event()
     def killed_replace(a, b):
@@ -913,6 +991,32 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, comman
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_run(command_line_run, out)
+
+
+# -- two at once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+    """While a step is computed, another asks for the folder, which looks free; the run ends as if it had been alone."""
+    original, refused, metrics = loop.loss, list[str](), tmp_path / "a" / "metrics.jsonl"
+
+    def meanwhile(flow: Any, batch: Any, config: Any, solver: Any, at: int) -> Any:
+        if at == 1:
+            patch.undo()
+            metrics.rename(tmp_path / "kept")  # so that nothing but the lock refuses
+            with pytest.raises(CheckpointError, match="in use by process") as caught:
+                train(tmp_path / "a", resume=resume)
+            refused.append(str(caught.value))
+            (tmp_path / "kept").rename(metrics)
+        return original(flow, batch, config, solver, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "loss", meanwhile)
+        train(tmp_path / "a")
+    assert refused == [f"{tmp_path / 'a'} is in use by process {os.getpid()}: wait for it, end it, or take another folder"]
+    train(tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 # -- when it goes wrong ----------------------------------------------------------------------------------------------

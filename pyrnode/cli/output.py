@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from pyrnode.files import to_json
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
 def print_json(value: Any) -> None:
-    """A value as a program reads it."""
-    print(json.dumps(value, indent=2))
+    """A value as a program reads it; numbers that are not finite are ``null``, as JSON knows none."""
+    print(to_json(value, indent=2))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
-from pyrnode.runs import Record, RunFolder, differences
+from pyrnode.runs import Record, RunFolder, differences, lasting
 from pyrnode.training.trainer import Trainer
 
 
@@ -82,7 +83,8 @@ def train(
     Raises:
         ConfigError: A setting is unknown or does not fit.
         DataError: The data is missing or unusable.
-        CheckpointError: `out` already holds a run and `resume` is false, or its checkpoint is damaged.
+        CheckpointError: `out` already holds a run and `resume` is false, or its checkpoint is damaged, or of other
+            settings or data; or another process trains in `out` now.
         TrainingDivergedError: Training stayed non-finite after ``training.max_restarts`` restarts.
 
     Example:
@@ -101,19 +103,26 @@ def train(
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
     trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress)
-    if folder is not None and resume and folder.checkpoint.exists():
-        trainer.resume()
-        folder.write_config(config)
-    elif folder is not None:
-        folder.begin(config)
-    interrupted = not trainer.run()
-    best = trainer.best_flow()
-    report = None
-    if evaluate and not interrupted:
-        report = evaluation.evaluate(best, splits, progress=progress)
+    with nullcontext() if folder is None else folder.locked():
         if folder is not None:
-            evaluation.write_report(folder, best, splits, report, trainer.history)
+            _start(trainer, folder, resume)
+        interrupted = not trainer.run()
+        best = trainer.best_flow()
+        report = None
+        if evaluate and not interrupted:
+            report = evaluation.evaluate(best, splits, progress=progress)
+            if folder is not None:
+                evaluation.write_report(folder, best, splits, report, trainer.history)
     return TrainingResult(best, trainer.history, report, config, None if folder is None else folder.path, interrupted)
+
+
+def _start(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
+    """Takes up the run in the folder, or begins one; the folder is locked, so that nobody else has since begun one."""
+    _check_free(folder, resume)
+    if folder.checkpoint.exists():
+        trainer.resume()
+    else:
+        folder.begin(trainer.config)
 
 
 def _with_options(solver: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,15 +140,15 @@ _MADE_FOR = {"digits": "digits", "mnist": "mnist-cpu", "cifar10": "finlay2020-ci
 def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None, given: Mapping[str, Any]) -> Config:
     """The settings of a run: the stored ones for a resumed one, else preset and overrides."""
     stored = folder.stored_config() if folder is not None else None
-    if folder is not None and folder.started and not resume:
-        raise CheckpointError(f"{folder.path} already holds a run; pass resume=True (--resume) or another folder")
+    if folder is not None:
+        _check_free(folder, resume)
     if resume and folder is None:
         raise ConfigError("resume=True needs out=, the folder of the run")
     if folder is not None and folder.started and stored is None:
         raise CheckpointError(f"{folder.path} holds a run without its config.toml; it cannot be resumed")
     if resume and stored is not None:
         asked = _preset(preset, stored).override(given)
-        if changed := differences(stored, asked):
+        if changed := differences(lasting(stored), lasting(asked)):
             raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
         return asked
     if preset is None:
@@ -148,6 +157,11 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None
         name = str(given.get("data.name", ""))
         preset = "toy" if name in DENSITIES else _MADE_FOR.get(name)
     return _preset(preset, Config()).override(given)
+
+
+def _check_free(folder: RunFolder, resume: bool) -> None:
+    if folder.started and not resume:
+        raise CheckpointError(f"{folder.path} already holds a run; pass resume=True (--resume) or another folder")
 
 
 def _preset(preset: str | Config | None, otherwise: Config) -> Config:

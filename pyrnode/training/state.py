@@ -6,19 +6,20 @@ All of it is data: captured as tensors by name with the counters, restored from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrnode import files
 from pyrnode.config import TrainingConfig
-from pyrnode.errors import ConfigError
+from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
+from pyrnode.training.origin import Origin
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -46,6 +47,19 @@ class Progress:
     stale: int = 0  # validations since then
     seconds: float = 0.0  # spent in optimiser steps, without validations and the final save
 
+    def check(self) -> None:
+        """Raises `CheckpointError` where a counter, read from a file, is none."""
+        for name in ("step", "restarts", "refinement", "best_step", "stale"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**62:
+                raise CheckpointError(f"{name} = {value!r}: expected a count")
+        if self.refinement > 1000:
+            raise CheckpointError(f"refinement = {self.refinement}: no solver's step is halved so often")
+        for name in ("best", "seconds"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or math.isnan(value):
+                raise CheckpointError(f"{name} = {value!r}: expected a number")
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -60,27 +74,23 @@ class Snapshot:
             if not bool(torch.isfinite(value).all()):
                 raise NotFiniteError(f"{name} is not finite")
 
-    def write(self, path: Path, counts: Mapping[str, int]) -> None:
-        """Writes a checkpoint, with the numbers of samples and of context features that it was trained on."""
-        files.write(path, "checkpoint", self.tensors, {"progress": vars(self.progress), **counts})
+    def write(self, path: Path, origin: Origin) -> None:
+        """Writes a checkpoint of the run with that origin."""
+        files.write(path, "checkpoint", self.tensors, {"progress": vars(self.progress), **vars(origin)})
 
     @classmethod
-    def read(cls, path: Path, counts: Mapping[str, int], device: torch.device) -> Snapshot:
-        """Reads what `write` wrote.
+    def read(cls, path: Path, device: torch.device) -> tuple[Snapshot, Origin]:
+        """Reads what `write` wrote: the state, and the origin of its run.
 
         Raises:
             CheckpointError: The file is damaged, or no checkpoint.
-            KeyError, TypeError, ValueError: It is of another run.
         """
         tensors, description = files.read(path, "checkpoint")
-        if description["context_dim"] != counts["context_dim"]:
-            raise ValueError(
-                f"its context has {description['context_dim']} features, the one given {counts['context_dim']}: pass "
-                "that which it was begun with, or take another out="
-            )
-        if description["samples"] != counts["samples"]:
-            raise ValueError(f"it was trained on {description['samples']} samples, not {counts['samples']}")
-        return cls({k: v.to(device) for k, v in tensors.items()}, Progress(**description["progress"]))
+        with files.converted(f"{path} is not a checkpoint of this version"):
+            progress = Progress(**description.pop("progress"))
+            progress.check()
+            origin = Origin(**description)
+        return cls({k: v.to(device) for k, v in tensors.items()}, progress), origin
 
 
 def weights(flow: Flow) -> Weights:
@@ -113,11 +123,14 @@ class State:
         self.progress = Progress()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        kind: Any = _OPTIMIZERS[self._training.optimizer]
         if not any(p.requires_grad for p in self.flow.parameters()):
             raise ConfigError("the dynamics have no trainable parameters: there is nothing to train")
+        return self._optimizer_of(self.flow.parameters())
+
+    def _optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        kind: Any = _OPTIMIZERS[self._training.optimizer]
         optimizer: torch.optim.Optimizer = kind(
-            self.flow.parameters(), lr=self._training.learning_rate, weight_decay=self._training.weight_decay
+            parameters, lr=self._training.learning_rate, weight_decay=self._training.weight_decay
         )
         return optimizer
 
@@ -165,18 +178,45 @@ class State:
         return Snapshot({k: v.detach().clone() for k, v in tensors.items()}, replace(self.progress))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Becomes what was captured; raises `KeyError`, `ValueError` or `RuntimeError` where that is of another run."""
+        """Becomes what was captured.
+
+        Raises:
+            CheckpointError: It was captured of another flow, or another optimiser.
+        """
         groups: dict[str, Weights] = {"flow": {}, "best": {}, "average": {}, "optimizer": {}}
         for name, value in snapshot.tensors.items():
             group, _, key = name.partition(".")
+            if group not in groups:
+                raise CheckpointError(f"there is no place for {name!r}")
             groups[group][key] = value.clone()
+        averages = [] if self.average is None else ["average"]
+        for group in ("flow", "best", *averages):
+            files.check_tensors(groups[group], self.flow.state_dict())
+        slots = self._slots(groups["optimizer"])
         self.flow.load_state_dict(groups["flow"])
         self.best = groups["best"]
         self.average = groups["average"] if self.average is not None else None
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in groups["optimizer"].items():
-            index, _, key = name.partition(".")
-            slots.setdefault(int(index), {})[key] = value
         self.optimizer = self._new_optimizer()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.progress = replace(snapshot.progress)
+
+    def _slots(self, stored: Weights) -> dict[int, Weights]:
+        """The optimiser's memory by parameter: of each parameter everything that this optimiser keeps, or nothing."""
+        slots: dict[int, Weights] = {}
+        for name, value in stored.items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = value
+        parameters = list(self.flow.parameters())
+        for index, found in slots.items():
+            if not 0 <= index < len(parameters):
+                raise CheckpointError(f"the optimiser's memory is of a parameter {index}, of {len(parameters)}")
+            files.check_tensors(found, self._memory_of(parameters[index]))
+        return slots
+
+    def _memory_of(self, parameter: Tensor) -> Weights:
+        """What the optimiser keeps of a parameter, in shape and type: that which a step with it leaves."""
+        alike = nn.Parameter(torch.zeros_like(parameter))
+        alike.grad = torch.zeros_like(alike)
+        optimizer = self._optimizer_of([alike])
+        optimizer.step()
+        return {key: value for key, value in optimizer.state[alike].items() if isinstance(value, Tensor)}

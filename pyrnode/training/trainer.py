@@ -7,20 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from pyrnode import files
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
 from pyrnode.dynamics import Dynamics, ModuleDynamics
-from pyrnode.errors import CheckpointError, ConfigError, SolverError, TrainingDivergedError
+from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder, require_tensorboard
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
+from pyrnode.training.origin import Origin
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
 from pyrnode.training.step import Order, differentiate, learning_rate, loss
 from pyrnode.training.validation import Validation
@@ -267,27 +270,30 @@ class Trainer:
         self.journal.flush()
         if self.make is None:
             self.best_flow().save(self.folder.model)
-        snapshot.write(self.folder.checkpoint, self._counts)
+        snapshot.write(self.folder.checkpoint, self.origin)
 
     def resume(self) -> None:
         """Takes up the run in the folder where its last checkpoint left it.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or of another run.
+            CheckpointError: The checkpoint is damaged, or of other settings, data or dynamics.
         """
         assert self.folder is not None
         path = self.folder.checkpoint
-        try:
-            self.state.restore(Snapshot.read(path, self._counts, self.device))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint of this run: {error}") from error
+        snapshot, origin = Snapshot.read(path, self.device)
+        with files.converted(f"{path} is not a checkpoint of this run"):
+            self.origin.check(origin)
+            self.state.restore(snapshot)
         self.journal.take_up(self.state.progress.step)
         self._snapshot = self.state.capture()
+        if changed := self.folder.go_on(self.config):
+            self.journal.log({"step": self.state.progress.step, "event": "resumed elsewhere", "changes": changed})
+            tqdm.write(f"resumed, but from here on not bit for bit as begun: {'; '.join(changed)}", file=sys.stderr)
 
-    @property
-    def _counts(self) -> dict[str, int]:
-        """What a checkpoint says of the data that it was trained on."""
-        return {"samples": self.order.samples, "context_dim": self.splits.context_dim}
+    @cached_property
+    def origin(self) -> Origin:
+        """What the run began with, as its checkpoints say it."""
+        return Origin.of(self.config, self.splits)
 
     # -- being stopped -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,82 @@
+"""What a run began with: the settings that stay, and the data. A checkpoint knows them, and is resumed with no others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrnode.config import Config
+from pyrnode.data import Samples, Splits, TensorSamples
+from pyrnode.errors import CheckpointError
+from pyrnode.runs import differences, lasting
+
+_LOOKED_AT = 32  # items of a data set that is read when it is asked for
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run began with.
+
+    Attributes:
+        settings: The settings that a resumed run may not change, by name.
+        samples: Number of training samples.
+        context_dim: Number of features of the context; 0 without one.
+        data: Digest of the samples that training and validation see, with contexts and weights.
+    """
+
+    settings: Mapping[str, Any]
+    samples: int
+    context_dim: int
+    data: str
+
+    @classmethod
+    def of(cls, config: Config, splits: Splits) -> Origin:
+        """Of a run that begins, or is to go on, with these settings and data."""
+        settings = json.loads(json.dumps(lasting(config)))
+        return cls(settings, len(splits.train), splits.context_dim, _digest(splits.train, splits.validation))
+
+    def check(self, stored: Origin) -> None:
+        """Raises `CheckpointError` where a checkpoint's origin is not this one; the message says what differs."""
+        if self.context_dim != stored.context_dim:
+            raise CheckpointError(
+                f"its context has {stored.context_dim} features, the one given {self.context_dim}: pass that which it "
+                "was begun with, or take another out="
+            )
+        if changed := differences(stored.settings, self.settings):
+            raise CheckpointError(f"it was begun with other settings ({'; '.join(changed)}); use another out=")
+        if self.samples != stored.samples:
+            raise CheckpointError(f"it was trained on {stored.samples} samples, not {self.samples}")
+        if self.data != stored.data:
+            raise CheckpointError(
+                f"it was trained on other data: as many samples, {self.samples}, but other values; pass those that it "
+                "was begun with, or take another out="
+            )
+
+
+def _digest(*parts: Samples) -> str:
+    digest = hashlib.sha256()
+    for samples in parts:
+        for tensor in (*_values(samples), samples.context, samples.weight):
+            digest.update(b"-" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _values(samples: Samples) -> list[Tensor]:
+    """What tells one set of samples from another: all that is in memory, or some items of what is read on demand.
+
+    Items that differ when they are read again (random transforms) say nothing; nor do the draws of reading them count.
+    """
+    if isinstance(samples, TensorSamples):
+        return [samples.tensor()]
+    rows = torch.linspace(0, len(samples) - 1, min(_LOOKED_AT, len(samples))).long()
+    with torch.random.fork_rng(devices=[]):
+        first, again = (torch.cat([batch.x for batch in samples.batches(rows, 1)]) for _ in range(2))
+    return [first if torch.equal(first, again) else first.new_zeros(0)]
