@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,7 @@ def open_archive(path: Path, content: bytes) -> Table:
     _compare(path, table, _archive_digest(entries, table))
     for entry, text in entries.items():
         if entry.endswith(".json"):
-            _parsed(
-                text, lambda entry=entry: CheckpointError(f"{path} is damaged: {entry} is no JSON; export it again")
-            )
+            _parsed(text, CheckpointError(f"{path} is damaged: {entry} is no JSON; export it again"))
     return table
 
 
@@ -116,17 +114,17 @@ def _table(path: Path, text: bytes) -> Table:
         f"{path} is none of what pyrnode exported (torch.export, safetensors, ONNX), or truncated; copy or "
         "export it again"
     )
-    table = _parsed(text, lambda: foreign)
+    table = _parsed(text, foreign)
     if not isinstance(table, dict) or not {"format", "sha256"} <= table.keys():
         raise foreign
     return table
 
 
-def _parsed(text: bytes, error: Callable[[], CheckpointError]) -> Any:
+def _parsed(text: bytes, error: CheckpointError) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # no JSON, no text, or nested deeper than Python goes
-        raise error() from None
+        raise error from None
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -23,6 +23,7 @@ from pyrnode.errors import CheckpointError, ConfigError, PyrnodeError, unknown_n
 from pyrnode.export import containers, programs
 from pyrnode.export.description import build, describe, dtype_name, settings
 from pyrnode.export.torch_flow import TorchFlow
+from pyrnode.seeds import seeded
 from pyrnode.version import VERSION
 
 FORMAT = 2
@@ -174,6 +175,7 @@ def _agreeing(path: Path, result: Verification) -> Verification:
     return result
 
 
+@torch.inference_mode(False)
 def load(path: str | Path) -> TorchFlow:
     """The module of a safetensors export; programs are loaded with their own runtimes.
 
@@ -215,8 +217,9 @@ def example_contexts(flow: TorchFlow) -> Tensor | None:
     """Contexts of the examples, ``(4, m)``, such as the flow was trained on: normal once they are standardised."""
     if not flow.context_dim:
         return None
-    c = torch.randn(_EXAMPLES, flow.context_dim, generator=torch.Generator().manual_seed(_SEED)).to(flow.reference)
-    return flow.context_transform.inverse(c)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    c = torch.randn(_EXAMPLES, flow.context_dim, generator=generator, dtype=torch.float32, device="cpu")
+    return flow.context_transform.inverse(c.to(flow.reference))
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
@@ -326,8 +329,7 @@ def _carried(path: Path, table: Mapping[str, Any]) -> _Carried:
 def _run_torch(path: Path, content: bytes, carried: _Carried) -> Sequence[Tensor]:
     try:
         module = torch.export.load(io.BytesIO(content)).module()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
+        with torch.no_grad(), seeded(_SEED):
             outputs = module(*carried.inputs.values())
     except PyrnodeError:
         raise
