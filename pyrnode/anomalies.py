@@ -104,7 +104,7 @@ def calibration_path(run: str | Path) -> Path:
 
 
 def fingerprint(flow: Flow) -> str:
-    """A hash of what determines the flow's log-densities: shape, blocks, weights, solver, and estimator of the trace."""
+    """A hash of what determines the flow's log-densities: shape, blocks, weights, solver, estimator of the trace."""
     shape = (flow.event_shape, flow.levels, flow.context_dim, flow.config.dtype, flow.config.flow.to_dict())
     times = [block.end_time for block in flow.blocks]
     digest = hashlib.sha256(repr((flow.solver, flow.divergence, shape, times)).encode())
@@ -224,7 +224,7 @@ class Summary:
         mean: Mean log-density of those that have one, nats; NaN where none has.
         below: For each of `LEVELS`, how many p-values are at most that; empty without a calibration.
         calibration: Number of calibration scores; 0 without.
-        impossible: Samples whose log-density is −inf: their solve failed, or their values are beyond the flow's numbers.
+        impossible: Samples whose log-density is −inf: their solve failed, or their values are beyond its numbers.
     """
 
     samples: int

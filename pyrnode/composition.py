@@ -181,7 +181,7 @@ class Composition(nn.Module):
     @property
     def reference(self) -> Tensor:
         """A parameter, whose type and device are those of the flow."""
-        return next(self.parts.parameters(), torch.zeros(()))
+        return next(self.parts.parameters(), torch.zeros((), dtype=torch.float32))
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 

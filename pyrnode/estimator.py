@@ -138,6 +138,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     # -- fitting -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # as in `pyrnode.train`
+    @torch.enable_grad()
     def fit(
         self,
         X: ArrayLike,

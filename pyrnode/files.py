@@ -221,7 +221,8 @@ def _own(path: Path) -> int:
         os.close(descriptor)
         if held is False:
             raise CheckpointError(
-                f"{path.parent} is in use by process {owner or '(unknown)'}: wait for it, end it, or take another folder"
+                f"{path.parent} is in use by process {owner or '(unknown)'}: wait for it, end it, or take another "
+                "folder"
             )
 
 
@@ -251,7 +252,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         CheckpointError: It is missing, truncated, damaged, not pyrnode's, of another kind, or of a newer format.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # noqa: PTH113  (false of impossible names, where pathlib raises)
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
@@ -291,10 +292,12 @@ def converted(problem: str) -> Iterator[None]:
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless tensors have the names, shapes and types of others; the message says where not."""
+    """Raises `CheckpointError` unless tensors have the names, shapes and types of others; it says where not."""
     for name in sorted({*found, *expected}):
-        kinds = [f"{str(t[name].dtype).removeprefix('torch.')} {tuple(t[name].shape)}" if name in t else "nothing"
-                 for t in (found, expected)]
+        kinds = [
+            f"{str(t[name].dtype).removeprefix('torch.')} {tuple(t[name].shape)}" if name in t else "nothing"
+            for t in (found, expected)
+        ]
         if kinds[0] != kinds[1]:
             raise CheckpointError(f"{name[:200]!r} is {kinds[0]}: expected {kinds[1]}")
 

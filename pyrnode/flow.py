@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from pyrnode import checkpoint, engines, export, uncertainty
+from pyrnode import checkpoint, engines, export, seeds, uncertainty
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Config, DivergenceLike, SolverLike
 from pyrnode.devices import resolve_device
@@ -72,6 +72,7 @@ class Flow(Composition):
         self.chunk = config.evaluation.chunk
 
     @classmethod
+    @torch.inference_mode(False)  # in which the parameters could never be trained
     def build(
         cls,
         config: Config,
@@ -95,15 +96,20 @@ class Flow(Composition):
             context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
             context_transform: The same for contexts ``(n, m)``.
             data_dtype: Type of continuous data, in which samples are given back; default ``config.dtype``.
-            dynamics: Makes the dynamics of a block from its event shape; default as ``config.flow.network`` says.
+            dynamics: Makes the dynamics of a block from its event shape, and may draw from torch's global generator,
+                which is seeded for it and put back; default as ``config.flow.network`` says.
 
         Raises:
             ConfigError: The settings do not fit the shape.
         """
         dtype = getattr(torch, config.dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            parts = list(multi_scale(config, event_shape, dynamics or network(config, event_shape, context_dim)))
+        if dynamics is None:
+            on_meta = torch.get_default_device().type == "meta"  # whose tensors have no values to be drawn
+            generator = None if on_meta else torch.Generator("cpu").manual_seed(config.seed)
+            parts = list(multi_scale(config, event_shape, network(config, event_shape, context_dim, generator)))
+        else:
+            with seeds.seeded(config.seed):
+                parts = list(multi_scale(config, event_shape, dynamics))
         if transform is None and levels is not None:
             transform = Chain([Dequantize(levels, dtype), Logit(config.flow.alpha)])
         elif transform is None:
@@ -294,6 +300,7 @@ class Flow(Composition):
         checkpoint.save(self, self.config, path)
 
 
+@torch.inference_mode(False)
 def load(path: str | Path, *, engine: str | None = None, device: str = "cpu") -> Flow:
     """Reads a flow that `Flow.save` or a training run wrote.
 

@@ -55,8 +55,12 @@ class FactorOut(nn.Module):
         return torch.cat((kept, out), dim=1)
 
 
-def network(config: Config, event_shape: tuple[int, ...], context_dim: int) -> Callable[[tuple[int, ...]], Dynamics]:
+def network(
+    config: Config, event_shape: tuple[int, ...], context_dim: int, generator: torch.Generator | None = None
+) -> Callable[[tuple[int, ...]], Dynamics]:
     """Makes the dynamics of a block from its event shape, as ``config.flow.network`` says.
+
+    The parameters are drawn from `generator`, one block after the other; default torch's global generator.
 
     Raises:
         ConfigError: That kind of network does not fit the data's shape.
@@ -78,8 +82,16 @@ def network(config: Config, event_shape: tuple[int, ...], context_dim: int) -> C
                 time=network.time,
                 kernel_size=network.kernel_size,
                 context_dim=context_dim,
+                generator=generator,
             )
-        return MLP(shape[0], network.hidden, activation=network.activation, time=network.time, context_dim=context_dim)
+        return MLP(
+            shape[0],
+            network.hidden,
+            activation=network.activation,
+            time=network.time,
+            context_dim=context_dim,
+            generator=generator,
+        )
 
     return make
 

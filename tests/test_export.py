@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import math
 import re
@@ -28,7 +29,8 @@ from pyrnode.dynamics import MLP, ModuleDynamics
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.engines.plain import SMOOTH, LayeredRates, ModuleRates
 from pyrnode.errors import CheckpointError, ConfigError, DataError, EngineUnavailableError, SolverError
-from pyrnode.export import TorchFlow, files, to_torch
+from pyrnode.export import TorchFlow, containers, to_torch
+from pyrnode.export.exported import TOLERANCES
 from pyrnode.export.programs import PROGRAMS, to_program
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
@@ -440,7 +442,7 @@ def test_onnx_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     options.log_severity_level = 3
 
     def run(program: str, **feeds: Any) -> list[Tensor]:
-        assert export.save(module, tmp_path / program, to="onnx", program=program).largest < files.TOLERANCES["float32"]
+        assert export.save(module, tmp_path / program, to="onnx", program=program).largest < TOLERANCES["float32"]
         session = onnxruntime.InferenceSession((tmp_path / program).read_bytes(), options)
         assert [i.shape[0] for i in session.get_inputs()] == ["batch"]
         return [torch.from_numpy(v) for v in session.run(None, feeds)]
@@ -513,7 +515,7 @@ def test_a_run_of_either_engine_exports_and_agrees(engine: str, suffix: str, tmp
     assert (
         command("export", str(run), "--engine", engine, "--step-size", "0.25", "--to", target, "--out", str(path)) == 0
     )
-    assert command("verify", str(path)) == 0
+    assert command("verify", str(path), "--trust") == 0
     x, c = x[:7], c[:7]
     with torch.no_grad():
         if suffix == "pt2":
@@ -534,20 +536,28 @@ def test_a_file_that_does_not_agree_is_refused(tmp_path: Path) -> None:
     export.save(module, path)
     _rewrite(path, lambda table: table["outputs"]["log_prob"].__setitem__(2, table["outputs"]["log_prob"][2] + 0.01))
     with pytest.raises(CheckpointError, match=r"does not agree .*largest difference .*e-0[23]"):
-        export.verify(path)
+        export.verify(path, trust=True)
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes what a program says about itself."""
+    """Changes what a program says about itself, and seals it anew."""
+    _replace(path, {}, change)
+
+
+def _replace(
+    path: Path, others: dict[str, bytes], change: Callable[[dict[str, Any]], Any] = lambda table: None
+) -> None:
+    """Puts other contents in the place of entries of a program, or beside them, and seals it anew."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     (name,) = (name for name in entries if name.endswith("pyrnode.json"))
-    table = json.loads(entries[name])
+    table = json.loads(entries.pop(name))
     change(table)
-    entries[name] = json.dumps(table).encode()
-    with zipfile.ZipFile(path, "w") as archive:
-        for entry, content in entries.items():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for entry, content in (entries | others).items():
             archive.writestr(entry, content)
+    path.write_bytes(containers.seal_archive(buffer.getvalue(), table))
 
 
 @pytest.fixture(scope="module")
@@ -579,11 +589,11 @@ def test_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="none of what pyrnode exports"):
         export.verify(path)
     torch.save({"a": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="not one that pyrnode exported"):
+    with pytest.raises(CheckpointError, match="none of what pyrnode exported"):
         export.verify(path)
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, f"{path}.pt2")
-    with pytest.raises(CheckpointError, match="not one that pyrnode exported"):
+    with pytest.raises(CheckpointError, match="none of what pyrnode exported"):
         export.verify(f"{path}.pt2")
     small().save(path)
     with pytest.raises(CheckpointError, match="holds a flow, not a torch module"):
@@ -603,17 +613,13 @@ def test_damaged_program(exported: dict[str, bytes], tmp_path: Path) -> None:
 def test_other_versions(exported: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(exported["torch.export"])
-    _rewrite(path, lambda table: table.update(format=2))
-    with pytest.raises(CheckpointError, match="has format 2; this version of pyrnode reads format 1"):
+    _rewrite(path, lambda table: table.update(format=3))
+    with pytest.raises(CheckpointError, match="has format 3; this version of pyrnode reads format 2"):
         export.verify(path)
     path.write_bytes(exported["torch.export"])
-    with zipfile.ZipFile(path) as archive:
-        names = {n: archive.read(n) for n in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:  # a program whose own schema this torch does not know
-        for name, content in names.items():
-            archive.writestr(name, b"{}" if name.endswith("models/model.json") else content)
+    _replace(path, {"archive/models/model.json": b"{}"})  # a program whose own schema this torch does not know
     with pytest.raises(CheckpointError, match=rf"written by torch {re.escape(torch.__version__)}.*export it again"):
-        export.verify(path)
+        export.verify(path, trust=True)
     path.write_bytes(exported["safetensors"])
     monkeypatch.setattr("pyrnode.files.FORMAT", 3)
     with pytest.raises(CheckpointError, match="has format 2"):
@@ -658,6 +664,92 @@ def test_untraceable_dynamics_get_our_error(tmp_path: Path) -> None:
     flow = Flow.build(Config(), (2,), dynamics=lambda shape: ModuleDynamics(Branch(), shape))
     with pytest.raises(ConfigError, match=r"torch\.export cannot trace this flow"):
         export.save(to_torch(flow, {"step_size": 0.5}), tmp_path / "file")
+
+
+# -- programs are code -----------------------------------------------------------------------------------------------
+
+WEIGHTS, SAMPLES = "archive/data/weights/model.pt", "archive/data/sample_inputs/model.pt"
+
+
+class _Exploit:
+    """A pickle that leaves a file where it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("entry", [WEIGHTS, SAMPLES])
+def test_nothing_of_a_program_is_unpickled_unless_it_is_trusted(
+    entry: str, exported: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mark, bomb = tmp_path / "flow.pt2", tmp_path / "mark", io.BytesIO()
+    torch.save(_Exploit(mark), bomb)
+    path.write_bytes(exported["torch.export"])
+    _replace(path, {entry: bomb.getvalue()})
+    result = export.verify(path)
+    assert (result.executed, result.differences, result.to_dict()["largest"]) == (False, {}, None)
+    assert command("verify", str(path)) == 0
+    assert "not run, for a program is code: --trust" in capsys.readouterr().out
+    assert not mark.exists()
+    with pytest.raises(CheckpointError, match="does not run in torch"):
+        export.verify(path, trust=True)
+    assert mark.exists()  # the exploit is one
+
+
+@pytest.mark.parametrize("name", ["flow.safetensors", "flow.onnx", "flow.SAFETENSORS"])
+@pytest.mark.parametrize("trust", [False, True])
+def test_name_and_content_agree(name: str, trust: bool, exported: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(exported["torch.export"])
+    with pytest.raises(CheckpointError, match=r"named as a (safetensors|onnx) file.*nothing of it was run"):
+        export.verify(path, trust=trust)
+    with pytest.raises(ConfigError, match=r"is the name of a .* file, not of torch\.export: let it end in \.pt2"):
+        export.save(to_torch(small(), {"step_size": 1.0}), path)
+    path = tmp_path / "flow.pt2"
+    path.write_bytes(exported["safetensors"])
+    with pytest.raises(CheckpointError, match=r"named as a torch\.export file"):
+        export.verify(path, trust=trust)
+
+
+def test_a_whole_program_is_known_without_running_it(exported: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "flow.pt2"
+    path.write_bytes(exported["torch.export"])
+    result = export.verify(path)
+    assert (result.target, result.program, result.executed) == ("torch.export", "encode", False)
+    assert result.versions["torch"] == torch.__version__
+    assert math.isnan(result.largest)
+    assert export.verify(path, trust=True).largest == 0
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    weight = "archive/data/weights/weight_0"
+    entries[weight] = bytes(len(entries[weight]))
+    with zipfile.ZipFile(path, "w") as archive:  # whose checksums are right
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    for trust in (False, True):
+        with pytest.raises(CheckpointError, match="damaged: its content does not match its digest"):
+            export.verify(path, trust=trust)
+
+
+def test_a_whole_model_is_known_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "flow.onnx"
+    assert export.save(to_torch(small(), {"step_size": 1.0}), path, to="onnx").executed
+    content = path.read_bytes()
+    for name in ("onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert not export.verify(path).executed
+    for at in range(0, len(content), 997):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(CheckpointError):
+            export.verify(path)
+        path.write_bytes(content[:at])
+        with pytest.raises(CheckpointError):
+            export.verify(path)
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------

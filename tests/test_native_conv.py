@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import subprocess
@@ -267,14 +268,15 @@ def fresh(monkeypatch, tmp_path):
     """A cache folder of its own, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native._load.cache_clear()
-    yield tmp_path / "pyrnode"
+    yield tmp_path / "pyrnode" / "kernels"
     native._load.cache_clear()
 
 
-def test_without_a_compiler_the_results_are_the_same(monkeypatch, fresh):
+def test_without_a_compiler_the_results_are_the_same(monkeypatch, fresh, tmp_path):
     net = _net()
     with_kernel = _linearization(net)
     native._load.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     assert "no C compiler" in native.status("conv").why
     assert conv.kernel(net.layers[1].weight.detach()) is None
@@ -296,15 +298,27 @@ def test_a_file_that_was_cut_off_is_compiled_anew(fresh):
 
 @_KERNEL
 def test_a_cache_folder_that_cannot_be_written(monkeypatch, fresh):
+    fresh.parent.mkdir(parents=True)
     fresh.write_text("a file where the folder should be")
     assert native.status("conv").available
     fresh.unlink()
     native._load.cache_clear()
-    monkeypatch.setattr(native.os, "access", lambda path, mode: Path(path) != fresh)
+    monkeypatch.setattr(native.cache, "keep", _full(native.cache.keep, fresh))
     before = set(Path(tempfile.gettempdir()).glob("pyrnode-*"))
     assert native.status("conv").available
     assert not list(fresh.glob("*.so"))
     assert set(Path(tempfile.gettempdir()).glob("pyrnode-*")) == before
+
+
+def _full(keep, folder):
+    """`keep` where there is no space in that folder."""
+
+    def kept(content, stem, to):
+        if to == folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return keep(content, stem, to)
+
+    return kept
 
 
 @pytest.fixture(params=["openmp", "python"])

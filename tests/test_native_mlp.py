@@ -174,7 +174,7 @@ def test_without_kernels_torch_does_it(fused: list[str], monkeypatch: pytest.Mon
     assert fused
     fused.clear()
     monkeypatch.setenv(native.VARIABLE, "0")
-    assert native.status("mlp") == (False, "PYRNODE_NATIVE=0 turns them off")
+    assert native.status("mlp") == (False, "PYRNODE_NATIVE=0 turns them off", None)
     assert largest(results(dynamics, z0, 1, FUSED, (0.0, 1.0)), expected) < 1e-13
     assert not fused
 

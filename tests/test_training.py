@@ -1014,7 +1014,9 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(loop, "loss", meanwhile)
         train(tmp_path / "a")
-    assert refused == [f"{tmp_path / 'a'} is in use by process {os.getpid()}: wait for it, end it, or take another folder"]
+    assert refused == [
+        f"{tmp_path / 'a'} is in use by process {os.getpid()}: wait for it, end it, or take another folder"
+    ]
     train(tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b")
 

@@ -185,8 +185,8 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "verify": _Command(
         export.verify,
-        "check an exported file against the outputs that it carries",
-        "pyrnode verify digits.pt2",
+        "check an exported file against its digest and the outputs that it carries",
+        "pyrnode verify digits.pt2 --trust",
         export.verify_arguments,
     ),
     "score": _Command(

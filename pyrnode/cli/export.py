@@ -11,7 +11,7 @@ import torch
 import pyrnode
 from pyrnode import solvers
 from pyrnode.cli.output import engine_argument, json_argument, print_json
-from pyrnode.export import TorchFlow, files
+from pyrnode.export import TorchFlow, exported
 from pyrnode.flow import Flow
 
 
@@ -23,7 +23,7 @@ def export(args: argparse.Namespace) -> int:
     module = flow.to_torch(solver, divergence=divergence)
     if args.dtype is not None:
         module = module.to(getattr(torch, args.dtype))
-    result = files.save(module, args.out, to=args.to, program=args.program)
+    result = exported.save(module, args.out, to=args.to, program=args.program)
     gap = _solver_gap(flow, module)
     if args.json:
         print_json({"out": args.out, **result.to_dict(), "solver_gap": gap})
@@ -42,7 +42,7 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _solver_gap(flow: Flow, module: TorchFlow) -> float:
     """Largest difference of the module's log_prob to the flow's own accurate one, on a few samples, in nats."""
-    context = files.example_contexts(module)
+    context = exported.example_contexts(module)
     with torch.no_grad():
         x = module.sample(16, seed=1) if context is None else module.sample(1, context, seed=1)[:, 0]
         return float((module.log_prob(x, context) - flow.log_prob(x, context)).abs().max())
@@ -71,8 +71,8 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Checks an exported file against the outputs that it carries."""
-    result = files.verify(args.file)
+    """Checks an exported file against its digest and, if it is trusted or no program, the outputs that it carries."""
+    result = exported.verify(args.file, trust=args.trust)
     print_json(result.to_dict()) if args.json else print(result)
     return 0
 
@@ -80,4 +80,9 @@ def verify(args: argparse.Namespace) -> int:
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode verify`` takes."""
     parser.add_argument("file", help="file that `pyrnode export` wrote")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run a program (.pt2, .onnx) and compare its outputs: it can do on this machine whatever you can",
+    )
     json_argument(parser)

@@ -212,7 +212,7 @@ DENSITIES: dict[str, Density] = {
             "two-bumps",
             "two Gaussians (1-D, as in Figure 1 of the paper)",
             (-4.0, 4.0),
-            means=torch.tensor([[-1.5], [1.5]]),
+            means=torch.tensor([[-1.5], [1.5]], dtype=torch.float32),
             std=0.5,
         ),
     )

@@ -259,7 +259,13 @@ class LayeredDynamics(Dynamics):
     """
 
     def __init__(
-        self, layers: list[Layer], activation: str, event_shape: tuple[int, ...], context_dim: int = 0
+        self,
+        layers: list[Layer],
+        activation: str,
+        event_shape: tuple[int, ...],
+        context_dim: int = 0,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -267,11 +273,15 @@ class LayeredDynamics(Dynamics):
         self.event_shape, self.context_dim = event_shape, context_dim
         if context_dim:
             widths = [layer.weight.shape[0] * TIME_ENTRIES[layer.time].context_parts for layer in layers]
-            self.context = nn.Linear(context_dim, sum(widths), bias=False)
+            device = layers[0].weight.device
+            self.context = nn.Linear(context_dim, sum(widths), bias=False, device="meta", dtype=torch.float32)
+            self.context.to_empty(device=device)
+            # As nn.Linear draws before what is drawn here: so the numbers that a seed gives are what they always were.
+            nn.init.kaiming_uniform_(self.context.weight, math.sqrt(5), generator=generator)
             with torch.no_grad():
                 for layer, rows in zip(layers, self.context.weight.split(widths), strict=True):
                     bound = 0.0 if layer.zero else 1 / math.sqrt(layer.fan_in + context_dim)
-                    rows.uniform_(-bound, bound)
+                    rows.uniform_(-bound, bound, generator=generator)
 
     def _bind(self, *, detach: bool) -> BoundLayers:
         layers: list[Any] = list(self.layers)
@@ -309,6 +319,7 @@ class MLP(LayeredDynamics):
         activation: ``"softplus"``, ``"tanh"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
         time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
         context_dim: Number of features of the context; 0 for none.
+        generator: What the parameters are drawn from; default torch's global generator.
     """
 
     def __init__(
@@ -319,11 +330,14 @@ class MLP(LayeredDynamics):
         activation: str = "softplus",
         time: str = "concat",
         context_dim: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         widths = (dim, *hidden, dim)
         last = len(hidden)
-        layers = [Layer(widths[i], widths[i + 1], time=time, zero=i == last) for i in range(last + 1)]
-        super().__init__(layers, activation, (dim,), context_dim)
+        layers = [
+            Layer(widths[i], widths[i + 1], time=time, zero=i == last, generator=generator) for i in range(last + 1)
+        ]
+        super().__init__(layers, activation, (dim,), context_dim, generator=generator)
 
 
 class ConvNet(LayeredDynamics):
@@ -336,6 +350,7 @@ class ConvNet(LayeredDynamics):
         time: How time enters each layer: ``"concat"``, ``"concatsquash"`` or ``"none"``.
         kernel_size: Side of the filters; odd.
         context_dim: Number of features of the context; 0 for none.
+        generator: What the parameters are drawn from; default torch's global generator.
     """
 
     def __init__(
@@ -347,13 +362,22 @@ class ConvNet(LayeredDynamics):
         time: str = "concat",
         kernel_size: int = 3,
         context_dim: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         channels, height, width = event_shape
         widths = (channels, *hidden, channels)
         last = len(hidden)
         sides, size = (kernel_size, kernel_size), (height, width)
         layers = [
-            Layer(widths[i], widths[i + 1], time=time, kernel_size=sides, size=size, zero=i == last)
+            Layer(
+                widths[i],
+                widths[i + 1],
+                time=time,
+                kernel_size=sides,
+                size=size,
+                zero=i == last,
+                generator=generator,
+            )
             for i in range(last + 1)
         ]
-        super().__init__(layers, activation, event_shape, context_dim)
+        super().__init__(layers, activation, event_shape, context_dim, generator=generator)

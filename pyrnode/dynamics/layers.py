@@ -341,6 +341,7 @@ class Layer(nn.Module):
         kernel_size: Sides of the filters: ``()`` for a dense layer, ``(k, k)`` for a convolution.
         size: ``(H, W)`` of the images for a convolution.
         zero: Initialise everything to zero (the last layer, so that training starts at f = 0).
+        generator: What the parameters are drawn from, on its device; default torch's global generator.
     """
 
     def __init__(
@@ -352,30 +353,34 @@ class Layer(nn.Module):
         kernel_size: tuple[int, ...] = (),
         size: tuple[int, int] | None = None,
         zero: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.size, self.time, self.zero = size, time, zero
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel_size))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        device = None if generator is None else generator.device
+        made = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(made(outputs, inputs, *kernel_size))
+        self.bias = nn.Parameter(made(outputs))
         if time == "concat":
-            self.time_weight = nn.Parameter(torch.empty(outputs, 1, *kernel_size))
+            self.time_weight = nn.Parameter(made(outputs, 1, *kernel_size))
         elif time == "concatsquash":
-            self.gate_weight = nn.Parameter(torch.empty(outputs))
-            self.gate_bias = nn.Parameter(torch.empty(outputs))
-            self.time_shift = nn.Parameter(torch.empty(outputs))
-        self.reset_parameters()
+            self.gate_weight = nn.Parameter(made(outputs))
+            self.gate_bias = nn.Parameter(made(outputs))
+            self.time_shift = nn.Parameter(made(outputs))
+        self.reset_parameters(generator)
 
     @property
     def fan_in(self) -> int:
         """Inputs of one output, time among them."""
         return self.weight[0].numel() + (self.time_weight[0].numel() if self.time == "concat" else 0)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """PyTorch's own default for such a layer (uniform within 1/√fan-in), or zero."""
         bound = 0.0 if self.zero else 1 / math.sqrt(self.fan_in)
         for name, parameter in self.named_parameters():
             gated = name in ("gate_weight", "gate_bias", "time_shift") and not self.zero
-            nn.init.uniform_(parameter, -1, 1) if gated else nn.init.uniform_(parameter, -bound, bound)
+            limit = 1.0 if gated else bound
+            nn.init.uniform_(parameter, -limit, limit, generator)
 
     def bind(self, *, detach: bool) -> TimeEntry:
         """The operators over the present parameters; with `detach`, invisible to autograd."""

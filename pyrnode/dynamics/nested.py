@@ -47,10 +47,13 @@ class BoundModule(BoundDynamics):
         self.trainable = [p for p in self.parameters if p.requires_grad]
         self.sums = [torch.zeros_like(p) for p in self.parameters]
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
     ) -> Linearization:
+        z, t = _recordable(z), _recordable(t) if isinstance(t, Tensor) else t
+        eps, c = (None if x is None else _recordable(x) for x in (eps, c))
         if eps is None and not tape:
             with torch.no_grad():
                 return Linearization(self.dynamics.rate(t, z, c), None, None, None)
@@ -99,6 +102,11 @@ class BoundModule(BoundDynamics):
 
     def gradients(self) -> list[Tensor]:
         return self.sums
+
+
+def _recordable(x: Tensor) -> Tensor:
+    """`x`, or a copy that autograd takes where it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def vjp(f: Tensor, z: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
@@ -153,7 +161,7 @@ class ModuleDynamics(Dynamics):
                     f"{type(layer).__name__} mixes the samples of a batch, so the divergence of one sample is not "
                     "defined; use GroupNorm, LayerNorm or none"
                 )
-        reference = next(module.parameters(), torch.zeros(()))
+        reference = next(module.parameters(), torch.zeros((), dtype=torch.float32))
         with torch.no_grad():
             context = reference.new_zeros(2, context_dim) if context_dim else None
             try:

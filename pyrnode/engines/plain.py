@@ -243,7 +243,7 @@ class Recorded(nn.Module):
         sizes = {size for value in values.values() for size in value.shape}
         sizes |= {*self.event_shape, probes, dynamics.context_dim}
         batch = next(n for n in itertools.count(5) if n not in sizes)
-        like = next(iter(values.values()), torch.zeros(()))
+        like = next(iter(values.values()), torch.zeros((), dtype=torch.float32))
         z, eps = like.new_ones(batch, *self.event_shape), like.new_ones(probes, 1, *self.event_shape)
         context = [like.new_ones(batch, dynamics.context_dim)] if dynamics.context_dim else []
 

@@ -4,7 +4,7 @@
 `load` reads a safetensors export back.
 """
 
-from pyrnode.export.files import Verification, load, save, verify
+from pyrnode.export.exported import Verification, load, save, verify
 from pyrnode.export.torch_flow import TorchFlow, to_torch
 
 __all__ = ["TorchFlow", "Verification", "load", "save", "to_torch", "verify"]

@@ -139,11 +139,11 @@ def require_onnx() -> None:
         raise EngineUnavailableError(f"ONNX needs {', '.join(missing)}: pip install 'pyrnode[onnx]'")
 
 
-def to_bytes(program: torch.export.ExportedProgram, extra: dict[str, str]) -> bytes:
-    """The content of a ``.pt2`` file, with further text files in it."""
+def to_bytes(program: torch.export.ExportedProgram) -> bytes:
+    """The content of a ``.pt2`` file."""
     buffer = io.BytesIO()
     with _quiet():
-        torch.export.save(program, buffer, extra_files=extra)
+        torch.export.save(program, buffer)
     return buffer.getvalue()
 
 

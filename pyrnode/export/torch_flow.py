@@ -88,10 +88,10 @@ class TorchFlow(Composition):
         if isinstance(engine, PlainEngine):
             for block in self.blocks:
                 engine.steps((0.0, block.end_time), solver)
-        generator = torch.Generator().manual_seed(divergence.seed)
+        generator = torch.Generator("cpu").manual_seed(divergence.seed)
         for index, block in enumerate(self.blocks[: 0 if exact else None]):
             shape = (divergence.probes or 1, *block.dynamics.event_shape)
-            signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+            signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
             self.register_buffer(f"noise_{index}", signs.to(self.reference))
 
     @property
@@ -213,6 +213,7 @@ def unexportable(solver: SolverConfig) -> ConfigError:
     )
 
 
+@torch.inference_mode(False)
 def to_torch(
     flow: Composition,
     solver: SolverLike = None,

@@ -1,13 +1,12 @@
 """Kernels in C, compiled on the user's machine the first time that one is needed.
 
 A C compiler is optional: without one (or with ``PYRNODE_NATIVE=0``) the same work is done by torch's own operations,
-slower. What is compiled is kept in ``$XDG_CACHE_HOME/pyrnode`` (``~/.cache/pyrnode``), by source, compiler and
-processor, so that it is done once a machine.
+slower. What is compiled is kept (`native.cache`), by source, processor and compiler, so that it is done once a machine;
+where nothing can be kept safely, each process compiles for itself, in a private folder that is gone thereafter.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,82 +19,154 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from pyrnode.errors import ConfigError
+from pyrnode.native import cache
+
 NAMES = ("mlp", "conv", "softplus", "threads")
 """The libraries that there are: kernels, and what shares their work among threads."""
 
 VARIABLE = "PYRNODE_NATIVE"
 """The environment variable that turns the kernels off."""
 
+_WORDS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 _FLAGS = ["-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _SECONDS = 120  # for one compilation, which takes one or two
 
 
 class Status(NamedTuple):
-    """Whether kernels can be had, and why not; for `pyrnode doctor`."""
+    """Whether kernels can be had, and from where, or why not; for `pyrnode doctor`."""
 
     available: bool
     why: str
+    remedy: str | None = None
 
 
 class _Unavailable(Exception):
     """There is no kernel on this machine; the message says why."""
 
 
+class _Loaded(NamedTuple):
+    library: ctypes.CDLL
+    status: Status
+
+
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled ``name.c`` of this folder; `None` where it cannot be had (`status` says why)."""
-    try:
-        return _library(name, enabled())
-    except _Unavailable:
-        return None
+    """The compiled ``name.c`` of this folder; `None` where it cannot be had (`status` says why).
+
+    Raises:
+        ConfigError: ``PYRNODE_NATIVE`` is neither on nor off.
+    """
+    found = _load(name) if enabled() else None
+    return found.library if isinstance(found, _Loaded) else None
 
 
 def status(name: str) -> Status:
     """Whether `library` has a kernel of that name on this machine; compiles it if need be."""
     try:
-        _library(name, enabled())
-    except _Unavailable as error:
-        return Status(False, str(error))
-    return Status(True, f"compiled by {_compiler()}")
+        found = _load(name) if enabled() else f"{VARIABLE}={os.environ[VARIABLE]} turns them off"
+    except ConfigError as error:
+        found = str(error)
+    return found.status if isinstance(found, _Loaded) else Status(False, found)
 
 
 def compiler() -> str:
     """The compiler that kernels are made with, or why there are none."""
+    if not enabled():
+        return f"{VARIABLE}=0 turns them off"
     try:
-        return _compiler() if enabled() else f"{VARIABLE}=0 turns them off"
+        return _compiler()
     except _Unavailable as error:
-        return str(error)
+        found = status(NAMES[0])
+        return found.why if found.available else str(error)
 
 
 def enabled() -> bool:
-    """Whether the environment leaves the kernels on."""
-    return os.environ.get(VARIABLE, "1") != "0"
+    """Whether the environment leaves the kernels on.
 
-
-def _library(name: str, on: bool) -> ctypes.CDLL:
-    if not on:
-        raise _Unavailable(f"{VARIABLE}=0 turns them off")
-    found = _load(name)
-    if isinstance(found, str):
-        raise _Unavailable(found)
-    return found
+    Raises:
+        ConfigError: ``PYRNODE_NATIVE`` is neither on (1, true, on) nor off (0, false, off).
+    """
+    word = os.environ.get(VARIABLE, "").strip().lower() or "1"
+    if word not in _WORDS:
+        raise ConfigError(f"{VARIABLE} = {os.environ[VARIABLE]!r}: expected 1, true or on, or 0, false or off")
+    return _WORDS[word]
 
 
 @functools.cache
-def _load(name: str) -> ctypes.CDLL | str:
+def _load(name: str) -> _Loaded | str:
     """The loaded library, or why there is none; asked once a process."""
     try:
         sources = {
             file: resources.files(__package__).joinpath(file).read_bytes() for file in (f"{name}.c", "vectors.h")
         }
-        compiler = _compiler()
-        made_of = [*sources.values(), " ".join(_FLAGS).encode(), _target(compiler)]
-        stem = f"{name}-{_digest(bytes(1).join(made_of))}"
-        with contextlib.ExitStack() as stack:
-            folder = _folder() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyrnode-")))
-            kept = [file for file in folder.glob(f"{stem}-*.so") if file.stem.endswith(_digest(file.read_bytes()))]
-            return ctypes.CDLL(str(kept[0] if kept else _compile(compiler, sources, folder / stem)))
+        made_of = [*sources.values(), " ".join(_FLAGS).encode()]
+        return _find(name, sources, bytes(1).join(made_of))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return str(error)
+
+
+def _find(name: str, sources: dict[str, bytes], made_of: bytes) -> _Loaded:
+    """What is kept, else what the compiler makes."""
+    processor = cache.processor()
+    stem = f"{name}-{_digest(made_of + (processor or b''))}"
+    try:
+        folder, unkept = cache.folder(), None
+    except OSError as error:  # among them cache.Unsafe
+        folder, unkept = None, error
+    try:
+        compiler = _compiler()
+        stem = f"{stem}-{_digest(_target(compiler))}"
+    except (_Unavailable, OSError, subprocess.SubprocessError) as error:
+        found = _kept(stem, folder) if folder and processor else None
+        if found is None:
+            raise
+        return _Loaded(found, Status(True, f"kept in {folder}; now {error}"))
+    found = _kept(stem, folder) if folder else None
+    if found is not None:
+        return _Loaded(found, Status(True, f"compiled by {compiler}, kept in {folder}"))
+    return _made(compiler, sources, stem, folder, unkept)
+
+
+def _kept(stem: str, folder: Path) -> ctypes.CDLL | None:
+    """The library of that name in the cache, if there is one that is whole, safe, and can be executed."""
+    for file in cache.kept(stem, folder):
+        try:
+            return cache.load(file)
+        except OSError:
+            continue
+    return None
+
+
+def _made(compiler: str, sources: dict[str, bytes], stem: str, folder: Path | None, unkept: OSError | None) -> _Loaded:
+    """Compiles, in a private folder, and keeps the library where that can be done."""
+    with _scratch(folder) as name:
+        scratch = Path(name)
+        content = _compile(compiler, sources, scratch)
+        if folder is not None:
+            try:
+                loaded = cache.load(cache.keep(content, stem, folder))
+                return _Loaded(loaded, Status(True, f"compiled by {compiler}, kept in {folder}"))
+            except OSError as error:  # it is full, or nothing in it may be executed
+                unkept = error
+        loaded = cache.load(cache.keep(content, stem, scratch))
+    why = f"compiled by {compiler} for this process alone: {_reason(unkept)}"
+    return _Loaded(loaded, Status(True, why, getattr(unkept, "remedy", None)))
+
+
+def _reason(error: OSError | None) -> str:
+    if error is None or isinstance(error, cache.Unsafe):
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _scratch(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A private folder among the temporary files, else in the cache."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="pyrnode-")
+    except OSError:
+        if folder is None:
+            raise
+        return tempfile.TemporaryDirectory(prefix="pyrnode-", dir=folder)
 
 
 def _compiler() -> str:
@@ -116,41 +187,18 @@ def _target(compiler: str) -> bytes:
     return done.stdout
 
 
-def _folder() -> Path | None:
-    """Where compiled files are kept; `None` where nothing can be written."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(cache).expanduser() / "pyrnode"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def _compile(compiler: str, sources: dict[str, bytes], stem: Path) -> Path:
-    """Compiles the first of the sources, which includes the others; gives the file.
-
-    It is moved into place, so that no process ever loads half of one. Its name ends in its contents' digest: to load
-    one that a crash or a full disk has cut off kills the process.
-    """
-    with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
-        for file, source in sources.items():
-            Path(scratch, file).write_bytes(source)
-        built = Path(scratch, "kernel.so")
-        command = [
-            compiler,
-            *_FLAGS,
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(built),
-            str(Path(scratch, next(iter(sources)))),
-            "-lm",
-        ]
-        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
-        if done.returncode:
-            raise _Unavailable(f"{compiler} does not compile it: {_last_line(done.stderr)}")
-        return built.replace(f"{stem}-{_digest(built.read_bytes())}.so")
+def _compile(compiler: str, sources: dict[str, bytes], scratch: Path) -> bytes:
+    """Compiles the first of the sources, which includes the others; gives the library."""
+    for file, source in sources.items():
+        (scratch / file).write_bytes(source)
+    built = scratch / "kernel.so"
+    first = scratch / next(iter(sources))
+    command = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(built), str(first), "-lm"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False, env=environment)
+    if done.returncode:
+        raise _Unavailable(f"{compiler} does not compile it: {_last_line(done.stderr)}")
+    return built.read_bytes()
 
 
 def _digest(content: bytes) -> str:

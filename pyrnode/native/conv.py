@@ -38,6 +38,7 @@ _POINTS = (0, 0.625, -0.625, 1.5, -1.5)
 _G = torch.tensor(
     [[p**j / math.prod(p - q for q in _POINTS if q != p) for j in range(3)] for p in _POINTS] + [[0, 0, 1]],
     dtype=torch.float64,
+    device="cpu",
 )
 _GG = torch.kron(_G, _G)
 
@@ -94,7 +95,7 @@ class Winograd(Convolution):
         self._outputs, self._inputs = weight.shape[:2]
         self._forward, self._backward = _transformed(weight), _transformed(_reversed(weight))
         rows = -(-self._inputs // library.block_rows()) * library.block_rows()
-        self._gradient = torch.zeros(len(_GG), rows, self._outputs)  # of the transformed weight
+        self._gradient = _zeros(len(_GG), rows, self._outputs)  # of the transformed weight
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return self._convolve(self._forward, x, shift)
@@ -139,9 +140,9 @@ class Direct(Convolution):
         lanes, rows = library.lanes(), library.block_rows()
         length = 9 * self._few
         self._forward = weight.permute(2, 3, 1, 0).reshape(length, self._many).contiguous()
-        self._backward = torch.zeros(self._many, -(-length // lanes) * lanes)
+        self._backward = _zeros(self._many, -(-length // lanes) * lanes)
         self._backward[:, :length] = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(self._many, length)
-        self._gradient = torch.zeros(-(-length // rows) * rows, self._many)
+        self._gradient = _zeros(-(-length // rows) * rows, self._many)
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         batch, _, height, width = x.shape
@@ -189,6 +190,10 @@ class Reversed(Convolution):
         return _reversed(self._other.gradient())
 
 
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
 def _reversed(weight: Tensor) -> Tensor:
     """The weight ``(in, out, 3, 3)`` of the transpose of the convolution with a weight ``(out, in, 3, 3)``."""
     return weight.flip(2, 3).transpose(0, 1)
@@ -212,7 +217,7 @@ def _convolved(
 ) -> Tensor:
     """W x (+ shift) by a C function of `count` units of work."""
     batch, _, height, width = x.shape
-    y = torch.empty(batch, height, width, channels[1]).permute(0, 3, 1, 2)
+    y = torch.empty(batch, height, width, channels[1], dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
     job = _job(x, y, channels, weight=weight.data_ptr(), columns=weight.shape[1])
     if shift is not None:
         shift = shift.expand(y.shape)

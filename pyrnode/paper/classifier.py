@@ -26,7 +26,7 @@ from pyrnode.paper.report import Claim, Finding, Row, Verdict
 from pyrnode.paper.scales import COLOURS, Scale
 from pyrnode.paper.study import Need, Study, hours, mean_and_spread
 from pyrnode.probes import no_probes
-from pyrnode.seeds import generator
+from pyrnode.seeds import generator, seeded
 from pyrnode.training.state import NotFiniteError
 from pyrnode.training.step import Order, differentiate
 
@@ -75,9 +75,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.flow = Flow.build(config, event_shape)
         self.levels = levels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.head = nn.Linear(self.flow.dim, CLASSES)
+        with seeded(config.seed):
+            self.head = nn.Linear(self.flow.dim, CLASSES, dtype=torch.float32)
 
     def forward(self, x: Tensor, random: torch.Generator | None) -> tuple[Tensor, Passage]:
         """Logits ``(batch, classes)`` of images ``(batch, *event)``, and the pass through the block.

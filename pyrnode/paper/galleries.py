@@ -34,7 +34,9 @@ def _measure(study: Study) -> Finding:
         splits = study.splits(runs["rnode"].config)
         levels = splits.levels or 256
         real = splits.test.tensor()[: SIDE * SIDE]
-        base = torch.randn(PAIRS, runs["rnode"].flow.dim, generator=torch.Generator().manual_seed(1))
+        base = torch.randn(
+            PAIRS, runs["rnode"].flow.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float32
+        )
         grids: dict[str, Tensor] = {"data": real}
         pairs: dict[str, Tensor] = {}
         for method, run in runs.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyrnode import engines, evaluation
@@ -43,6 +44,8 @@ class TrainingResult:
     interrupted: bool = False
 
 
+@torch.inference_mode(False)  # what is learned is differentiated, whatever mode the caller is in
+@torch.enable_grad()
 def train(
     data: Any = None,
     *,

@@ -48,7 +48,7 @@ class Order:
 
 @lru_cache(maxsize=2)
 def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=generator(seed, "order", epoch))
+    return torch.randperm(samples, generator=generator(seed, "order", epoch), device="cpu")
 
 
 def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
@@ -66,7 +66,7 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
     penalties, random = config.penalties, generator(config.seed, "step", step)
     x, context = flow.admit(batch.x, batch.context)
     if config.data.flip and len(flow.event_shape) == 3:
-        flipped = torch.rand(len(x), generator=random) < 0.5
+        flipped = torch.rand(len(x), generator=random, dtype=torch.float32, device="cpu") < 0.5
         x = torch.where(flipped.to(x.device)[:, None, None, None], x.flip(-1), x)
     passage = flow.solve(
         x,

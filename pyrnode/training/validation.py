@@ -32,10 +32,10 @@ class Validation:
     def value(self, solver: SolverConfig) -> float:
         """Mean of ``−log p``, weighted as the samples are, nats per dimension."""
         total = weights = 0.0
-        batches = self._samples.batches(torch.arange(self.size), self._config.evaluation.chunk)
+        batches = self._samples.batches(torch.arange(self.size, device="cpu"), self._config.evaluation.chunk)
         for number, batch in enumerate(batches):
             log_prob = self._log_prob(batch, number, solver).double().cpu()
-            weight = torch.ones(len(batch)).double() if batch.weight is None else batch.weight
+            weight = torch.ones(len(batch), dtype=torch.float64) if batch.weight is None else batch.weight
             total, weights = total + float((log_prob * weight).sum()), weights + float(weight.sum())
         return -total / weights / self._flow.dim
 

@@ -1,16 +1,16 @@
 """Exported files: written with examples of their own, and checked against them wherever they have got to.
 
 Three kinds: a ``torch.export`` program (``.pt2``), an ONNX model, and safetensors with a JSON description. Each carries
-a few inputs and the outputs that the flow gave for them when it was exported.
+a few inputs and the outputs that the flow gave for them when it was exported. A program is code: it is run only where
+its user says that it is trusted, and is else compared with its digest.
 """
 
 from __future__ import annotations
 
 import copy
 import io
-import json
-import zipfile
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from torch import Tensor
 
 from pyrnode import files
 from pyrnode.errors import CheckpointError, ConfigError, PyrnodeError, unknown_name
-from pyrnode.export import programs
+from pyrnode.export import containers, programs
 from pyrnode.export.description import build, describe, dtype_name, settings
 from pyrnode.export.torch_flow import TorchFlow
+from pyrnode.seeds import seeded
 from pyrnode.version import VERSION
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is written into programs."""
 
-TARGETS = ("torch.export", "safetensors", "onnx")
+SUFFIXES = {"torch.export": ".pt2", "safetensors": ".safetensors", "onnx": ".onnx"}
+"""The kinds of files, and how the names of each end; a name that ends in none of them may be of any kind."""
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-9}
 """Largest difference, absolute or (for values above 1) relative, with which an output still agrees."""
@@ -45,7 +47,8 @@ class Verification:
     Attributes:
         target: ``"torch.export"``, ``"safetensors"`` or ``"onnx"``.
         program: The pass that the file holds; ``"all"`` for safetensors.
-        differences: For every output the largest difference, absolute or (for values above 1) relative.
+        differences: For every output the largest difference, absolute or (for values above 1) relative; empty for a
+            program that was not run, of which only structure and digest are known to be right.
         tolerance: With how much of it the file still agrees.
         versions: The versions that wrote the file.
     """
@@ -57,15 +60,25 @@ class Verification:
     versions: dict[str, str]
 
     @property
+    def executed(self) -> bool:
+        """Whether the file was run on its inputs."""
+        return bool(self.differences)
+
+    @property
     def largest(self) -> float:
-        """The largest difference of all outputs."""
-        return max(self.differences.values())
+        """The largest difference of all outputs; NaN where nothing was run."""
+        return max(self.differences.values(), default=math.nan)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "largest": self.largest}
+        return {**asdict(self), "largest": self.largest if self.executed else None, "executed": self.executed}
 
     def __str__(self) -> str:
+        if not self.executed:
+            return (
+                f"{self.target}, {self.program}: whole, as its digest says; not run, for a program is code: "
+                "--trust (trust=True) compares its outputs"
+            )
         each = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
         largest = f"largest difference {self.largest:.1e} (allowed: {self.tolerance:g})"
         return f"{self.target}, {self.program}: {largest}; {each}"
@@ -92,8 +105,11 @@ def save(flow: TorchFlow, path: str | Path, *, to: str = "torch.export", program
         EngineUnavailableError: The extra ``onnx`` is not installed.
         CheckpointError: The file could not be written, or does not agree with the flow.
     """
-    if to not in TARGETS:
-        raise ConfigError(unknown_name("export target", to, TARGETS))
+    if to not in SUFFIXES:
+        raise ConfigError(unknown_name("export target", to, SUFFIXES))
+    path, named = Path(path), _named(path)
+    if named not in (None, to):
+        raise ConfigError(f"{path} is the name of a {named} file, not of {to}: let it end in {SUFFIXES[to]}")
     if flow.reference.device.type != "cpu":
         flow = copy.deepcopy(flow).cpu()
     dtype = dtype_name(flow.reference.dtype)
@@ -103,37 +119,63 @@ def save(flow: TorchFlow, path: str | Path, *, to: str = "torch.export", program
         if program is not None:
             raise ConfigError(f"program = {program!r}: a safetensors file holds the whole flow; leave it out")
         _save_tensors(flow, path)
-    else:
-        program = program or "encode"
-        if program not in programs.PROGRAMS:
-            raise ConfigError(unknown_name("program", program, programs.PROGRAMS))
-        content = _program_bytes(flow, to, program)
-        files.write_atomically(path, content)
-    return verify(path)
+        return verify(path)
+    program = program or "encode"
+    if program not in programs.PROGRAMS:
+        raise ConfigError(unknown_name("program", program, programs.PROGRAMS))
+    content = _program_bytes(flow, to, program)
+    files.write_atomically(path, content)
+    if path.read_bytes() != content:
+        raise CheckpointError(f"{path} is not what was written to it; export it again")
+    return _agreeing(path, _verify_program(path, content, to, trust=True))
 
 
-def verify(path: str | Path) -> Verification:
-    """Runs an exported file on the inputs that it carries, and compares with the outputs that it carries.
+def verify(path: str | Path, *, trust: bool = False) -> Verification:
+    """Checks a file against what it carries: the digest of its content, and examples of inputs with their outputs.
+
+    A safetensors file holds numbers and is run. A program (``.pt2``, ``.onnx``) is code of whoever made it: it is run
+    if `trust` says so; else nothing of it is executed or unpickled, and only structure and digest are looked at. The
+    digest tells of damage, not of intent: whoever changes a program can change it as well.
+
+    Args:
+        path: What `save` wrote.
+        trust: Run a program on its examples.
 
     Raises:
-        CheckpointError: The file is missing, truncated, foreign, of another version, or does not agree.
-        EngineUnavailableError: It is an ONNX file and the extra ``onnx`` is not installed.
+        CheckpointError: The file is missing, truncated, foreign, of another version, not of the kind that its name
+            says, or does not agree.
+        EngineUnavailableError: It is an ONNX file to be run and the extra ``onnx`` is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
-    content = path.read_bytes()
-    if content[:2] == b"PK":
-        result = _verify_torch(path, content)
-    elif content[8:10] == b'{"':
-        result = _verify_tensors(path)
-    else:
-        result = _verify_onnx(path, content)
-    if not result.largest <= result.tolerance:  # a NaN does not agree
+    with path.open("rb") as file:
+        start = file.read(10)
+    found = "torch.export" if start[:2] == b"PK" else "safetensors" if start[8:] == b'{"' else "onnx"
+    named = _named(path)
+    if named not in (None, found):
+        raise CheckpointError(
+            f"{path} is named as a {named} file, and is truncated or something else; nothing of it was run: "
+            "copy or export it again"
+        )
+    if found == "safetensors":
+        return _agreeing(path, _verify_tensors(path))
+    return _agreeing(path, _verify_program(path, path.read_bytes(), found, trust=trust))
+
+
+def _named(path: str | Path) -> str | None:
+    """The kind of file that a name speaks of, if any."""
+    suffix = Path(path).suffix.lower()
+    return next((target for target, ending in SUFFIXES.items() if ending == suffix), None)
+
+
+def _agreeing(path: Path, result: Verification) -> Verification:
+    if result.executed and not result.largest <= result.tolerance:  # a NaN does not agree
         raise CheckpointError(f"{path} does not agree with the outputs that it carries: {result}; export it again")
     return result
 
 
+@torch.inference_mode(False)
 def load(path: str | Path) -> TorchFlow:
     """The module of a safetensors export; programs are loaded with their own runtimes.
 
@@ -175,8 +217,9 @@ def example_contexts(flow: TorchFlow) -> Tensor | None:
     """Contexts of the examples, ``(4, m)``, such as the flow was trained on: normal once they are standardised."""
     if not flow.context_dim:
         return None
-    c = torch.randn(_EXAMPLES, flow.context_dim, generator=torch.Generator().manual_seed(_SEED)).to(flow.reference)
-    return flow.context_transform.inverse(c)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    c = torch.randn(_EXAMPLES, flow.context_dim, generator=generator, dtype=torch.float32, device="cpu")
+    return flow.context_transform.inverse(c.to(flow.reference))
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
@@ -211,7 +254,7 @@ def _program_bytes(flow: TorchFlow, to: str, program: str) -> bytes:
         "tolerance": TOLERANCES[dtype_name(flow.reference.dtype)],
     }
     if to == "torch.export":
-        return programs.to_bytes(programs.to_program(flow, program, example), {"pyrnode.json": json.dumps(table)})
+        return containers.seal_archive(programs.to_bytes(programs.to_program(flow, program, example)), table)
     if flow.reference.dtype != torch.float32:
         raise ConfigError("onnxruntime computes networks in float32 only; convert the module: module.to(torch.float32)")
     if program == "sample":
@@ -219,11 +262,7 @@ def _program_bytes(flow: TorchFlow, to: str, program: str) -> bytes:
         median = x.median(0).values
         table |= {"inputs": table["inputs"] | {"n": _DRAWS}, "outputs": {}, "tolerance": _SHARE_TOLERANCE}
         table |= {"median": median.tolist(), "shares": _shares(x, median).tolist()}
-    model = programs.to_onnx(flow, program, example)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = "pyrnode", json.dumps(table)
-    content: bytes = model.SerializeToString()
-    return content
+    return containers.seal_model(programs.to_onnx(flow, program, example).SerializeToString(), table)
 
 
 def _shares(x: Tensor, median: Tensor) -> Tensor:
@@ -232,86 +271,92 @@ def _shares(x: Tensor, median: Tensor) -> Tensor:
     return torch.stack(((x < median - near).double().mean(0), (x > median + near).double().mean(0)))
 
 
-def _table(path: Path, text: str | bytes | None) -> dict[str, Any]:
-    """The JSON that a program carries, checked."""
-    try:
-        table = json.loads(text or "")
-        version = table["format"]
-        if not {"program", "versions", "dtype", "inputs", "input_dtypes", "outputs", "tolerance"} <= table.keys():
-            raise KeyError
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path} is a program, but not one that pyrnode exported") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this version of pyrnode reads format {FORMAT}")
-    assert isinstance(table, dict)
-    return table
+def _verify_program(path: Path, content: bytes, target: str, *, trust: bool) -> Verification:
+    table = (containers.open_archive if target == "torch.export" else containers.open_model)(path, content)
+    carried = _carried(path, table)
+    if not trust:
+        return carried.result(target, {})
+    outputs = _run_torch(path, content, carried) if target == "torch.export" else _run_onnx(path, content, carried)
+    expected = carried.outputs
+    if carried.median is not None and len(outputs) == 1:
+        outputs = [_shares(outputs[0], carried.median)]
+    if len(outputs) != len(expected):
+        raise CheckpointError(f"{path} gives {len(outputs)} outputs, and carries {len(expected)}; export it again")
+    pairs = zip(outputs, expected.items(), strict=True)
+    return carried.result(target, {name: _difference(out, want) for out, (name, want) in pairs})
 
 
-def _result(target: str, table: Mapping[str, Any], differences: dict[str, float]) -> Verification:
-    return Verification(target, table["program"], differences, table["tolerance"], dict(table["versions"]))
+@dataclass(frozen=True)
+class _Carried:
+    """What a program carries: inputs, the outputs that it should give, and with how much of a difference."""
+
+    program: str
+    inputs: dict[str, Tensor | int]
+    outputs: dict[str, Tensor]
+    median: Tensor | None  # of a sampler in ONNX, whose one output is the shares below and above it
+    tolerance: float
+    versions: dict[str, str]
+
+    def result(self, target: str, differences: dict[str, float]) -> Verification:
+        return Verification(target, self.program, differences, self.tolerance, self.versions)
 
 
-def _verify_torch(path: Path, content: bytes) -> Verification:
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
-            names = [name for name in archive.namelist() if name.endswith("extra/pyrnode.json")]
-            text = archive.read(names[0]) if names else None
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+def _carried(path: Path, table: Mapping[str, Any]) -> _Carried:
+    """The table of a program in its own types: the one place where it is read."""
+    if table["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} is truncated, or not a torch.export file ({error}); copy or export it again"
-        ) from None
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: {damaged} does not match its checksum; export it again")
-    table = _table(path, text)
+            f"{path} has format {table['format']!r:.40}; this version of pyrnode reads format {FORMAT}: export it again"
+        )
+    try:
+        program, dtype, versions = table["program"], table["dtype"], table["versions"]
+        types = table["input_dtypes"]
+        if not set(types.values()) <= TOLERANCES.keys():
+            raise ValueError("types of the inputs")
+        inputs = {k: v if isinstance(v, int) else _tensor(v, types[k]) for k, v in table["inputs"].items()}
+        outputs = {k: _tensor(v, dtype) for k, v in table["outputs"].items()}
+        median = _tensor(table["median"], dtype) if "median" in table else None
+        largest = TOLERANCES[dtype]
+        if median is not None:
+            outputs, largest = {"share of x": _tensor(table["shares"], "float64")}, _SHARE_TOLERANCE
+        tolerance, known = float(table["tolerance"]), programs.PROGRAMS[program]
+        if not 0 <= tolerance <= largest or tuple(inputs) != known.inputs[: len(inputs)] or not inputs:
+            raise ValueError("inputs or tolerance")
+        if median is None and tuple(outputs) != known.outputs:
+            raise ValueError("outputs")
+        if not all(isinstance(value, str) for value in versions.values()):
+            raise TypeError("versions")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not describe a program of this version: {error}") from None
+    return _Carried(program, inputs, outputs, median, tolerance, dict(versions))
+
+
+def _run_torch(path: Path, content: bytes, carried: _Carried) -> Sequence[Tensor]:
     try:
         module = torch.export.load(io.BytesIO(content)).module()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            dtype = table["dtype"]
-            types = table["input_dtypes"]
-            values = [v if isinstance(v, int) else _tensor(v, types[k]) for k, v in table["inputs"].items()]
-            outputs = module(*values)
+        with torch.no_grad(), seeded(_SEED):
+            outputs = module(*carried.inputs.values())
     except PyrnodeError:
         raise
     except Exception as error:  # torch raises what it likes for a program of another version
-        wrote = table["versions"].get("torch")
+        wrote = carried.versions.get("torch")
         message = f"{path} does not run in torch {torch.__version__} (written by torch {wrote}): {error}"
         raise CheckpointError(f"{message}; export it again with this version, or install torch {wrote}") from error
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    expected = [(name, _tensor(v, dtype)) for name, v in table["outputs"].items()]
-    differences = {name: _difference(out, want) for out, (name, want) in zip(outputs, expected, strict=True)}
-    return _result("torch.export", table, differences)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _verify_onnx(path: Path, content: bytes) -> Verification:
+def _run_onnx(path: Path, content: bytes, carried: _Carried) -> Sequence[Tensor]:
     programs.require_onnx()
     import numpy as np
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    feeds = {k: np.asarray(v, np.int64) if isinstance(v, int) else v.numpy() for k, v in carried.inputs.items()}
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return [torch.from_numpy(out) for out in session.run(None, feeds)]
     except Exception as error:  # onnxruntime's own types have no common base
-        raise CheckpointError(
-            f"{path} is truncated, or none of what pyrnode exports (torch.export, safetensors, ONNX); copy or export "
-            f"it again ({error})"
-        ) from None
-    table = _table(path, session.get_modelmeta().custom_metadata_map.get("pyrnode"))
-    feeds = {
-        k: np.asarray(v, dtype=np.int64 if isinstance(v, int) else table["input_dtypes"][k])
-        for k, v in table["inputs"].items()
-    }
-    try:
-        outputs = [torch.from_numpy(out) for out in session.run(None, feeds)]
-    except Exception as error:
         raise CheckpointError(f"{path} does not run in onnxruntime {onnxruntime.__version__}: {error}") from None
-    if table["program"] == "sample":
-        shares = _shares(outputs[0], _tensor(table["median"], table["dtype"]))
-        return _result("onnx", table, {"share of x": _difference(shares, _tensor(table["shares"], "float64"))})
-    expected = [(name, _tensor(v, table["dtype"])) for name, v in table["outputs"].items()]
-    return _result("onnx", table, {k: _difference(o, want) for o, (k, want) in zip(outputs, expected, strict=True)})
 
 
 # -- safetensors -----------------------------------------------------------------------------------------------------
@@ -352,4 +397,4 @@ def _verify_tensors(path: Path) -> Verification:
     outputs = dict(zip(programs.Encode.outputs, programs.Encode(flow)(x, context), strict=True))
     differences = {name: _difference(value, examples[f"example.{name}"]) for name, value in outputs.items()}
     differences["x"] = _difference(flow.inverse(examples["example.z"], context), examples["example.decoded"])
-    return _result("safetensors", {**description, "program": "all"}, differences)
+    return Verification("safetensors", "all", differences, description["tolerance"], dict(description["versions"]))
