@@ -385,6 +385,70 @@ def test_the_gap_is_the_divergence_from_the_truth() -> None:
     assert (unknown.true_entropy, unknown.gap, unknown.gap_error) == (None, None, None)
 
 
+# -- extras ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [10, 11, 12, 13, 14])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_a_handful_of_rows_is_a_result(n: int, d: int, tmp_path: Path) -> None:
+    """One row is left for validation, to which no baseline can be fitted: the report says so."""
+    settings = {"hidden": [4], "max_steps": 2, "batch_size": 8}
+    result = pyrnode.train(torch.randn(n, d), out=tmp_path, **settings, progress=False)
+    assert result.report is not None
+    assert result.report.samples == 1
+    assert result.report.baselines == {}
+    assert result.report.notes[0] == "the baselines: left out (validation has 1 samples: expected at least 2)"
+    assert result.notes == []
+    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert stored["notes"] == result.report.notes
+    assert result.report.notes[0] in (tmp_path / "report.txt").read_text()
+    assert torch.equal(pyrnode.load(tmp_path).log_prob(torch.zeros(2, d)), result.flow.log_prob(torch.zeros(2, d)))
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("of another's making")
+
+
+@pytest.mark.parametrize(
+    ("where", "note"),
+    [
+        ("pyrnode.baselines.fit_baselines", "the baselines"),
+        ("pyrnode.plotting.learning_curves", "the learning curves"),
+        ("pyrnode.plotting.density_2d", "the pictures of the density"),
+        ("pyrnode.particles.trajectories", "the pictures of the density"),
+        ("pyrnode.evaluation._Scorer.inversion_error", "the inversion error"),
+    ],
+)
+def test_an_extra_that_fails_is_a_note(
+    where: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, fails)
+    settings = {"hidden": [4], "max_steps": 2, "samples": 100}
+    result = pyrnode.train("8gaussians", out=tmp_path, **settings, progress=False)
+    assert result.report is not None
+    assert result.report.notes == [f"{note}: left out (of another's making)"]
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == result.report.notes
+    assert math.isfinite(result.report.score.nats)
+
+
+@pytest.mark.parametrize("where", ["pyrnode.evaluation._Scorer.score", "pyrnode.runs.RunFolder.write_text"])
+def test_a_report_that_fails_is_a_note_of_the_result(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"hidden": [4], "max_steps": 2, "samples": 100}
+    original = pyrnode.evaluation.evaluate
+
+    def evaluate_with_a_fault(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(where, fails)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(pyrnode.evaluation, "evaluate", evaluate_with_a_fault)
+    result = pyrnode.train("8gaussians", out=tmp_path, **settings, progress=False)
+    assert result.notes == ["the report: left out (of another's making)"]
+    assert result.notes[0] in capsys.readouterr().err
+    assert torch.equal(pyrnode.load(tmp_path).log_prob(torch.zeros(2, 2)), result.flow.log_prob(torch.zeros(2, 2)))
+
+
 # -- what is written -------------------------------------------------------------------------------------------------
 
 

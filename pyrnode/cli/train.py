@@ -32,6 +32,8 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
             table[key] = None if text == "none" else tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             table[key] = text
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--set {key}: {error}") from None
     return table
 
 

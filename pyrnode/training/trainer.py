@@ -118,11 +118,11 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Trains to the end; returns False if Ctrl-C came before it."""
+        """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
         done = self.state.progress.step
         with (
+            signals_call(self._stop_soon),  # outermost: what it hands on may end the process
             self.journal.open(done),
-            signals_call(self._stop_soon),
             tqdm(total=self.total_steps, initial=done, unit="step", disable=not self.progress) as bar,
         ):
             return self._loop(bar)
