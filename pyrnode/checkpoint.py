@@ -50,7 +50,7 @@ def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = 
         EngineUnavailableError: The engine is not installed.
     """
     path = Path(path)
-    path = path / "model.safetensors" if os.path.isdir(path) else path  # noqa: PTH112  (false of impossible names)
+    path = path / "model.safetensors" if os.path.isdir(path) else path
     tensors, description = files.read(path, "flow")
     overrides = {} if engine is None else {"engine": engine}
     Config().override(overrides)  # an unknown engine is not the file's fault

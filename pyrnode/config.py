@@ -373,7 +373,7 @@ class Config(Section):
         """A configuration that ships with pyrnode (see `presets`), or one read from a ``.toml`` file's path."""
         if name.endswith(".toml"):
             path = Path(name)
-            if not os.path.isfile(path):  # noqa: PTH113  (false of impossible names)
+            if not os.path.isfile(path):
                 raise ConfigError(f"preset file {shown(name)} does not exist")
             try:
                 return cls.from_toml(path.read_text(encoding="utf-8"))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrnode import files, seeds, solvers
 from pyrnode.composition import check_context, context_tensor
@@ -20,6 +19,8 @@ from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
 from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
+from pyrnode.probes import Probes
+from pyrnode.progress import parts, progress_bar
 from pyrnode.runs import Record, RunFolder
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
@@ -166,32 +167,36 @@ def evaluate(
     exact = config.divergence.exact(flow.dim)
     draws = config.draws if flow.levels is not None or not exact else 1
     scorer = _Scorer(flow, config, seed)
-    with torch.no_grad(), tqdm(total=draws * count, unit="sample", desc="evaluate", disable=not progress) as bar:
+    discrete, notes, table = flow.levels is not None, list[str](), dict[str, Score]()
+    centre = error = gaps = None
+    passes = draws * count + min(count, config.chunk) + (count if discrete else 0)
+    with torch.no_grad(), progress_bar(passes, "evaluate", unit="sample", show=progress) as bar:
         log_prob, totals = scorer.score(test, count, config.solver, draws, bar)
         other = training_solver or flow.config.solver
         if other.step_size == "auto":
             other = replace(other, step_size=0.5)
-        disagreement, notes = _disagreement(scorer, test, count, other, log_prob)
-        centre = error = None
-        if flow.levels is not None:
+        bar.set_description("evaluate: training solver")
+        disagreement = _disagreement(scorer, test, count, other, log_prob, bar, notes)
+        if discrete:
+            bar.set_description("evaluate: bin centres")
             with extra("the score at the bins' centres", notes):
                 centre = Score.of(scorer.score(test, count, config.solver, 1, bar, centre=True)[0], flow.dim)
+        bar.set_description("evaluate: way back")
         with extra("the inversion error", notes):
             error = scorer.inversion_error(test, count, config.solver)
-    density = splits.density if splits is not None else None
-    gaps = None
-    if density is not None and density.exact:
-        with extra("the gap to the true density", notes):
-            gaps = density.log_prob(test.tensor()[:count].double()) - log_prob.double().mean(0)
-    table: dict[str, Score] = {}
-    if baselines and splits is not None:
-        if flow.context_dim:
-            notes.append("the baselines know no context, so they are left out")
-        elif flow.dim > _BASELINE_DIM:
-            notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
-        else:
-            with extra("the baselines", notes):
-                table = _baseline_scores(flow, splits, count, draws, seed)
+        density = splits.density if splits is not None else None
+        if density is not None and density.exact:
+            with extra("the gap to the true density", notes):
+                gaps = density.log_prob(test.tensor()[:count].double()) - log_prob.double().mean(0)
+        if baselines and splits is not None:
+            if flow.context_dim:
+                notes.append("the baselines know no context, so they are left out")
+            elif flow.dim > _BASELINE_DIM:
+                notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
+            else:
+                bar.set_description("evaluate: baselines")
+                with extra("the baselines", notes):
+                    table = _baseline_scores(flow, splits, count, draws, seed)
     return Report(
         score=Score.of(log_prob, flow.dim),
         bin_centre=centre,
@@ -318,24 +323,32 @@ class _Scorer:
         for draw in range(draws):
             parts = []
             for number, batch in enumerate(samples.batches(torch.arange(count), self.config.chunk)):
-                log_prob, means = self._batch(batch, (draw, number), solver, centre)
+                log_prob, means = self._batch(batch, (draw, number), solver, centre, bar)
                 parts.append(log_prob)
                 for name in sums:
                     sums[name] += means[name] * len(batch) / (count * draws)
-                if bar is not None:
-                    bar.update(len(batch))
             rows.append(torch.cat(parts))
         return torch.stack(rows), sums
 
     def _batch(
-        self, batch: Batch, key: tuple[int, int], solver: SolverConfig, centre: bool
+        self, batch: Batch, key: tuple[int, int], solver: SolverConfig, centre: bool, bar: Any
     ) -> tuple[Tensor, dict[str, float]]:
         flow, random = self.flow, seeds.generator(self.seed, "evaluate", *key)
         x, context = flow.admit(batch.x, batch.context)
         if centre:
             x = x.to(flow.reference.dtype) + 0.5
-        draw = flow.draw(self.config.divergence, random)
+        probes, tick = flow.draw(self.config.divergence, random), parts(bar, len(batch), len(flow.blocks))
+        begun = False
+
+        def draw(z: Tensor) -> Probes:
+            nonlocal begun
+            if begun:  # asked for by every block: the one before is done
+                tick()
+            begun = True
+            return probes(z)
+
         passage = flow.solve(x, draw, solver, context=context, generator=random)
+        tick()
         E, n = (float(passage.total(name).mean()) / flow.dim for name in ("E", "n"))
         return passage.log_prob.cpu(), {"E": E, "n": n, "nfe": passage.nfe}
 
@@ -348,15 +361,16 @@ class _Scorer:
 
 
 def _disagreement(
-    scorer: _Scorer, test: Samples, count: int, solver: SolverConfig, accurate: Tensor
-) -> tuple[float | None, list[str]]:
+    scorer: _Scorer, test: Samples, count: int, solver: SolverConfig, accurate: Tensor, bar: Any, notes: list[str]
+) -> float | None:
     """Mean difference to the training solver on the first batch, which shares its noise with the accurate score."""
     size = min(count, scorer.config.chunk)
     try:
-        other, _ = scorer.score(test, size, solver, 1, None)
+        other, _ = scorer.score(test, size, solver, 1, bar)
     except SolverError as error:
-        return None, [f"the training solver ({solvers.describe(solver)}) fails on test data: {error}"]
-    return float((other[0] - accurate[0, :size]).abs().mean()) / scorer.flow.dim, []
+        notes.append(f"the training solver ({solvers.describe(solver)}) fails on test data: {error}")
+        return None
+    return float((other[0] - accurate[0, :size]).abs().mean()) / scorer.flow.dim
 
 
 def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: int) -> dict[str, Score]:

@@ -220,9 +220,8 @@ def _own(path: Path) -> int:
         owner = os.pread(descriptor, 20, 0).decode(errors="replace") if held is False else ""
         os.close(descriptor)
         if held is False:
-            raise CheckpointError(
-                f"{path.parent} is in use by process {owner or '(unknown)'}: wait for it, end it, or take another folder"
-            )
+            who = f"in use by process {owner or '(unknown)'}"
+            raise CheckpointError(f"{path.parent} is {who}: wait for it, end it, or take another folder")
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         CheckpointError: It is missing, truncated, damaged, not pyrnode's, of another kind, or of a newer format.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # noqa: PTH113  (false of impossible names, where pathlib raises)
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:

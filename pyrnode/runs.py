@@ -78,7 +78,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether the folder already holds a run."""
-        return any(os.path.exists(path) for path in (self.checkpoint, self.model, self._metrics))  # noqa: PTH110
+        return any(os.path.exists(path) for path in (self.checkpoint, self.model, self._metrics))
 
     def stored_config(self) -> Config | None:
         """The configuration of the run in the folder; `None` if there is none.

@@ -132,8 +132,17 @@ def test_a_calibration_of_a_flow_with_the_same_weights_and_another_meaning_is_re
         Calibration.load(tmp_path / "c", other)
 
 
-@pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(3, 1).double(), torch.zeros(0).double(),
-    torch.tensor([1, torch.nan]).double(), torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.zeros(3),
+        torch.zeros(3, 1).double(),
+        torch.zeros(0).double(),
+        torch.tensor([1, torch.nan]).double(),
+        torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(3, dtype=torch.uint8),
+    ],
+)
 def test_a_calibration_of_the_right_digest_with_useless_scores(tmp_path: Path, scores: torch.Tensor) -> None:
     flow = build()
     files.write(tmp_path / "c", "calibration", {"scores": scores}, {"model": fingerprint(flow)})

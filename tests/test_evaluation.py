@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
-from pyrnode import evaluate, seeds
+from pyrnode import evaluate, progress, seeds
 from pyrnode.config import Config, DataConfig, Divergence, EvaluationConfig, SolverConfig
 from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.evaluation import Report, Score, write_report
 from pyrnode.flow import Flow
-from pyrnode.probes import Probes
+from pyrnode.probes import Probes, no_probes
 from pyrnode.runs import RunFolder
 from pyrnode.transforms import Chain, Standardize
 
@@ -235,7 +237,7 @@ def test_a_training_solver_that_fails_does_not_lose_the_score(monkeypatch: pytes
     expected = evaluate(flow, x)
     original = Flow.solve
 
-    def failing(self: Flow, y: Tensor, draw: Any, solver: SolverConfig | None = None, **more: Any) -> Any:
+    def failing(self: Flow, y: Tensor, draw: Any = no_probes, solver: SolverConfig | None = None, **more: Any) -> Any:
         if solver is not None and solver.name == "RK4":
             raise SolverError("block 0: the state is not finite", status="Unstable", block=0)
         return original(self, y, draw, solver, **more)
@@ -385,6 +387,39 @@ def test_the_gap_is_the_divergence_from_the_truth() -> None:
     assert (unknown.true_entropy, unknown.gap, unknown.gap_error) == (None, None, None)
 
 
+# -- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_counts_every_block_of_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """One chunk holds all samples: the bar moves within it, names each pass, and ends full."""
+    flow = Flow.build(Config().override({"hidden": [3], "blocks": 5}), (2,))
+    seen = list[int]()
+
+    class Bar:
+        def update(self, n: int) -> None:
+            seen.append(n)
+
+    scorer = pyrnode.evaluation._Scorer(flow, EvaluationConfig(), 0)
+    with torch.no_grad():
+        scorer.score(TensorSamples(torch.randn(12, 2)), 12, flow.solver, 2, Bar())
+    assert seen == [2, 2, 3, 2, 3] * 2
+    evaluate(flow, torch.randn(12, 2), progress=True)
+    said = capsys.readouterr().err
+    assert "evaluate: training solver" in said
+    assert "evaluate: way back: 100%" in said
+    assert "24/24" in said
+
+
+def test_a_bar_moves_while_one_piece_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    with progress.progress_bar(3, "one long piece", unit="piece", show=True):
+        time.sleep(0.6)
+    assert capsys.readouterr().err.count("one long piece:   0%| ") >= 5
+    assert [thread.name for thread in threading.enumerate() if thread.name == "pyrnode progress"] == []
+
+
 # -- extras ----------------------------------------------------------------------------------------------------------
 
 
@@ -419,9 +454,7 @@ def fails(*_: Any, **__: Any) -> Any:
         ("pyrnode.evaluation._Scorer.inversion_error", "the inversion error"),
     ],
 )
-def test_an_extra_that_fails_is_a_note(
-    where: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_extra_that_fails_is_a_note(where: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, fails)
     settings = {"hidden": [4], "max_steps": 2, "samples": 100}
     result = pyrnode.train("8gaussians", out=tmp_path, **settings, progress=False)

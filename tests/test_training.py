@@ -976,13 +976,16 @@ def _mtime(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, command_line_run: Path) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
+    tmp_path: Path, command_line_run: Path, number: int, expected: int
+) -> None:
     out = tmp_path / "a run"
     process = start(out, "--quiet")
     wait_for((out / "checkpoint.safetensors").exists, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, stdout, err = finish(process)
-    assert code == 130
+    assert code == expected
     assert stdout == ""
     assert err.splitlines() == [f"interrupted; go on with: pyrnode train 8gaussians --out '{out}' --resume"]
     progress = files.read(out / "checkpoint.safetensors", "checkpoint")[1]["progress"]
@@ -992,6 +995,16 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, comman
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_run(command_line_run, out)
+
+
+def test_a_run_names_what_it_does_and_says_its_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = SMALL | {"max_steps": 12}
+    pyrnode.train("8gaussians", **settings, evaluate=False)
+    said = re.split(r"[\r\n]+", capsys.readouterr().err)
+    left = [line for line in said if re.search(r"train: .* [1-3]/12 \[\d\d:\d\d<\d\d:\d\d, ", line)]
+    assert left
+    assert any(line.startswith("validate") for line in said)
+    assert any(line.startswith("save") for line in said)
 
 
 # -- SIGTERM ---------------------------------------------------------------------------------------------------------
@@ -1091,7 +1104,9 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(loop, "loss", meanwhile)
         train(tmp_path / "a")
-    assert refused == [f"{tmp_path / 'a'} is in use by process {os.getpid()}: wait for it, end it, or take another folder"]
+    assert refused == [
+        f"{tmp_path / 'a'} is in use by process {os.getpid()}: wait for it, end it, or take another folder"
+    ]
     train(tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b")
 

@@ -18,6 +18,7 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load, sources
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
+from pyrnode.progress import progress_bar
 from pyrnode.runs import Record, RunFolder, differences, lasting
 from pyrnode.training.trainer import Trainer
 
@@ -121,7 +122,8 @@ def train(
             with evaluation.extra("the report", notes):
                 report = evaluation.evaluate(best, splits, progress=progress)
                 if folder is not None:
-                    evaluation.write_report(folder, best, splits, report, trainer.history)
+                    with progress_bar(None, "report and pictures", unit="", show=progress, uncounted=True):
+                        evaluation.write_report(folder, best, splits, report, trainer.history)
         for note in notes:
             tqdm.write(note, file=sys.stderr)
     out = None if folder is None else folder.path
@@ -176,8 +178,8 @@ def _anchored(config: Config) -> Config:
     name, folder = config.data.name, config.data.dir
     places = {} if name in sources else {"data.name": name}
     places |= {"data.dir": folder} if folder is not None else {}
-    found = {key: os.path.abspath(os.path.expanduser(path)) for key, path in places.items() if path}  # noqa: PTH100, PTH111
-    return config.override({key: path for key, path in found.items() if os.path.exists(path)})  # noqa: PTH110
+    found = {key: os.path.abspath(os.path.expanduser(path)) for key, path in places.items() if path}
+    return config.override({key: path for key, path in found.items() if os.path.exists(path)})
 
 
 def _check_free(folder: RunFolder, resume: bool) -> None:
