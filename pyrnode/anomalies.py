@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrnode import files
 from pyrnode.config import DataConfig
@@ -32,6 +31,7 @@ from pyrnode.data.chunks import Chunks, open_chunks
 from pyrnode.data.samples import Samples
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
 from pyrnode.flow import Flow
+from pyrnode.progress import progress_bar
 
 CHUNK = 10_000
 """Samples that are in memory at a time."""
@@ -170,10 +170,6 @@ def _open(flow: Flow, path: str | Path, size: int, dialect: dict[str, Any]) -> C
     return open_chunks(path, size, event_shape=flow.event_shape, discrete=discrete, config=DataConfig(**dialect))
 
 
-def _bar(total: int | None, progress: bool, what: str) -> Any:
-    return tqdm(total=total, unit="sample", desc=what, disable=not progress)
-
-
 def calibrate(
     flow: Flow,
     data: str | Path | Samples | Tensor,
@@ -210,7 +206,7 @@ def calibrate(
         chunks, total = zip(range(0, len(data), chunk), (batch.x for batch in batches), strict=True), len(data)
     else:
         chunks, total = ((first, data[first : first + chunk]) for first in range(0, len(data), chunk)), len(data)
-    with _bar(total, progress, "calibrate") as bar:
+    with progress_bar(total, "calibrate", unit="sample", show=progress) as bar:
         scores = [part for _, part in _scored(flow, chunks, bar, log_densities)]
     return Calibration(np.concatenate(scores) if scores else np.empty(0))
 
@@ -224,7 +220,7 @@ class Summary:
         mean: Mean log-density of those that have one, nats; NaN where none has.
         below: For each of `LEVELS`, how many p-values are at most that; empty without a calibration.
         calibration: Number of calibration scores; 0 without.
-        impossible: Samples whose log-density is −inf: their solve failed, or their values are beyond its numbers.
+        impossible: Samples of log-density −inf: their solve failed, or a value is beyond the flow's numbers.
     """
 
     samples: int
@@ -287,7 +283,8 @@ def score_file(
     check_unconditional(flow)
     chunks = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
     count, impossible, total, below = 0, 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
-    with _writer(Path(out)) as write, _bar(chunks.rows, progress, "score") as bar:
+    bar_of = progress_bar(chunks.rows, "score", unit="sample", show=progress)
+    with _writer(Path(out)) as write, bar_of as bar:
         for first, scores in _scored(flow, chunks, bar, scores_or_none):
             columns: dict[str, NDArray[Any]] = {"row": np.arange(first, first + len(scores)), "log_prob": scores}
             if calibration is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pyrnode import files
 from pyrnode.composition import Composition
 from pyrnode.config import Config
 from pyrnode.dynamics import ModuleDynamics
-from pyrnode.errors import CheckpointError, ConfigError, EngineUnavailableError
+from pyrnode.errors import CheckpointError, ConfigError
+from pyrnode.settings import shown
 
 Built = TypeVar("Built", bound=Composition)
 
@@ -48,19 +51,40 @@ def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = 
         EngineUnavailableError: The engine is not installed.
     """
     path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = path / "model.safetensors" if os.path.isdir(path) else path
     tensors, description = files.read(path, "flow")
     overrides = {} if engine is None else {"engine": engine}
     Config().override(overrides)  # an unknown engine is not the file's fault
-    try:
-        config = Config.from_dict(description["config"]).override(overrides)
-        shape, levels, context_dim = (description[key] for key in ("event_shape", "levels", "context_dim"))
-        given = description["data_dtype"]
-        dtype = None if given is None else {"float32": torch.float32, "float64": torch.float64}[given]
-        flow = build(config, tuple(shape), levels=levels, context_dim=context_dim, data_dtype=dtype)
+    with files.converted(f"{path} does not describe a flow of this version"):
+        config, shape, more = _described(description, overrides)
+        _check_counts(config, tensors)
+        with torch.device("meta"):  # nothing is allocated before it is known that the file has as much
+            expected = build(config, shape, **more).state_dict()
+        files.check_tensors(tensors, expected, types=False)
+        flow = build(config, shape, **more)
         flow.load_state_dict(tensors)
-    except EngineUnavailableError:
-        raise
-    except (KeyError, TypeError, ConfigError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not describe a flow of this version: {error}") from error
     return flow
+
+
+def _described(
+    description: dict[str, Any], overrides: dict[str, Any]
+) -> tuple[Config, tuple[int, ...], dict[str, Any]]:
+    """Settings, shape, and the numbers of levels and of context features, and the type of the data, checked."""
+    config = Config.from_dict(description["config"]).override(overrides)
+    shape, levels, context_dim = (description[key] for key in ("event_shape", "levels", "context_dim"))
+    if not isinstance(shape, list) or len(shape) not in (1, 3):
+        raise CheckpointError(f"event_shape = {shown(shape)}: expected one or three sizes")
+    for name, least, value in [("event_shape", 1, size) for size in shape] + [("context_dim", 0, context_dim)]:
+        if type(value) is not int or not least <= value < 2**31:
+            raise CheckpointError(f"{name}: {shown(value)} is no size")
+    if levels is not None and (type(levels) is not int or not 2 <= levels < 2**31):
+        raise CheckpointError(f"levels = {shown(levels)}: expected a number of grey levels")
+    dtype = {None: None, "float32": torch.float32, "float64": torch.float64}[description["data_dtype"]]
+    return config, tuple(shape), {"levels": levels, "context_dim": context_dim, "data_dtype": dtype}
+
+
+def _check_counts(config: Config, tensors: dict[str, Tensor]) -> None:
+    """Raises `CheckpointError` for settings of more layers than there are tensors: each has one at least."""
+    blocks, layers = config.flow.blocks, len(config.flow.network.hidden) + 1
+    if blocks * layers > len(tensors):
+        raise CheckpointError(f"Missing keys: {blocks} blocks of {layers} layers, and {len(tensors)} tensors in all")

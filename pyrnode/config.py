@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any, Literal, Self
 import tomli_w
 
 from pyrnode.errors import ConfigError, unknown_name
-from pyrnode.settings import Section, at_least
+from pyrnode.settings import Section, at_least, shown
 
 CHUNK = 500
 """Samples per solve where a flow is used."""
@@ -358,9 +359,10 @@ class Config(Section):
     def from_toml(cls, text: str) -> Self:
         """Reads a configuration from TOML text; unknown keys and wrong values raise `ConfigError`."""
         try:
-            return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+            table = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and too deep brackets
             raise ConfigError(f"not valid TOML: {error}") from None
+        return cls.from_dict(table)
 
     def to_toml(self) -> str:
         """The configuration as TOML text, every value written out."""
@@ -371,8 +373,8 @@ class Config(Section):
         """A configuration that ships with pyrnode (see `presets`), or one read from a ``.toml`` file's path."""
         if name.endswith(".toml"):
             path = Path(name)
-            if not path.is_file():
-                raise ConfigError(f"preset file {name!r} does not exist")
+            if not os.path.isfile(path):
+                raise ConfigError(f"preset file {shown(name)} does not exist")
             try:
                 return cls.from_toml(path.read_text(encoding="utf-8"))
             except (OSError, ConfigError, UnicodeDecodeError) as error:

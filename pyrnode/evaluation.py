@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from pyrnode import seeds, solvers
+from pyrnode import files, seeds, solvers
 from pyrnode.composition import check_context, context_tensor
 from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
 from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
+from pyrnode.probes import Probes
+from pyrnode.progress import parts, progress_bar
 from pyrnode.runs import Record, RunFolder
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
@@ -72,10 +74,11 @@ class Report:
         training_solver: What it was compared with.
         E, n: Kinetic energy and squared Jacobian norm integrals, summed over the blocks, per dimension.
         nfe: Evaluations of the dynamics per sample, all blocks together.
-        inversion_error: Largest ``|x − decode(encode(x))|`` in the flow's space.
+        inversion_error: Largest ``|x − decode(encode(x))|`` in the flow's space; `None` where the way back failed.
         samples: Test samples scored.
         draws: Noise draws for each.
         seconds: Time it took.
+        notes: What is left out and why: the score stands, whatever else fails.
     """
 
     score: Score
@@ -91,7 +94,7 @@ class Report:
     E: float
     n: float
     nfe: float
-    inversion_error: float
+    inversion_error: float | None
     samples: int
     draws: int
     seconds: float
@@ -121,7 +124,8 @@ class Report:
         rows.append(f"solver {self.solver}, divergence {self.divergence}, {self.nfe:.0f} evaluations per sample")
         if self.disagreement is not None:
             rows.append(f"training solver {self.training_solver} differs by {self.disagreement:.2e} nats/dim")
-        rows.append(f"E {self.E:.4f}, n {self.n:.4f} per dimension; inversion error {self.inversion_error:.1e}")
+        inversion = "unknown" if self.inversion_error is None else f"{self.inversion_error:.1e}"
+        rows.append(f"E {self.E:.4f}, n {self.n:.4f} per dimension; inversion error {inversion}")
         return "\n".join(rows + self.notes)
 
 
@@ -163,28 +167,36 @@ def evaluate(
     exact = config.divergence.exact(flow.dim)
     draws = config.draws if flow.levels is not None or not exact else 1
     scorer = _Scorer(flow, config, seed)
-    with torch.no_grad(), tqdm(total=draws * count, unit="sample", desc="evaluate", disable=not progress) as bar:
+    discrete, notes, table = flow.levels is not None, list[str](), dict[str, Score]()
+    centre = error = gaps = None
+    passes = draws * count + min(count, config.chunk) + (count if discrete else 0)
+    with torch.no_grad(), progress_bar(passes, "evaluate", unit="sample", show=progress) as bar:
         log_prob, totals = scorer.score(test, count, config.solver, draws, bar)
         other = training_solver or flow.config.solver
         if other.step_size == "auto":
             other = replace(other, step_size=0.5)
-        disagreement, notes = _disagreement(scorer, test, count, other, log_prob)
-        centre = None
-        if flow.levels is not None:
-            centre = Score.of(scorer.score(test, count, config.solver, 1, None, centre=True)[0], flow.dim)
-        error = scorer.inversion_error(test, count, config.solver)
-    density = splits.density if splits is not None else None
-    gaps = None
-    if density is not None and density.exact:
-        gaps = density.log_prob(test.tensor()[:count].double()) - log_prob.double().mean(0)
-    table: dict[str, Score] = {}
-    if baselines and splits is not None:
-        if flow.context_dim:
-            notes.append("the baselines know no context, so they are left out")
-        elif flow.dim > _BASELINE_DIM:
-            notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
-        else:
-            table = _baseline_scores(flow, splits, count, draws, seed)
+        bar.set_description("evaluate: training solver")
+        disagreement = _disagreement(scorer, test, count, other, log_prob, bar, notes)
+        if discrete:
+            bar.set_description("evaluate: bin centres")
+            with extra("the score at the bins' centres", notes):
+                centre = Score.of(scorer.score(test, count, config.solver, 1, bar, centre=True)[0], flow.dim)
+        bar.set_description("evaluate: way back")
+        with extra("the inversion error", notes):
+            error = scorer.inversion_error(test, count, config.solver)
+        density = splits.density if splits is not None else None
+        if density is not None and density.exact:
+            with extra("the gap to the true density", notes):
+                gaps = density.log_prob(test.tensor()[:count].double()) - log_prob.double().mean(0)
+        if baselines and splits is not None:
+            if flow.context_dim:
+                notes.append("the baselines know no context, so they are left out")
+            elif flow.dim > _BASELINE_DIM:
+                notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
+            else:
+                bar.set_description("evaluate: baselines")
+                with extra("the baselines", notes):
+                    table = _baseline_scores(flow, splits, count, draws, seed)
     return Report(
         score=Score.of(log_prob, flow.dim),
         bin_centre=centre,
@@ -205,6 +217,15 @@ def evaluate(
         dim=flow.dim,
         notes=notes,
     )
+
+
+@contextmanager
+def extra(what: str, notes: list[str]) -> Iterator[None]:
+    """What a result can do without: where it fails, for whatever reason, a note takes its place."""
+    try:
+        yield
+    except Exception as error:  # a fault here must not cost the result, ours or a library's
+        notes.append(f"{what}: left out ({str(error) or type(error).__name__})")
 
 
 def _settings(flow: Flow) -> EvaluationConfig:
@@ -302,24 +323,32 @@ class _Scorer:
         for draw in range(draws):
             parts = []
             for number, batch in enumerate(samples.batches(torch.arange(count), self.config.chunk)):
-                log_prob, means = self._batch(batch, (draw, number), solver, centre)
+                log_prob, means = self._batch(batch, (draw, number), solver, centre, bar)
                 parts.append(log_prob)
                 for name in sums:
                     sums[name] += means[name] * len(batch) / (count * draws)
-                if bar is not None:
-                    bar.update(len(batch))
             rows.append(torch.cat(parts))
         return torch.stack(rows), sums
 
     def _batch(
-        self, batch: Batch, key: tuple[int, int], solver: SolverConfig, centre: bool
+        self, batch: Batch, key: tuple[int, int], solver: SolverConfig, centre: bool, bar: Any
     ) -> tuple[Tensor, dict[str, float]]:
         flow, random = self.flow, seeds.generator(self.seed, "evaluate", *key)
         x, context = flow.admit(batch.x, batch.context)
         if centre:
             x = x.to(flow.reference.dtype) + 0.5
-        draw = flow.draw(self.config.divergence, random)
+        probes, tick = flow.draw(self.config.divergence, random), parts(bar, len(batch), len(flow.blocks))
+        begun = False
+
+        def draw(z: Tensor) -> Probes:
+            nonlocal begun
+            if begun:  # asked for by every block: the one before is done
+                tick()
+            begun = True
+            return probes(z)
+
         passage = flow.solve(x, draw, solver, context=context, generator=random)
+        tick()
         E, n = (float(passage.total(name).mean()) / flow.dim for name in ("E", "n"))
         return passage.log_prob.cpu(), {"E": E, "n": n, "nfe": passage.nfe}
 
@@ -332,15 +361,16 @@ class _Scorer:
 
 
 def _disagreement(
-    scorer: _Scorer, test: Samples, count: int, solver: SolverConfig, accurate: Tensor
-) -> tuple[float | None, list[str]]:
+    scorer: _Scorer, test: Samples, count: int, solver: SolverConfig, accurate: Tensor, bar: Any, notes: list[str]
+) -> float | None:
     """Mean difference to the training solver on the first batch, which shares its noise with the accurate score."""
     size = min(count, scorer.config.chunk)
     try:
-        other, _ = scorer.score(test, size, solver, 1, None)
+        other, _ = scorer.score(test, size, solver, 1, bar)
     except SolverError as error:
-        return None, [f"the training solver ({solvers.describe(solver)}) fails on test data: {error}"]
-    return float((other[0] - accurate[0, :size]).abs().mean()) / scorer.flow.dim, []
+        notes.append(f"the training solver ({solvers.describe(solver)}) fails on test data: {error}")
+        return None
+    return float((other[0] - accurate[0, :size]).abs().mean()) / scorer.flow.dim
 
 
 def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: int) -> dict[str, Score]:
@@ -365,25 +395,42 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
 
 
 def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, history: list[Record]) -> None:
-    """Writes ``report.json``, ``report.txt`` and the pictures of a run."""
+    """Writes ``report.json``, ``report.txt`` and the pictures of a run; what cannot be drawn becomes a note.
+
+    Raises:
+        CheckpointError: The report cannot be written.
+    """
+    shape = splits.event_shape
+    if history:
+        with extra("the learning curves", report.notes):
+            _draw_curves(folder, splits, history)
+    if splits.levels is not None and len(shape) == 3 and shape[0] in (1, 3):
+        with extra("the picture of samples", report.notes):
+            _draw_samples(folder, flow, splits)
+    elif splits.levels is None and shape in ((1,), (2,)) and not splits.context_dim:
+        with extra("the pictures of the density", report.notes):
+            _draw_density(folder, flow, splits)
+    folder.write_text("report.json", files.to_json(report.to_dict(), indent=2) + "\n")
+    folder.write_text("report.txt", f"{report}\n")
+
+
+def _draw_curves(folder: RunFolder, splits: Splits, history: list[Record]) -> None:
     from pyrnode import plotting
 
-    folder.write_text("report.json", json.dumps(report.to_dict(), indent=2) + "\n")
-    folder.write_text("report.txt", f"{report}\n")
-    if history:
-        unit = "bits/dim" if splits.levels is not None else "nats/dim"
-        plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
-    shape = splits.event_shape
-    if splits.levels is not None:
-        if len(shape) == 3 and shape[0] in (1, 3):
-            grid, seed = flow.config.evaluation.grid, flow.config.seed
-            if splits.test.context is None:
-                samples = flow.sample(grid, seed=seed)
-            else:
-                samples = flow.sample(1, splits.test.context[:grid], seed=seed)[:, 0]
-            plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
-    elif shape in ((1,), (2,)) and not splits.context_dim:
-        _draw_density(folder, flow, splits)
+    unit = "bits/dim" if splits.levels is not None else "nats/dim"
+    plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
+
+
+def _draw_samples(folder: RunFolder, flow: Flow, splits: Splits) -> None:
+    from pyrnode import plotting
+
+    assert splits.levels is not None
+    grid, seed = flow.config.evaluation.grid, flow.config.seed
+    if splits.test.context is None:
+        samples = flow.sample(grid, seed=seed)
+    else:
+        samples = flow.sample(1, splits.test.context[:grid], seed=seed)[:, 0]
+    plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -220,10 +220,8 @@ def _own(path: Path) -> int:
         owner = os.pread(descriptor, 20, 0).decode(errors="replace") if held is False else ""
         os.close(descriptor)
         if held is False:
-            raise CheckpointError(
-                f"{path.parent} is in use by process {owner or '(unknown)'}: wait for it, end it, or take another "
-                "folder"
-            )
+            who = f"in use by process {owner or '(unknown)'}"
+            raise CheckpointError(f"{path.parent} is {who}: wait for it, end it, or take another folder")
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -258,19 +256,24 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # whatever the library makes of it
         raise CheckpointError(f"{path} is truncated, or not a safetensors file ({error}); use another copy") from None
+    foreign = CheckpointError(f"{path} is a safetensors file, but not one that pyrnode wrote")
     try:
         header = json.loads(metadata["pyrnode"])
         version, found, digest = header["format"], header["kind"], header["sha256"]
         description: dict[str, Any] = header["description"]
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path} is a safetensors file, but not one that pyrnode wrote") from None
+    except Exception:  # no JSON, or too deep, or other JSON
+        raise foreign from None
+    if not isinstance(description, dict) or not isinstance(found, str):
+        raise foreign
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this version of pyrnode reads format {FORMAT}")
+        raise CheckpointError(f"{path} has format {version!r:.50}; this version of pyrnode reads format {FORMAT}")
     if found != kind:
-        raise CheckpointError(f"{path} holds a {found}, not a {kind}")
-    if _digest(tensors, description) != digest:
+        raise CheckpointError(f"{path} holds a {found[:50]}, not a {kind}")
+    with converted(f"{path} cannot be checked"):
+        right = _digest(tensors, description) == digest
+    if not right:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest; use an earlier copy")
     return tensors, description
 
@@ -291,15 +294,28 @@ def converted(problem: str) -> Iterator[None]:
         raise CheckpointError(f"{problem}: {reason[:500]}") from error
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless tensors have the names, shapes and types of others; it says where not."""
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, types: bool = True) -> None:
+    """Compares tensors with what they are to take the place of, which may be on torch's meta device.
+
+    Args:
+        found: Tensors by name.
+        expected: Others that have the right names, shapes and types.
+        types: Also compare the exact types, not only whether they are floating-point.
+
+    Raises:
+        CheckpointError: They do not fit; the message says where.
+    """
     for name in sorted({*found, *expected}):
-        kinds = [
-            f"{str(t[name].dtype).removeprefix('torch.')} {tuple(t[name].shape)}" if name in t else "nothing"
-            for t in (found, expected)
-        ]
-        if kinds[0] != kinds[1]:
-            raise CheckpointError(f"{name[:200]!r} is {kinds[0]}: expected {kinds[1]}")
+        if name not in found:
+            raise CheckpointError(f"Missing key {name[:200]!r}")
+        if name not in expected:
+            raise CheckpointError(f"Unexpected key {name[:200]!r}")
+        here, wanted = found[name], expected[name]
+        if here.shape != wanted.shape:
+            shapes = f"{tuple(here.shape)} instead of {tuple(wanted.shape)}"
+            raise CheckpointError(f"size mismatch: {name[:200]!r} is {shapes}")
+        if here.dtype != wanted.dtype and (types or here.is_floating_point() != wanted.is_floating_point()):
+            raise CheckpointError(f"{name[:200]!r} is {here.dtype} instead of {wanted.dtype}")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.settings import flatten
 
 Record = dict[str, Any]
+
+_STEP = re.compile("[0-9]{8,18}")  # the name of a snapshot
 
 _FREE = {"device", "engine"} | {
     f"training.{key}"
@@ -84,12 +87,10 @@ class RunFolder:
             CheckpointError: The file is damaged.
         """
         path = self.path / "config.toml"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
-        try:
+        with files.converted(f"{path} is damaged or of another version"):
             return Config.from_toml(path.read_text(encoding="utf-8"))
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is damaged or of another version: {error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -157,8 +158,9 @@ class RunFolder:
         return folder / f"{step:08d}.safetensors"
 
     def snapshots(self) -> dict[int, Path]:
-        """The files of the models that were validated, by step, in order."""
-        return {int(path.stem): path for path in sorted((self.path / "snapshots").glob("[0-9]*.safetensors"))}
+        """The files of the models that were validated, by step, in order; what else lies there is let lie."""
+        found = sorted((self.path / "snapshots").glob("[0-9]*.safetensors"))
+        return {int(path.stem): path for path in found if _STEP.fullmatch(path.stem) and os.path.isfile(path)}
 
     def write_config(self, config: Config) -> None:
         """Writes the configuration."""
@@ -175,9 +177,10 @@ class RunFolder:
 
     def rewind(self, step: int) -> list[Record]:
         """Drops metrics and snapshots after `step` (they will be computed again), and returns the other metrics."""
-        for later, path in self.snapshots().items():
-            if later > step:
-                path.unlink()
+        with files.converted(f"cannot take back the snapshots after step {step}"):
+            for later, path in self.snapshots().items():
+                if later > step:
+                    path.unlink()
         records = [r for r in read_metrics(self.path) if r["step"] <= step]
         self.write_text(self._metrics.name, "".join(json.dumps(r) + "\n" for r in records))
         return records
@@ -228,20 +231,36 @@ def read_metrics(path: str | Path) -> list[Record]:
         CheckpointError: A line before the last one is damaged.
     """
     file = Path(path) / "metrics.jsonl"
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    with files.converted(f"{file} cannot be read"):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines):
         try:
-            record = json.loads(line)
-            record["step"]
-        except (ValueError, KeyError, TypeError):
+            records.append(_record(line))
+        except Exception:  # whatever JSON, or what is none, can be
             if number == len(lines) - 1:
                 break
             raise CheckpointError(f"{file}, line {number + 1} is damaged") from None
-        records.append(record)
     return records
+
+
+_TEXTS = {"event", "cause", "changes"}
+"""What is no number in a record."""
+
+
+def _record(line: str) -> Record:
+    """A line of metrics; raises an error of any kind where it is not one."""
+    record: Record = json.loads(line)
+    for key, value in record.items():
+        if key not in _TEXTS and value is not None and type(value) not in (int, float):
+            raise TypeError(f"{key} = {value!r}")
+        if key not in _TEXTS and value is not None:
+            float(value)  # an integer may be beyond it
+    if type(record["step"]) is not int or record["step"] < 0:
+        raise ValueError("no step")
+    return record
 
 
 def lasting(config: Config) -> dict[str, Any]:

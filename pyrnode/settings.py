@@ -13,6 +13,15 @@ import numpy as np
 from pyrnode.errors import ConfigError, unknown_name
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: also one that is too long, too deep or too large to be written out."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} beyond all bounds"
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
 def at_least(section: object, minimum: float, *names: str, strict: bool = False) -> None:
     """Raises `ConfigError` where a number among the named settings is less than `minimum`, or not more, if `strict`."""
     for name in names:
@@ -22,6 +31,10 @@ def at_least(section: object, minimum: float, *names: str, strict: bool = False)
         if not math.isfinite(value) or value < minimum or (strict and value == minimum):
             bound = f"more than {minimum}" if strict else f"at least {minimum}"
             raise ConfigError(f"{name} = {value!r}: expected {bound}")
+
+
+_INTEGERS = 2**63
+"""Bound on integers; torch takes no larger ones, and text beyond some thousand digits is not even printed."""
 
 
 class Section:
@@ -77,7 +90,7 @@ class Section:
                 raise ConfigError(f"{type(self).__name__.lower()} = {value!r}: {error}") from None
         if not isinstance(value, Mapping):
             keys = ", ".join(_keys(type(self)))
-            raise ConfigError(f"{value!r}: expected a section, {type(self).__name__}; its settings are {keys}")
+            raise ConfigError(f"{shown(value)}: expected a section, {type(self).__name__}; its settings are {keys}")
         return type(self).from_dict({**self.to_dict(), **value})
 
     def override(self, values: Mapping[str, Any]) -> Self:
@@ -151,8 +164,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     elif isinstance(hint, type) and issubclass(hint, Section):
         if isinstance(value, hint):
             return value
-        if isinstance(value, Mapping) or (isinstance(value, str) and hint._bare_word is not None):
-            return hint().changed(value)
+        if isinstance(value, Mapping):
+            return hint.from_dict(value)
+    elif hint in (int, float) and isinstance(value, int) and not -_INTEGERS <= value < _INTEGERS:
+        raise ConfigError(f"{name} = {shown(value)}: expected a number of 64 bits")
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -161,8 +176,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return value
     if isinstance(hint, type) and issubclass(hint, Section):
         keys = ", ".join(f"{name}.{key}" for key in _keys(hint))
-        raise ConfigError(f"{name} = {value!r}: {name} is a section; its settings are {keys}")
-    raise ConfigError(f"{name} = {value!r}: expected {_in_words(hint)}")
+        raise ConfigError(f"{name} = {shown(value)}: {name} is a section; its settings are {keys}")
+    raise ConfigError(f"{name} = {shown(value)}: expected {_in_words(hint)}")
 
 
 def _in_words(hint: Any) -> str:

@@ -122,7 +122,7 @@ class Standardize(Transform):
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        if bool((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).any()):
+        if not std.is_meta and bool((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).any()):
             worst = int((~(std > 0) | ~torch.isfinite(std) | ~torch.isfinite(mean)).flatten().nonzero()[0])
             raise DataError(f"feature {worst} is constant or not finite: drop it before training")
         self.register_buffer("mean", mean.double())

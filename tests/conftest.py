@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ import pytest
 import torch
 
 from pyrnode import julia_setup
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored, which pyrnode respects.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

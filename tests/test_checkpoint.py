@@ -96,3 +96,105 @@ def test_loading_with_an_unusable_engine_or_device_is_an_error_of_its_own(
             pyrnode.load(path, engine="julia")
     with pytest.raises(ConfigError, match="device = 'tpu9'"):
         pyrnode.load(path, device="tpu9")
+
+
+# -- what a file may claim -------------------------------------------------------------------------------------------
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    """The description of a flow in two dimensions, with settings of the flow or other entries changed."""
+    config = Config().override({"hidden": [5]})
+    flow = {key: value for key, value in changes.items() if key in ("blocks", "hidden", "scales", "end_time", "time")}
+    table = config.to_dict()
+    network = table["flow"]["network"]
+    for key, value in flow.items():
+        (network if key in network else table["flow"])[key] = value
+    good = {"config": table, "event_shape": [2], "levels": None, "context_dim": 0}
+    return good | {key: value for key, value in changes.items() if key not in flow}
+
+
+CLAIMS: list[dict[str, Any]] = [
+    {"hidden": [26000, 26000]},
+    {"hidden": [2**40, 2**40]},
+    {"hidden": [8] * 100_000},
+    {"blocks": 10**6},
+    {"blocks": 10**18},
+    {"blocks": 10**100},
+    {"event_shape": [2**31 - 1]},
+    {"event_shape": [2**62]},
+    {"event_shape": [1, 2**20, 2**20]},
+    {"context_dim": 2**31 - 1},
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=[str(claim)[:40] for claim in CLAIMS])
+def test_a_small_file_costs_no_more_than_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: dict[str, Any]
+) -> None:
+    """What the settings claim is compared with what there is before any of it is made."""
+    path, flow = tmp_path / "flow.safetensors", Flow.build(Config().override({"hidden": [5]}), (2,))
+    files.write(path, "flow", flow.state_dict(), described(**claim))
+    assert path.stat().st_size < 2_000_000
+    sizes, register = [0], nn.Module.register_parameter
+
+    def counted(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        sizes[0] += 0 if parameter is None or parameter.is_meta else parameter.numel()
+        assert len(sizes) < 1000
+        sizes.append(0)
+        register(self, name, parameter)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", counted)
+    with pytest.raises(CheckpointError, match="does not describe a flow"):
+        pyrnode.load(path)
+    assert sizes[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": 5},
+        {"config": "abc"},
+        {"config": []},
+        {"event_shape": [True]},
+        {"event_shape": "2"},
+        {"event_shape": [2.0]},
+        {"event_shape": []},
+        {"event_shape": [0]},
+        {"event_shape": {"a": 1}},
+        {"levels": 1.5},
+        {"levels": "many"},
+        {"levels": 10**30},
+        {"context_dim": None},
+        {"context_dim": -1},
+        {"end_time": "x"},
+        {"end_time": 10**400},
+        {"end_time": float("nan")},
+        {"blocks": 1.5},
+        {"hidden": [[5]]},
+        {"hidden": "5"},
+        {"time": ["concat"]},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_descriptions_of_the_right_digest_and_wrong_contents_are_errors(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path, flow = tmp_path / "flow.safetensors", Flow.build(Config().override({"hidden": [5]}), (2,))
+    files.write(path, "flow", flow.state_dict(), described(**changes))
+    with pytest.raises(CheckpointError, match="does not describe a flow"):
+        pyrnode.load(path)
+
+
+def test_tensors_of_another_kind_are_errors(tmp_path: Path) -> None:
+    path, flow = tmp_path / "flow.safetensors", Flow.build(Config().override({"hidden": [5]}), (2,))
+    name = "parts.0.dynamics.layers.0.weight"
+    for value in (flow.state_dict()[name].long(), flow.state_dict()[name].to(torch.complex64)):
+        files.write(path, "flow", {**flow.state_dict(), name: value}, described())
+        with pytest.raises(CheckpointError, match=r"layers\.0\.weight' is torch\.(int64|complex64) instead of"):
+            pyrnode.load(path)
+
+
+@pytest.mark.parametrize("name", ["nul\0", "x" * 300, "x/" * 3000])
+def test_names_that_no_file_can_have_are_errors(name: str) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        pyrnode.load(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
-from pyrnode import evaluate, seeds
+from pyrnode import evaluate, progress, seeds
 from pyrnode.config import Config, DataConfig, Divergence, EvaluationConfig, SolverConfig
 from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.evaluation import Report, Score, write_report
 from pyrnode.flow import Flow
-from pyrnode.probes import Draw, Probes, no_probes
+from pyrnode.probes import Probes, no_probes
 from pyrnode.runs import RunFolder
 from pyrnode.transforms import Chain, Standardize
 
@@ -235,7 +237,7 @@ def test_a_training_solver_that_fails_does_not_lose_the_score(monkeypatch: pytes
     expected = evaluate(flow, x)
     original = Flow.solve
 
-    def failing(self: Flow, x: Tensor, draw: Draw = no_probes, solver: SolverConfig | None = None, **more: Any) -> Any:
+    def failing(self: Flow, y: Tensor, draw: Any = no_probes, solver: SolverConfig | None = None, **more: Any) -> Any:
         if solver is not None and solver.name == "RK4":
             raise SolverError("block 0: the state is not finite", status="Unstable", block=0)
         return original(self, x, draw, solver, **more)
@@ -383,6 +385,101 @@ def test_the_gap_is_the_divergence_from_the_truth() -> None:
     assert f"gap {report.gap:.4f} ± {report.gap_error:.4f} nats" in str(report)
     unknown = evaluate(vectors(identity=True, sample=x), splits.test.tensor())
     assert (unknown.true_entropy, unknown.gap, unknown.gap_error) == (None, None, None)
+
+
+# -- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_counts_every_block_of_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """One chunk holds all samples: the bar moves within it, names each pass, and ends full."""
+    flow = Flow.build(Config().override({"hidden": [3], "blocks": 5}), (2,))
+    seen = list[int]()
+
+    class Bar:
+        def update(self, n: int) -> None:
+            seen.append(n)
+
+    scorer = pyrnode.evaluation._Scorer(flow, EvaluationConfig(), 0)
+    with torch.no_grad():
+        scorer.score(TensorSamples(torch.randn(12, 2)), 12, flow.solver, 2, Bar())
+    assert seen == [2, 2, 3, 2, 3] * 2
+    evaluate(flow, torch.randn(12, 2), progress=True)
+    said = capsys.readouterr().err
+    assert "evaluate: training solver" in said
+    assert "evaluate: way back: 100%" in said
+    assert "24/24" in said
+
+
+def test_a_bar_moves_while_one_piece_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    with progress.progress_bar(3, "one long piece", unit="piece", show=True):
+        time.sleep(0.6)
+    assert capsys.readouterr().err.count("one long piece:   0%| ") >= 5
+    assert [thread.name for thread in threading.enumerate() if thread.name == "pyrnode progress"] == []
+
+
+# -- extras ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [10, 11, 12, 13, 14])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_a_handful_of_rows_is_a_result(n: int, d: int, tmp_path: Path) -> None:
+    """One row is left for validation, to which no baseline can be fitted: the report says so."""
+    settings = {"hidden": [4], "max_steps": 2, "batch_size": 8}
+    result = pyrnode.train(torch.randn(n, d), out=tmp_path, **settings, progress=False)
+    assert result.report is not None
+    assert result.report.samples == 1
+    assert result.report.baselines == {}
+    assert result.report.notes[0] == "the baselines: left out (validation has 1 samples: expected at least 2)"
+    assert result.notes == []
+    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert stored["notes"] == result.report.notes
+    assert result.report.notes[0] in (tmp_path / "report.txt").read_text()
+    assert torch.equal(pyrnode.load(tmp_path).log_prob(torch.zeros(2, d)), result.flow.log_prob(torch.zeros(2, d)))
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("of another's making")
+
+
+@pytest.mark.parametrize(
+    ("where", "note"),
+    [
+        ("pyrnode.baselines.fit_baselines", "the baselines"),
+        ("pyrnode.plotting.learning_curves", "the learning curves"),
+        ("pyrnode.plotting.density_2d", "the pictures of the density"),
+        ("pyrnode.particles.trajectories", "the pictures of the density"),
+        ("pyrnode.evaluation._Scorer.inversion_error", "the inversion error"),
+    ],
+)
+def test_an_extra_that_fails_is_a_note(where: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(where, fails)
+    settings = {"hidden": [4], "max_steps": 2, "samples": 100}
+    result = pyrnode.train("8gaussians", out=tmp_path, **settings, progress=False)
+    assert result.report is not None
+    assert result.report.notes == [f"{note}: left out (of another's making)"]
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == result.report.notes
+    assert math.isfinite(result.report.score.nats)
+
+
+@pytest.mark.parametrize("where", ["pyrnode.evaluation._Scorer.score", "pyrnode.runs.RunFolder.write_text"])
+def test_a_report_that_fails_is_a_note_of_the_result(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"hidden": [4], "max_steps": 2, "samples": 100}
+    original = pyrnode.evaluation.evaluate
+
+    def evaluate_with_a_fault(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(where, fails)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(pyrnode.evaluation, "evaluate", evaluate_with_a_fault)
+    result = pyrnode.train("8gaussians", out=tmp_path, **settings, progress=False)
+    assert result.notes == ["the report: left out (of another's making)"]
+    assert result.notes[0] in capsys.readouterr().err
+    assert torch.equal(pyrnode.load(tmp_path).log_prob(torch.zeros(2, 2)), result.flow.log_prob(torch.zeros(2, 2)))
 
 
 # -- what is written -------------------------------------------------------------------------------------------------

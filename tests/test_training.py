@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
+import pyrnode.cli
 from pyrnode import files, runs, seeds
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, Divergence, FlowConfig, SolverConfig
@@ -975,13 +976,16 @@ def _mtime(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, command_line_run: Path) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
+    tmp_path: Path, command_line_run: Path, number: int, expected: int
+) -> None:
     out = tmp_path / "a run"
     process = start(out, "--quiet")
     wait_for((out / "checkpoint.safetensors").exists, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, stdout, err = finish(process)
-    assert code == 130
+    assert code == expected
     assert stdout == ""
     assert err.splitlines() == [f"interrupted; go on with: pyrnode train 8gaussians --out '{out}' --resume"]
     progress = files.read(out / "checkpoint.safetensors", "checkpoint")[1]["progress"]
@@ -991,6 +995,92 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, comman
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_run(command_line_run, out)
+
+
+def test_a_run_names_what_it_does_and_says_its_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = SMALL | {"max_steps": 12}
+    pyrnode.train("8gaussians", **settings, evaluate=False)
+    said = re.split(r"[\r\n]+", capsys.readouterr().err)
+    left = [line for line in said if re.search(r"train: .* [1-3]/12 \[\d\d:\d\d<\d\d:\d\d, ", line)]
+    assert left
+    assert any(line.startswith("validate") for line in said)
+    assert any(line.startswith("save") for line in said)
+
+
+# -- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, signal, sys
+import pyrnode
+from pyrnode.training import trainer
+out, settings, mode, number = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+original = trainer.loss
+def loss(flow, batch, config, solver, at):
+    if at == 5:
+        os.kill(os.getpid(), number)
+    return original(flow, batch, config, solver, at)
+trainer.loss = loss
+if mode == "handler":
+    signal.signal(number, lambda *a: print("handled", flush=True))
+if mode == "exit":
+    signal.signal(number, lambda *a: sys.exit(7))
+if mode == "ignore":
+    signal.signal(number, signal.SIG_IGN)
+result = pyrnode.train("8gaussians", out=out, **settings, evaluate=False, progress=False)
+print("next seed", result.interrupted, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "number", "code", "said"),
+    [
+        ("default", signal.SIGTERM, -signal.SIGTERM, ""),
+        ("handler", signal.SIGTERM, 0, "handled\nnext seed True\n"),
+        ("exit", signal.SIGTERM, 7, ""),
+        ("ignore", signal.SIGTERM, 0, "next seed False\n"),
+        ("handler", signal.SIGINT, 0, "handled\nnext seed True\n"),
+        ("default", signal.SIGINT, 0, "next seed True\n"),
+    ],
+)
+def test_a_signal_saves_and_goes_to_whoever_would_have_had_it(
+    tmp_path: Path, mode: str, number: int, code: int, said: str
+) -> None:
+    """A script that is told to end does not go on with its next seed; the run that it was in is resumed."""
+    settings = SMALL | {"max_steps": 8}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(settings), mode, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert (done.returncode, done.stdout) == (code, said), done.stderr
+    progress = files.read(tmp_path / "checkpoint.safetensors", "checkpoint")[1]["progress"]
+    assert progress["step"] == (8 if mode == "ignore" else 5)
+    assert steps(read_metrics(tmp_path))[-1]["step"] == progress["step"]
+
+
+# -- the working folder ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_relative_path_is_resumed_and_evaluated_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    np.save(tmp_path / "data" / "x.npy", np.random.default_rng(0).normal(size=(200, 2)))
+    monkeypatch.chdir(tmp_path / "data")
+    train(Path("../run"), data="x.npy", max_steps=2)
+    train(Path("../run"), data="x.npy", max_steps=3, resume=True)
+    train(Path("../run"), data=Path("../data/x.npy"), max_steps=4, resume=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = pyrnode.train(out="../run", max_steps=6, resume=True, evaluate=False, progress=False)
+    assert result.config.data.name == str(tmp_path / "data" / "x.npy")
+    assert pyrnode.cli.main(["evaluate", str(tmp_path / "run"), "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 20
+
+
+def test_a_relative_folder_of_data_sets_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "8gaussians").mkdir()  # a data set's name means the data set
+    config = train(tmp_path / "run", max_steps=1, **{"data.dir": "sets"}).config
+    assert (config.data.name, config.data.dir) == ("8gaussians", str(tmp_path / "sets"))
 
 
 # -- two at once -----------------------------------------------------------------------------------------------------

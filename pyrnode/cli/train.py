@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import shlex
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,11 +36,38 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
             table[key] = None if text == "none" else tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             table[key] = text
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--set {key}: {error}") from None
     return table
 
 
+@contextmanager
+def _said_when_ended() -> Iterator[list[int]]:
+    """SIGTERM as an interrupt, so that the command can say how to go on; the list has its number if it came."""
+    came: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
 def train(args: argparse.Namespace) -> int:
-    """Trains a flow; Ctrl-C says how to go on."""
+    """Trains a flow; Ctrl-C and SIGTERM say how to go on."""
+    with _said_when_ended() as came:
+        code = _train(args)
+    return 128 + came[0] if came and code == INTERRUPTED else code
+
+
+def _train(args: argparse.Namespace) -> int:
     named = {"solver": args.solver, "step_size": args.step_size, "epochs": args.epochs, "data.dir": args.data_dir}
     named |= {"engine": args.engine, "device": args.device, "seed": args.seed}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -199,7 +200,7 @@ class Study:
         """
         path = run.folder.path / "curve.json"
         if path.exists():
-            kept: list[dict[str, float]] = read_json(path, remedy="delete it and go on with --resume")
+            kept: list[dict[str, float]] = read_json(path, remedy="delete it and go on with --resume", check=_points)
             return kept
         if not run.folder.snapshots():
             raise TrainingDivergedError(
@@ -270,6 +271,13 @@ class Study:
         if config is None or not folder.model.exists() or not records:
             return False
         return bool(records[-1]["step"] >= config.training.total_steps(len(self.splits(config).train)))
+
+
+def _points(curve: Any) -> None:
+    """Fails where a curve is none."""
+    for point in curve:
+        for name in ("step", "seconds", "bits", "E", "n", "nfe"):
+            math.isfinite(point[name])
 
 
 def hours(seconds: float) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from pyrnode import engines, evaluation
 from pyrnode.config import Config, SolverConfig
-from pyrnode.data import load
+from pyrnode.data import load, sources
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
+from pyrnode.progress import progress_bar
 from pyrnode.runs import Record, RunFolder, differences, lasting
 from pyrnode.training.trainer import Trainer
 
@@ -29,11 +32,12 @@ class TrainingResult:
         flow: The best flow on validation.
         history: A record per optimiser step (``loss``, ``nll``, ``bits``, ``E``, ``n``, ``nfe`` …) and per validation
             (``validation``, ``disagreement``), in order.
-        report: Score on the test set with an accurate solver, beside the baselines; `None` if not asked for, or if
-            training was interrupted.
+        report: Score on the test set with an accurate solver, beside the baselines; `None` if not asked for, if
+            training was interrupted, or if it failed (`notes` says how).
         config: The resolved settings.
         out: Folder of the run; `None` if nothing was written.
-        interrupted: Whether Ctrl-C ended training early.
+        interrupted: Whether Ctrl-C ended training early, or a signal that a handler of the caller's took note of.
+        notes: What went wrong after training, which costs no result; what the report lacks, its own notes say.
     """
 
     flow: Flow
@@ -42,6 +46,7 @@ class TrainingResult:
     config: Config
     out: Path | None
     interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 @torch.inference_mode(False)  # what is learned is differentiated, whatever mode the caller is in
@@ -63,6 +68,10 @@ def train(
     Settings are those of `Config`, by name: ``epochs=3``, ``kinetic=0.1``, ``engine="julia"``, ``seed=1``,
     ``solver="Midpoint"``. Whatever is not given comes from the preset; without one, from the defaults of `Config` (RK4
     with step 0.25, λ_K = λ_J = 0.01, Adam 1e-3: the paper's), or from the preset that is made for the named data set.
+
+    Ctrl-C saves after the present step and ends training; a second one ends it at once. SIGTERM saves likewise, and is
+    then handed to whoever would have had it without this function: by default, the process ends. So is SIGINT, where
+    the caller has a handler of their own.
 
     Args:
         data: Name of a data set, path of a file or folder, array ``(n, *event)``, torch data set, or `Splits`.
@@ -111,12 +120,17 @@ def train(
             _start(trainer, folder, resume)
         interrupted = not trainer.run()
         best = trainer.best_flow()
-        report = None
+        report, notes = None, list[str]()
         if evaluate and not interrupted:
-            report = evaluation.evaluate(best, splits, progress=progress)
-            if folder is not None:
-                evaluation.write_report(folder, best, splits, report, trainer.history)
-    return TrainingResult(best, trainer.history, report, config, None if folder is None else folder.path, interrupted)
+            with evaluation.extra("the report", notes):
+                report = evaluation.evaluate(best, splits, progress=progress)
+                if folder is not None:
+                    with progress_bar(None, "report and pictures", unit="", show=progress, uncounted=True):
+                        evaluation.write_report(folder, best, splits, report, trainer.history)
+        for note in notes:
+            tqdm.write(note, file=sys.stderr)
+    out = None if folder is None else folder.path
+    return TrainingResult(best, trainer.history, report, config, out, interrupted, notes)
 
 
 def _start(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
@@ -150,7 +164,7 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None
     if folder is not None and folder.started and stored is None:
         raise CheckpointError(f"{folder.path} holds a run without its config.toml; it cannot be resumed")
     if resume and stored is not None:
-        asked = _preset(preset, stored).override(given)
+        asked = _anchored(_preset(preset, stored).override(given))
         if changed := differences(lasting(stored), lasting(asked)):
             raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
         return asked
@@ -159,7 +173,16 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None
 
         name = str(given.get("data.name", ""))
         preset = "toy" if name in DENSITIES else _MADE_FOR.get(name)
-    return _preset(preset, Config()).override(given)
+    return _anchored(_preset(preset, Config()).override(given))
+
+
+def _anchored(config: Config) -> Config:
+    """The settings with absolute paths of what is there now: a run is used from other working folders too."""
+    name, folder = config.data.name, config.data.dir
+    places = {} if name in sources else {"data.name": name}
+    places |= {"data.dir": folder} if folder is not None else {}
+    found = {key: os.path.abspath(os.path.expanduser(path)) for key, path in places.items() if path}
+    return config.override({key: path for key, path in found.items() if os.path.exists(path)})
 
 
 def _check_free(folder: RunFolder, resume: bool) -> None:

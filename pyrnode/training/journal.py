@@ -96,17 +96,31 @@ def beside_the_bar(record: Record, *, best: float, dim: int, discrete: bool) -> 
 
 @contextmanager
 def signals_call(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C (and SIGTERM) call `stop`, in the main thread; elsewhere nothing is changed."""
+    """Ctrl-C (and SIGTERM) call `stop`, in the main thread; elsewhere nothing is changed.
+
+    When the block has ended, a signal that came meanwhile goes to the handler that was there before: whoever sends
+    SIGTERM wants the process to end, not one call in it. Only Python's own answer to Ctrl-C, to raise
+    KeyboardInterrupt, is left out. A signal that was ignored before is ignored still.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         stop()
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former = signal.getsignal(number)
+        if former not in (signal.SIG_IGN, None):  # None: a handler that Python could not put back
+            previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
         for number, former in previous.items():
             signal.signal(number, former)
+        for number in dict.fromkeys(came):
+            if previous[signal.Signals(number)] is not signal.default_int_handler:
+                signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""What a run began with: the settings that stay, and the data. A checkpoint is resumed with no others."""
+"""What a run began with: the settings that stay, and the data; a checkpoint is resumed with no others."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from pyrnode.devices import resolve_device
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
+from pyrnode.progress import progress_bar
 from pyrnode.runs import Record, RunFolder, require_tensorboard
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
 from pyrnode.training.origin import Origin
@@ -120,13 +121,14 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Trains to the end; returns False if Ctrl-C came before it."""
+        """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
         done = self.state.progress.step
         with (
+            signals_call(self._stop_soon),  # outermost: what it hands on may end the process
             self.journal.open(done),
-            signals_call(self._stop_soon),
-            tqdm(total=self.total_steps, initial=done, unit="step", disable=not self.progress) as bar,
+            progress_bar(self.total_steps, "train", unit="step", show=self.progress, initial=done) as bar,
         ):
+            self.validation.tick = lambda n: bar.set_description(f"validate {n}/{self.validation.size}", refresh=False)
             return self._loop(bar)
 
     def _loop(self, bar: Any) -> bool:
@@ -147,9 +149,12 @@ class Trainer:
                 )
                 bar.set_postfix(shown, refresh=False)
                 if progress.step % validate_every == 0 or progress.step == self.total_steps:
+                    bar.set_description("validate")
                     self._validate()
                 if self.finished:
+                    bar.set_description("save")
                     self._save()
+                bar.set_description("train", refresh=False)
                 clock = time.perf_counter()
             except (SolverError, NotFiniteError) as error:
                 self._recover(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,20 +23,26 @@ class Validation:
         flow: The flow; its weights at the time of the call are scored.
         samples: The validation set.
         config: Settings.
+
+    Attributes:
+        size: Number of samples that are scored.
+        tick: Called with the number of those scored so far.
     """
 
     def __init__(self, flow: Composition, samples: Samples, config: Config) -> None:
         self._flow, self._samples, self._config = flow, samples, config
+        self.tick: Callable[[int], None] = lambda done: None
         self.size = min(len(samples), config.training.validation_limit or len(samples))
 
     @torch.no_grad()
     def value(self, solver: SolverConfig) -> float:
         """Mean of ``−log p``, weighted as the samples are, nats per dimension."""
-        total = weights = 0.0
-        batches = self._samples.batches(torch.arange(self.size, device="cpu"), self._config.evaluation.chunk)
+        total, weights, done = 0.0, 0.0, 0
+        batches = self._samples.batches(torch.arange(self.size), self._config.evaluation.chunk)
         for number, batch in enumerate(batches):
             log_prob = self._log_prob(batch, number, solver).double().cpu()
-            weight = torch.ones(len(batch), dtype=torch.float64) if batch.weight is None else batch.weight
+            weight = torch.ones(len(batch)).double() if batch.weight is None else batch.weight
+            self.tick(done := done + len(batch))
             total, weights = total + float((log_prob * weight).sum()), weights + float(weight.sum())
         return -total / weights / self._flow.dim
 
