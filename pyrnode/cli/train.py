@@ -93,7 +93,7 @@ def sample(args: argparse.Namespace) -> int:
     flow = pyrnode.load(args.run, engine=args.engine)
     if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy file")
-    context = None if args.context is None else torch.tensor(args.context)
+    context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64)
     samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
