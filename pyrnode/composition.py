@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.config import CHUNK, Divergence, SolverConfig
+from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.engines import Engine, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.parts import Block, FactorOut, Squeeze
@@ -87,13 +88,7 @@ def context_tensor(context: Any) -> Tensor | None:
     """
     if context is None:
         return None
-    try:
-        tensor = torch.as_tensor(context)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"context of type {type(context).__name__}: expected numbers, as a tensor or array") from error
-    if tensor.is_complex():
-        raise DataError("the context has complex numbers: pass real and imaginary parts as features")
-    return tensor
+    return numbers(context, "the context")
 
 
 def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
@@ -221,15 +216,14 @@ class Composition(nn.Module):
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         """`x` as a tensor of samples of that shape, checked and converted."""
         expected = f"expected (batch, {', '.join(map(str, shape))})"
-        try:
-            x = torch.as_tensor(x)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{what} of type {type(x).__name__}: {expected}, as a tensor or array") from error
+        x = numbers(x, what)
         if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
             raise DataError(f"{what} of shape {tuple(x.shape)}: {expected}")
         if not holds(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{what} has NaN or infinite values, first in sample {bad}")
+        if self.levels is not None and what == "input":
+            check_spread(x, self.levels, strict=False)
         return self._converted(x, what)
 
     def _converted(self, x: Tensor, what: str) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config
 from pyrnode.data import Samples, Splits, TensorSamples
-from pyrnode.data.arrays import check_varies
+from pyrnode.data.arrays import check_varies, refuse_masked
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
@@ -255,6 +255,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _checked(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
         """`X` as scikit-learn checks it; its `ValueError`s as ours."""
+        refuse_masked(X, "X")
         try:
             checked: NDArray[Any] = validate_data(
                 self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
@@ -354,6 +355,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
 def _checked_context(context: ArrayLike, n: int | None) -> Tensor:
     """A context of `n` samples ``(n, m)``, or a single one ``(m,)`` once the flow is there to check its width."""
+    refuse_masked(context, "context")
     try:
         values = check_array(context, ensure_2d=False, dtype=np.float64, input_name="context")
     except ValueError as error:
@@ -364,6 +366,7 @@ def _checked_context(context: ArrayLike, n: int | None) -> Tensor:
 
 
 def _checked_weights(sample_weight: ArrayLike, n: int) -> NDArray[np.float64]:
+    refuse_masked(sample_weight, "sample_weight")
     try:
         weights: NDArray[np.float64] = check_array(
             sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"

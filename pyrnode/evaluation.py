@@ -17,6 +17,7 @@ from pyrnode import files, seeds, solvers
 from pyrnode.composition import check_context, context_tensor
 from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
+from pyrnode.data.arrays import numbers
 from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
@@ -236,7 +237,7 @@ def _settings(flow: Flow) -> EvaluationConfig:
 def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | None]:
     """The samples to score, with their contexts; and the splits that they come from, if they do."""
     if isinstance(data, (Tensor, np.ndarray)):
-        test: Samples = TensorSamples(torch.as_tensor(data).cpu())
+        test: Samples = TensorSamples(numbers(data, "the data").cpu())
         splits = None
         given = context_tensor(context)
         check_context(given, flow.context_dim, len(test))
@@ -249,7 +250,10 @@ def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | Non
     if not len(test):
         raise DataError("no test samples to score")
     if flow.levels is not None and test.first(1).x.is_floating_point():
-        raise DataError(f"this flow models discrete data: expected integers 0 to {flow.levels - 1}, not floats")
+        raise DataError(
+            f"this flow models discrete data: expected integers 0 to {flow.levels - 1}, not floats (for images, pass "
+            "the uint8 values themselves: in torchvision, PILToTensor in place of ToTensor)"
+        )
     return test, splits
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyrnode import checkpoint, engines, export, seeds, uncertainty
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Config, DivergenceLike, SolverLike
+from pyrnode.data.arrays import check_spread
 from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
@@ -124,7 +125,10 @@ class Flow(Composition):
 
     def _pieces(self, x: Any, context: Any, seed: int) -> Iterator[tuple[Tensor, SampleNoise, Tensor | None]]:
         """Samples in pieces, integers dequantised; the noise of each piece, and its contexts."""
-        for piece, c in chunked(*self.admit(x, context), self.chunk):
+        x, context = self.admit(x, context)
+        if self.levels is not None:
+            check_spread(x, self.levels, strict=True)
+        for piece, c in chunked(x, context, self.chunk):
             noise = SampleNoise(piece, seed, self.reference.dtype)
             yield noise.spread(piece), noise, c
 

@@ -27,6 +27,7 @@ from pyrnode import solvers
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Divergence, SolverConfig
 from pyrnode.engines import TorchEngine
+from pyrnode.data.arrays import check_spread
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.probes import Draw, Probes, SampleNoise
 
@@ -75,7 +76,10 @@ def log_prob_with_error(
         raise ConfigError(f"probes = {k}: an error needs the spread of at least 2; leave it out for {PROBES}")
     accurate = copy.deepcopy(flow, {id(flow.engine): TorchEngine()}).double()
     estimates, errors = [flow.reference.new_zeros(0)], [flow.reference.new_zeros(0)]
-    for piece, c in chunked(*flow.admit(x, context), max(1, flow.chunk // max(k, 1))):  # each probe has a solve
+    x, context = flow.admit(x, context)
+    if flow.levels is not None:
+        check_spread(x, flow.levels, strict=True)
+    for piece, c in chunked(x, context, max(1, flow.chunk // max(k, 1))):  # each probe has a solve
         noise = SampleNoise(piece, divergence.seed, flow.reference.dtype)
         values = noise.spread(piece)
         rows = _each_probe(flow, values, c, solver, noise, k)

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pyrnode.scores import calibrate, score_file
 
-from pyrnode import scores
+from pyrnode.anomalies import calibrate, score_file
+from pyrnode.cli.score import score as score_command
+from pyrnode.cli.score import score_arguments
 from pyrnode.config import Config, DataConfig
 from pyrnode.data import Splits, load
 from pyrnode.data.chunks import open_chunks
@@ -309,11 +310,11 @@ def test_the_command_takes_the_settings(tmp_path: Path) -> None:
     Flow.build(Config().override({"hidden": [4]}), (2,)).save(tmp_path / "model.safetensors")
     path = write(tmp_path / "y.csv", "0;1\n" + "5;7\n3;4\n" * REPEATS)
     parser = argparse.ArgumentParser()
-    scores.score_arguments(parser)
+    score_arguments(parser)
     for header, rows in (("yes", 12), ("no", 13)):
         arguments = [str(tmp_path / "model.safetensors"), str(path), "--out", str(tmp_path / "out.csv"), "--quiet"]
         arguments += ["--scores-only", "--header", header, "--sep", ";", "--decimal", "."]
-        assert scores.score_command(parser.parse_args(arguments)) == 0
+        assert score_command(parser.parse_args(arguments)) == 0
         assert len(pd.read_csv(tmp_path / "out.csv")) == rows
 
 

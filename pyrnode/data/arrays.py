@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,87 @@ import torch
 from torch import Tensor
 
 from pyrnode.errors import DataError
+from pyrnode.tracing import holds
 
 _UINT8_LEVELS = 256
 
 
+def numbers(values: Any, what: str) -> Tensor:
+    """What users pass as numbers, as a tensor that has them all: every entry of the package takes them through here.
+
+    Args:
+        values: A tensor, which keeps its device and gradient, or an array, or nested lists of numbers.
+        what: What it is called in messages.
+
+    Returns:
+        The numbers as uint8, int8 to int64, or float16 to float64. Lists become float64 or int64: Python's own numbers
+        are double, and what torch makes of them is not. Truth values become uint8.
+
+    Raises:
+        DataError: There are none, or a part of them would be lost: masks, imaginary parts, digits.
+    """
+    if isinstance(values, Tensor):
+        return _dense(values, what)
+    if isinstance(values, (list, tuple)) and values and all(isinstance(value, Tensor) for value in values):
+        try:
+            return _dense(torch.stack(list(values)), what)
+        except (RuntimeError, TypeError) as error:
+            raise DataError(f"{what} is a list of tensors that do not fit together ({error})") from error
+    refuse_masked(values, what)
+    if hasattr(values, "toarray"):
+        raise DataError(f"{what} is a sparse matrix: pass it as .toarray()")
+    try:
+        array = np.asarray(values)
+    except Exception as error:  # whatever an array of another library raises
+        raise DataError(f"{what} of type {type(values).__name__}: expected numbers ({_line(error)})") from error
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise DataError(_bad_type(what, array.dtype.name, values))
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return _dense(torch.from_numpy(array), what)
+
+
+def refuse_masked(values: Any, what: str) -> None:
+    """Raises `DataError` where an array, or one in a list, has masked cells: what is beneath a mask is no value."""
+    for part in values if isinstance(values, (list, tuple)) else (values,):
+        mask = getattr(part, "mask", None)
+        if isinstance(mask, (np.ndarray, np.bool_, bool)) and (count := int(np.sum(mask))):
+            raise DataError(
+                f"{what} has {count} masked cells: drop their rows (numpy.ma.compress_rows), or fill them "
+                "(.filled(value))"
+            )
+
+
+def _dense(tensor: Tensor, what: str) -> Tensor:
+    """A tensor of one of torch's usual types, whose every value is there."""
+    if type(tensor).__name__ == "MaskedTensor":
+        raise DataError(f"{what} is a masked tensor: drop what is masked, or pass it as .to_tensor(value)")
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        raise DataError(
+            f"{what} is a sparse, nested or quantized tensor; pass it as .to_dense(), torch.stack(x.unbind()) or "
+            ".dequantize()"
+        )
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        whole = tensor.to(torch.int64)
+        if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
+            raise DataError(f"{what} has integers beyond int64: convert it to float64")
+        return whole
+    if tensor.dtype not in _NUMBERS:
+        raise DataError(_bad_type(what, _short(tensor.dtype)))
+    return tensor
+
+
+_NUMBERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+
+
 def array_tensor(array: Any, what: str) -> Tensor:
-    """A numpy array or torch tensor as a CPU tensor of type uint8, int64, float32 or float64.
+    """`numbers` to be trained on, as a CPU tensor of type uint8, int64, float32 or float64.
 
     Args:
         array: The array or tensor.
@@ -23,40 +99,45 @@ def array_tensor(array: Any, what: str) -> Tensor:
     Raises:
         DataError: The type is none of numbers, or one that could only be kept with a silent change.
     """
-    if isinstance(array, Tensor):
-        if array.device.type != "cpu":
-            raise DataError(f"{what} is on {array.device}; pass it as .cpu(): batches move to the device in training")
-        if array.is_sparse or array.is_quantized:
-            raise DataError(f"{what} is a sparse or quantized tensor; pass it as .to_dense() or .dequantize()")
-        tensor: Tensor = array.detach()
-        if tensor.dtype in (torch.uint8, torch.int64, torch.float32, torch.float64):
-            return tensor
-        if tensor.dtype in (torch.int8, torch.int16, torch.int32):
-            return tensor.to(torch.int64)
-        raise DataError(_bad_type(what, _short(array.dtype)))
-    values = np.asarray(array)
-    if values.dtype == np.uint8 or values.dtype.newbyteorder("=") in (np.float32, np.float64):
-        target = values.dtype.newbyteorder("=")
-    elif values.dtype.kind in "iu":
-        target = np.dtype(np.int64)
-    else:
-        raise DataError(_bad_type(what, str(values.dtype)))
-    values = np.asarray(values, dtype=target, order="C")
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
+    if isinstance(array, Tensor) and array.device.type != "cpu":
+        raise DataError(f"{what} is on {array.device}; pass it as .cpu(): batches move to the device in training")
+    given = array.dtype if isinstance(array, Tensor) else np.asarray(array).dtype
+    if given in (torch.bool, np.dtype(bool)):
+        raise DataError(_bad_type(what, "bool"))
+    tensor = numbers(array, what).detach()
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        raise DataError(_bad_type(what, _short(tensor.dtype)))
+    if tensor.dtype in (torch.int8, torch.int16, torch.int32):
+        tensor = tensor.to(torch.int64)
+    return tensor.contiguous()
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bad_type(what: str, dtype: str) -> str:
-    remedy = {
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _bad_type(what: str, dtype: str, values: Any = None) -> str:
+    if not isinstance(values, (np.ndarray, list, tuple, type(None))):
+        return f"{what} of type {type(values).__name__}: expected numbers, as a tensor or array"
+    remedies = {
         "object": "all entries must be numbers, in rows of equal length",
         "bool": "convert it to uint8 and set levels = 2",
         "float16": "convert it to float32",
         "bfloat16": "convert it to float32",
-    }.get(dtype, "expected float32, float64, or integers")
-    return f"{what} has type {dtype}: {remedy}"
+        "longdouble": "convert it to float64",
+        "float128": "convert it to float64",
+        "str": "expected numbers, not text",
+        "bytes": "expected numbers, not text",
+        "complex": "pass real and imaginary parts as features",
+        "datetime": "expected numbers, not dates: pass them as seconds, .astype('datetime64[s]').astype('int64')",
+        "timedelta": "expected numbers, not times: pass them as seconds, x / numpy.timedelta64(1, 's')",
+    }
+    remedy = remedies.get(dtype) or remedies.get(re.split(r"[\d\[]", dtype)[0])
+    return f"{what} has type {dtype}: {remedy or 'expected float32, float64, or integers'}"
 
 
 def check_array(
@@ -155,6 +236,46 @@ def check_not_scaled_pixels(values: Tensor, what: str) -> None:
         raise DataError(
             f"{what} holds 8-bit pixels divided by 255, so it is discrete: pass the uint8 values themselves (in "
             "torchvision, PILToTensor in place of ToTensor); pyrnode dequantises them"
+        )
+    if bool((values == values.round()).all()) and float(values.min()) >= 0:
+        raise DataError(
+            f"{what} holds whole numbers {float(values.min()):g} to {float(values.max()):g}, so it is discrete: pass "
+            "them as integers (8-bit pixels as uint8), with levels = L for 0 .. L-1; pyrnode dequantises them"
+        )
+
+
+_PIXELS = 64
+"""Values from which on it is no chance that all of them are in the lowest level, or whole."""
+
+
+def check_spread(x: Tensor, levels: int, *, strict: bool) -> None:
+    """Raises `DataError` if floating-point values, to be read as ``p + u`` in ``[0, levels]``, are pixels in [0, 1].
+
+    They would pass for nearly black images.
+
+    Args:
+        x: Samples ``(n, *event)``.
+        levels: Grey levels.
+        strict: Refuse what a few black images could be, too: all values below 1, or none that is spread.
+    """
+    if not x.is_floating_point() or not x.numel() or (x.ndim != 4 and x[0].numel() < 16):
+        return
+    low = (x >= 0).all() & (x <= 1).all()
+    grid = torch.stack([((x * k - (x * k).round()).abs() < 1e-3).all() for k in (255, levels - 1)]).any()
+    half = (2 * x == (2 * x).round()).all()  # 0, 1, and the centre of the lowest bin
+    whole = (x == x.round()).all()
+    many = strict and x.numel() >= _PIXELS
+    scaled = low & (grid & ~half if not many else ~whole if levels == 2 else torch.ones_like(low))
+    if not holds(~scaled):
+        raise DataError(
+            f"the input has values {float(x.min()):g} to {float(x.max()):g}, and this flow models {levels} levels: it "
+            f"would take them for nearly black. Pass the integers 0 .. {levels - 1} themselves (in torchvision, "
+            "PILToTensor in place of ToTensor)"
+        )
+    if many and levels > 2 and not holds(~whole):
+        raise DataError(
+            "the input has whole numbers as floating-point values, which are p + u without the noise u: pass integers, "
+            "x.to(torch.uint8), which get it"
         )
 
 

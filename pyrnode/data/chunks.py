@@ -54,7 +54,10 @@ class Chunks:
                 place = f", column {int((~torch.isfinite(values[row])).nonzero()[0])}"
             raise DataError(f"{path}: row {first + row}{place} is NaN, empty or infinite: remove or fill it")
         if self._discrete:
-            raise DataError(f"{path} holds floating-point values; the flow models discrete ones: expected integers")
+            raise DataError(
+                f"{path} holds floating-point values; the flow models discrete ones: expected integers (for images, "
+                "the uint8 values themselves, not divided by 255)"
+            )
         return values
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
 from pyrnode.data import files, images, maf, synthetic
-from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies
+from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies, numbers
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
 from pyrnode.errors import DataError, unknown_name
 
@@ -111,7 +111,7 @@ def _context(context: Any, source: Source) -> Tensor:
         )
     if (pandas := sys.modules.get("pandas")) and isinstance(context, pandas.DataFrame):
         context = context.to_numpy()
-    values = array_tensor(context, "the context")
+    values = numbers(context, "the context").detach().cpu()
     if values.ndim == 1:
         raise DataError(
             f"the context has shape {tuple(values.shape)}: pass context[:, None] for one feature, or "
@@ -122,7 +122,7 @@ def _context(context: Any, source: Source) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         row = int((~torch.isfinite(values)).any(1).nonzero()[0])
         raise DataError(f"the context has NaN or infinite values, the first in row {row}: remove or fill them")
-    return values if values.is_floating_point() else values.float()
+    return values if values.dtype in (torch.float32, torch.float64) else values.double()
 
 
 def _named(name: str, config: DataConfig) -> Source:

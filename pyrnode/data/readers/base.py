@@ -108,7 +108,10 @@ def _check_numbers(values: pd.Series[Any], name: str, what: str, first: int) -> 
     if values.dtype.kind in "iuf" or not len(values):
         return
     numbers = pd.to_numeric(values.astype(str), errors="coerce")
-    row = int((numbers.isna() & values.notna()).to_numpy().argmax())
+    bad = (numbers.isna() & values.notna()).to_numpy()
+    if values.dtype.kind == "O" and not bad.any() and not any(isinstance(cell, (str, bool)) for cell in values):
+        raise DataError(f"{what}: column {name!r} has type {values.dtype}: convert it with .astype('float64')")
+    row = int(bad.argmax())
     raise not_a_number(what, first + row, name, values.iloc[row])
 
 

@@ -1,0 +1,227 @@
+"""What numpy, pandas and torch users pass: taken with every value as it is, or refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import pyrnode
+from pyrnode.config import Config
+from pyrnode.data import TensorSamples, load
+from pyrnode.errors import DataError
+from pyrnode.estimator import RNODEDensity
+from pyrnode.flow import Flow
+from pyrnode.transforms import Chain, Standardize
+
+Array = np.ndarray[Any, Any]
+SMALL = {"hidden": [4], "dtype": "float64"}
+
+
+def flow_of(d: int = 2, *, m: int = 0, **settings: Any) -> Flow:
+    return Flow.build(Config().override(SMALL | settings), (d,), context_dim=m)
+
+
+def image_flow(levels: int = 256) -> Flow:
+    return Flow.build(Config().override(SMALL), (1, 4, 4), levels=levels)
+
+
+def table(n: int = 40, d: int = 2) -> Array:
+    return np.random.default_rng(0).normal(size=(n, d))
+
+
+def scores(x: Any) -> Tensor:
+    with torch.no_grad():
+        return flow_of().log_prob(x)
+
+
+def masked(n: int = 40) -> Array:
+    x = np.ma.masked_array(table(n), mask=False)
+    x[3, 1] = 1e20
+    x[3, 1] = np.ma.masked
+    return x
+
+
+ENTRIES: dict[str, Callable[[Any], Any]] = {
+    "train": lambda x: load(x),
+    "context in training": lambda x: load(table(), context=x),
+    "log_prob": lambda x: flow_of().log_prob(x),
+    "encode": lambda x: flow_of().encode(x),
+    "decode": lambda x: flow_of().decode(x),
+    "evaluate": lambda x: pyrnode.evaluate(flow_of(), x),
+    "context": lambda x: flow_of(m=2).log_prob(table(), x),
+    "context of samples": lambda x: flow_of(m=2).sample(1, x),
+    "context in evaluate": lambda x: pyrnode.evaluate(flow_of(m=2), table(), context=x),
+    "context of a distribution": lambda x: flow_of(m=2).distribution(x),
+    "fit": lambda x: RNODEDensity(max_steps=1).fit(x),
+    "context in fit": lambda x: RNODEDensity(max_steps=1).fit(table(), context=x),
+}
+
+REFUSED: dict[str, tuple[Callable[[Array], Any], str]] = {
+    "masked": (lambda _: masked(), "1 masked cells: drop their rows"),
+    "complex": (lambda x: x + 1j, "[Cc]omplex"),
+    "sparse": (lambda x: __import__("scipy.sparse").sparse.csr_matrix(x), "[Ss]parse"),
+    "text": (lambda x: x.astype(str).tolist()[:-1] + [["x", "y"]], "text|not .*convert|strings"),
+    "dates": (lambda x: x.astype("datetime64[s]"), "dates|could not convert|datetime|DType|not supported"),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_would_lose_a_part_is_refused(kind: str, entry: str) -> None:
+    make, message = REFUSED[kind]
+    if "fit" in entry and kind == "dates":
+        return  # scikit-learn takes them as numbers, and loses nothing
+    if "fit" in entry and kind in ("text", "sparse"):
+        message = "."  # scikit-learn's own words
+    if entry in ("train", "evaluate") and kind in ("sparse", "text"):
+        message = "cannot load a|sparse|text"
+    with pytest.raises((DataError, TypeError) if "fit" in entry else DataError, match=message):
+        ENTRIES[entry](make(table()))
+
+
+TENSORS: dict[str, Callable[[Tensor], Any]] = {
+    "complex": lambda x: x + 1j,
+    "sparse": lambda x: x.to_sparse(),
+    "sparse by rows": lambda x: x.to_sparse_csr(),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    "nested": lambda x: torch.nested.nested_tensor([x[0], x[1, :1]], layout=torch.jagged),
+    "masked": lambda x: torch.masked.masked_tensor(x, x > 0),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "a ragged list": lambda x: [x[0], x[1, :1]],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("entry", ["train", "log_prob", "evaluate", "context", "context of a distribution"])
+def test_tensors_that_would_lose_a_part_are_refused(kind: str, entry: str) -> None:
+    with pytest.raises(DataError):
+        ENTRIES[entry](TENSORS[kind](torch.from_numpy(table())))
+
+
+TAKEN: dict[str, Callable[[Array], Any]] = {
+    "a list": lambda x: x.tolist(),
+    "a list of arrays": list,
+    "a list of tensors": lambda x: list(torch.from_numpy(x)),
+    "big-endian": lambda x: x.astype(">f8"),
+    "negative strides": lambda x: x[::-1].copy()[::-1],
+    "columns first": np.asfortranarray,
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "a tensor": torch.from_numpy,
+    "nothing masked": lambda x: np.ma.masked_array(x, mask=False),
+    "a view with steps": lambda x: np.repeat(x, 2, axis=0)[::2],
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_what_is_taken_has_the_values_that_it_had(kind: str) -> None:
+    """At 1.7e9, where single precision knows multiples of 128, by every entry."""
+    x = 1.7e9 + table()
+    transform = Chain([Standardize.fit(torch.from_numpy(x))])
+    flow = Flow.build(Config().override(SMALL), (2,), transform=transform, context_dim=2, context_transform=transform)
+    given = TAKEN[kind](x)
+    with torch.no_grad():
+        expected = flow.log_prob(torch.from_numpy(x), torch.from_numpy(x))
+        assert len(set(expected.tolist())) == len(x)
+        assert torch.equal(flow.log_prob(given, given), expected)
+        assert torch.equal(flow.decode(TAKEN[kind](table()), given), flow.decode(table(), x))
+        assert torch.equal(flow.distribution(given).log_prob(torch.from_numpy(x)), expected)
+        assert torch.equal(flow.sample(1, given, seed=0), flow.sample(1, x, seed=0))
+    if not isinstance(given, list):
+        a, b = (pyrnode.evaluate(flow, given, context=given) for _ in range(2))
+        assert a.score == b.score
+        assert torch.equal(load(given).train.tensor(), load(x).train.tensor())
+    for context in (given, TAKEN[kind](np.round(x).astype(np.int64))):
+        values = load(x, context=context).train.context
+        assert values is not None
+        assert len(values.unique(dim=0)) > 6
+        assert float(values.double().mean()) == pytest.approx(1.7e9, abs=1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64, np.int8, ">i2", np.bool_, np.float16])
+def test_types_of_numbers(dtype: Any) -> None:
+    x = np.abs(np.round(table() * 3)).astype(dtype)
+    assert torch.equal(scores(x), scores(x.astype(np.float64)))
+    if dtype not in (">i2",):
+        assert torch.equal(scores(torch.from_numpy(x)), scores(x.astype(np.float64)))
+    context = load(table(), context=x).train.context
+    assert context is not None
+    assert set(context.double().unique().tolist()) <= set(x.astype(np.float64).flatten().tolist())
+
+
+def test_integers_beyond_int64_are_refused_not_wrapped() -> None:
+    x = np.full((20, 2), 2**64 - 1, dtype=np.uint64)
+    for given in (x, torch.from_numpy(x)):
+        with pytest.raises(DataError, match="beyond int64"):
+            flow_of().log_prob(given)
+        with pytest.raises(DataError, match="beyond int64"):
+            load(given)
+
+
+def test_pandas_types() -> None:
+    frame = pd.DataFrame(table(), columns=["a", "b"])
+    for dtype in ("Float64", "float64[pyarrow]"):
+        assert torch.equal(load(frame.astype(dtype)).train.tensor(), load(frame).train.tensor())
+    for column in (pd.array([1, None] * 20, dtype="Int64"), pd.array([1.0, None] * 20, dtype="Float64")):
+        with pytest.raises(DataError, match="row 1, column 'z'"):
+            load(frame.assign(z=column))
+    with pytest.raises(DataError, match="column 'z' has type object: .*astype"):
+        load(frame.assign(z=pd.Series([1.5, 2.5] * 20, dtype=object)))
+    with pytest.raises(DataError, match="column 'z' is not a number"):
+        load(frame.assign(z=pd.Series([1.5, "x"] * 20, dtype=object)))
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def pixels(n: int = 8) -> Tensor:
+    return torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+SCALED: dict[str, Callable[[Tensor], Tensor]] = {
+    "ToTensor": lambda x: x.float() / 255,
+    "ToTensor, one image": lambda x: x[:1].float() / 255,
+    "half precision": lambda x: (x.float() / 255).half(),
+    "by levels": lambda x: (x.double() + 0.3) / 256,
+    "whole": lambda x: x.float(),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_pixels_are_refused_by_discrete_flows(kind: str) -> None:
+    x, flow = SCALED[kind](pixels()), image_flow()
+    for use in (flow.log_prob, flow.encode, lambda x: flow.log_prob(x, return_error=True)):
+        with pytest.raises(DataError, match=r"integers"):
+            use(x)
+    with pytest.raises(DataError, match="expected integers 0 to 255, not floats"):
+        pyrnode.evaluate(flow, x)
+    if kind.startswith("ToTensor"):
+        for use in (flow.to_torch().double().log_prob, flow.distribution().log_prob):
+            with pytest.raises(DataError, match="nearly black"):
+                use(x.double())
+
+
+def test_spread_pixels_are_taken() -> None:
+    x = pixels()
+    flow = image_flow()
+    with torch.no_grad():
+        for given in (x + torch.rand(x.shape, dtype=torch.float64), x.double() + 0.5, torch.full((1, 1, 4, 4), 0.5)):
+            assert bool(torch.isfinite(flow.log_prob(given)).all())
+        black = torch.rand(9, 1, 4, 4, dtype=torch.float64)
+        assert bool(torch.isfinite(flow.distribution().log_prob(black)).all())
+        binary = Flow.build(Config().override(SMALL), (1, 4, 4), levels=2)
+        assert bool(torch.isfinite(binary.log_prob((x > 99).double())).all())
+        assert torch.equal(binary.log_prob(x > 99), binary.log_prob((x > 99).to(torch.uint8)))
+
+
+def test_whole_numbers_as_floats_are_no_continuous_images() -> None:
+    x = torch.randint(0, 256, (20, 1, 4, 4)).float()
+    with pytest.raises(DataError, match="whole numbers .* as integers"):
+        load(x)
+    assert isinstance(load(x + torch.rand(x.shape)).train, TensorSamples)
