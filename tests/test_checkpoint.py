@@ -63,7 +63,7 @@ def test_dynamics_of_the_users_own_cannot_be_saved(tmp_path: Path) -> None:
 def test_a_flow_that_does_not_fit_its_description_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "flow.safetensors"
     flow = Flow.build(Config().override({"hidden": [5]}), (2,))
-    good = {"config": flow.config.to_dict(), "event_shape": [2], "levels": None, "context_dim": 0}
+    good = {"config": flow.config.to_dict(), "event_shape": [2], "levels": None, "context_dim": 0, "data_dtype": None}
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "does not describe a flow"),
         ({**good, "event_shape": [3]}, "size mismatch"),

@@ -121,6 +121,6 @@ def signals_call(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, former in previous.items():
             signal.signal(number, former)
-        for number in dict.fromkeys(came):
-            if previous[signal.Signals(number)] is not signal.default_int_handler:
-                signal.raise_signal(number)
+        for sent in dict.fromkeys(came):
+            if previous[signal.Signals(sent)] is not signal.default_int_handler:
+                signal.raise_signal(sent)

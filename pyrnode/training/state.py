@@ -207,10 +207,10 @@ class State:
             index, _, key = name.partition(".")
             slots.setdefault(int(index), {})[key] = value
         parameters = list(self.flow.parameters())
-        for index, found in slots.items():
-            if not 0 <= index < len(parameters):
-                raise CheckpointError(f"the optimiser's memory is of a parameter {index}, of {len(parameters)}")
-            files.check_tensors(found, self._memory_of(parameters[index]))
+        for number, found in slots.items():
+            if not 0 <= number < len(parameters):
+                raise CheckpointError(f"the optimiser's memory is of a parameter {number}, of {len(parameters)}")
+            files.check_tensors(found, self._memory_of(parameters[number]))
         return slots
 
     def _memory_of(self, parameter: Tensor) -> Weights:
