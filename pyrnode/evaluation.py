@@ -340,7 +340,7 @@ class _Scorer:
         probes, tick = flow.draw(self.config.divergence, random), parts(bar, len(batch), len(flow.blocks))
         begun = False
 
-        def draw(z: Tensor) -> Probes:
+        def draw(z: Tensor) -> Probes | None:
             nonlocal begun
             if begun:  # asked for by every block: the one before is done
                 tick()

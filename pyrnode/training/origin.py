@@ -65,7 +65,7 @@ def _digest(*parts: Samples) -> str:
         for tensor in (*_values(samples), samples.context, samples.weight):
             digest.update(b"-" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             if tensor is not None:
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
