@@ -99,8 +99,8 @@ def signals_call(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C (and SIGTERM) call `stop`, in the main thread; elsewhere nothing is changed.
 
     When the block has ended, a signal that came meanwhile goes to the handler that was there before: whoever sends
-    SIGTERM wants the process to end, not one call in it. Only Python's own answer to Ctrl-C, to raise
-    KeyboardInterrupt, is left out. A signal that was ignored before is ignored still.
+    SIGTERM wants the process to end, not one call in it. Ctrl-C ends the call alone, unless the caller has a handler of
+    their own: neither Python's answer, KeyboardInterrupt, nor the system's follows. What was ignored is ignored still.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -119,8 +119,10 @@ def signals_call(stop: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, former in previous.items():
-            signal.signal(number, former)
-        for sent in dict.fromkeys(came):
-            if previous[signal.Signals(sent)] is not signal.default_int_handler:
-                signal.raise_signal(sent)
+        for number in previous:
+            signal.signal(number, previous[number])
+        if previous.get(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
+            del previous[signal.SIGINT]
+        for number in previous:
+            if number in came:
+                signal.raise_signal(number)

@@ -6,14 +6,14 @@ All of it is data: captured as tensors by name with the counters, restored from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrnode import files
 from pyrnode.config import TrainingConfig
@@ -26,6 +26,9 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+_MEMORY: dict[str, tuple[str, ...]] = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""What an optimiser keeps of a parameter, beside the number of its steps."""
 
 Weights = dict[str, Tensor]
 """Parameters and buffers of a flow, by name."""
@@ -125,12 +128,9 @@ class State:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         if not any(p.requires_grad for p in self.flow.parameters()):
             raise ConfigError("the dynamics have no trainable parameters: there is nothing to train")
-        return self._optimizer_of(self.flow.parameters())
-
-    def _optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         kind: Any = _OPTIMIZERS[self._training.optimizer]
         optimizer: torch.optim.Optimizer = kind(
-            parameters, lr=self._training.learning_rate, weight_decay=self._training.weight_decay
+            self.flow.parameters(), lr=self._training.learning_rate, weight_decay=self._training.weight_decay
         )
         return optimizer
 
@@ -210,13 +210,8 @@ class State:
         for number, found in slots.items():
             if not 0 <= number < len(parameters):
                 raise CheckpointError(f"the optimiser's memory is of a parameter {number}, of {len(parameters)}")
-            files.check_tensors(found, self._memory_of(parameters[number]))
+            alike = {name: parameters[number] for name in _MEMORY[self._training.optimizer]}
+            steps = {name: value for name, value in found.items() if name == "step"}
+            files.check_tensors(steps, {"step": torch.zeros(())}, types=False)
+            files.check_tensors({name: value for name, value in found.items() if name != "step"}, alike)
         return slots
-
-    def _memory_of(self, parameter: Tensor) -> Weights:
-        """What the optimiser keeps of a parameter, in shape and type: that which a step with it leaves."""
-        alike = nn.Parameter(torch.zeros_like(parameter))
-        alike.grad = torch.zeros_like(alike)
-        optimizer = self._optimizer_of([alike])
-        optimizer.step()
-        return {key: value for key, value in optimizer.state[alike].items() if isinstance(value, Tensor)}
