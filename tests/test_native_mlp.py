@@ -14,6 +14,7 @@ from pyrnode.dynamics import MLP
 from pyrnode.engines.pytorch import TorchEngine
 from pyrnode.errors import SolverError
 from pyrnode.native import mlp
+from pyrnode.native import threads as native_threads
 from pyrnode.probes import Probes
 
 pytestmark = pytest.mark.skipif(
@@ -186,3 +187,38 @@ def test_what_it_leaves_to_torch(changes: dict[str, str], fused: list[str]) -> N
     solver = replace(FUSED, **changes)
     results(make(), states(4), 1, solver, (0.0, 1.0))
     assert not fused
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "dtype", "kind"),
+    [
+        (70, "concat", torch.float32, "openmp"),
+        (640, "concat", torch.float32, "openmp"),
+        (640, "concat", torch.float32, "python"),
+        (640, "concatsquash", torch.float64, "openmp"),
+        (5000, "none", torch.float32, "openmp"),
+    ],
+)
+def test_gradients_do_not_depend_on_the_number_of_threads(
+    batch: int, time: str, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "python":
+        monkeypatch.setattr(native_threads, "_team", lambda: None)
+    dynamics, z0, before = make(time=time, dtype=dtype), states(batch, dtype), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(dynamics, z0, 1, FUSED, (0.0, 1.0)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_parts_are_many_where_they_are_small_and_bounded() -> None:
+    assert [mlp._parts(blocks, 2**14) for blocks in (0, 1, 7, 64, 10**6)] == [1, 1, 7, 64, 64]
+    assert mlp._parts(10**6, 2**21) == 32
+    assert mlp._parts(10**6, 2**30) == 16
+    bars = torch.arange(7 * 3, dtype=torch.float64).reshape(7, 3)
+    assert torch.equal(mlp._total(bars.clone()), bars.sum(0))

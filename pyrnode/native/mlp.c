@@ -40,7 +40,7 @@ struct job {
     const void *z1_bar;     /* (batch, d) */
     const void *q_bar;      /* (batch, 4) */
     void *z0_bar;           /* (batch, d) */
-    void *const *bars;      /* (parts): gradients of a part of the blocks: weights, shifts, scales */
+    void *const *bars;      /* (parts): gradients of a part of the blocks, however many threads: weights, shifts, scales */
     int64_t parts;
 };
 
@@ -466,9 +466,9 @@ int NAME(forward)(const struct job *job, long first, long last) {
 
 /* The reverse of `forward`, from its record; adds to the gradients of weights (all layers one after the other), shifts
    and scales (as the tables are). */
-static int NAME(reverse)(const struct job *job, int64_t first, int64_t last, REAL *w_bar, REAL *b_bar, REAL *s_bar) {
-    struct work w;
-    if (NAME(open)(&w, job)) return 1;
+static void NAME(reverse)(const struct work *work, int64_t first, int64_t last, REAL *w_bar, REAL *b_bar, REAL *s_bar) {
+    const struct job *job = work->job;
+    struct work w = *work;
     int64_t d = job->widths[0], rows = d * VECTORS, all = job->stages * job->steps, layers = job->layers;
     vec *z_bar = w.state, *total = w.bars + job->stages * rows, *f = w.h + w.offset[layers];
     vec *f_bar = w.a_bar + w.offset[layers];
@@ -510,8 +510,6 @@ static int NAME(reverse)(const struct job *job, int64_t first, int64_t last, REA
         }
         NAME(store)((REAL *)job->z0_bar + start * d, z_bar, count, d);
     }
-    NAME(close)(&w);
-    return 0;
 }
 
 /* For threads.c: parts `first` to `last` of the blocks, each with gradients of its own. */
@@ -519,12 +517,14 @@ int NAME(backward)(const struct job *job, long first, long last) {
     int64_t blocks = (job->batch + LANES - 1) / LANES, weights = 0, sum = 0;
     for (int64_t i = 1; i <= job->layers; i++)
         weights += job->widths[i] * NAME(padded)(job->widths[i - 1]), sum += job->widths[i];
+    struct work w;
+    if (NAME(open)(&w, job)) return 1;
     for (int64_t part = first; part < last; part++) {
         REAL *w_bar = job->bars[part], *b_bar = w_bar + weights;
         REAL *s_bar = job->scale ? b_bar + job->stages * job->steps * sum : NULL;
-        if (NAME(reverse)(job, blocks * part / job->parts, blocks * (part + 1) / job->parts, w_bar, b_bar, s_bar))
-            return 1;
+        NAME(reverse)(&w, blocks * part / job->parts, blocks * (part + 1) / job->parts, w_bar, b_bar, s_bar);
     }
+    NAME(close)(&w);
     return 0;
 }
 

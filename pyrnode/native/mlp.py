@@ -19,6 +19,9 @@ _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _ROW_BYTES = 256  # of one feature of a block of samples
 _PADDING_BYTES = 128  # a row of a weight's gradient has a multiple of this, and so has all that a thread gathers
 
+_MOST_PARTS, _FEWEST_PARTS = 64, 16
+_PARTS_BYTES = 2**26  # of the gradients of all parts, where there are more than the fewest
+
 _INTEGERS = ctypes.POINTER(ctypes.c_int64)
 _DOUBLES = ctypes.POINTER(ctypes.c_double)
 _ARRAYS = ctypes.POINTER(ctypes.c_void_p)
@@ -114,11 +117,11 @@ class Solve:
         sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
         kinds = [sum(sizes), self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
         kinds.append(-sum(kinds) % unit)  # so that each part's begins at a whole vector, which is how it is written
-        parts = max(1, min(torch.get_num_threads(), _blocks(z1_bar)))
+        parts = _parts(_blocks(z1_bar), sum(kinds) * z0_bar.element_size())
         bars = self.shift.new_zeros(parts, sum(kinds))
         arrays = {"record": self.record, "z1_bar": z1_bar, "q_bar": q_bar, "z0_bar": z0_bar}
         self._run("backward", z1_bar, eps, weight, arrays, parts, bars)
-        w_bar, b_bar, s_bar, _ = bars.sum(0).split(kinds)
+        w_bar, b_bar, s_bar, _ = _total(bars).split(kinds)
         w_bars = [
             bar.view(len(weight), -1)[:, : weight.shape[1]]
             for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
@@ -169,6 +172,24 @@ class Solve:
 def _blocks(z: Tensor) -> int:
     lanes = _ROW_BYTES // z.element_size()
     return -(-len(z) // lanes)
+
+
+def _parts(blocks: int, size: int) -> int:
+    """Into how many parts the blocks are divided, whose gradients of so many bytes are summed apart.
+
+    Threads share the parts out among themselves. Their number does not depend on that of the threads, nor do the sums:
+    it is large enough to keep many threads busy, and bounded, because every part has gradients of its own.
+    """
+    return max(1, min(blocks, _MOST_PARTS, max(_FEWEST_PARTS, _PARTS_BYTES // size)))
+
+
+def _total(bars: Tensor) -> Tensor:
+    """The sum of the rows, pair by pair: always in the same order, which torch's own sum leaves to its threads."""
+    while len(bars) > 1:
+        half = len(bars) // 2
+        bars[:half] += bars[-half:]
+        bars = bars[:-half]
+    return bars[0]
 
 
 def _pointer(array: Tensor | None) -> int | None:
