@@ -147,7 +147,7 @@ class Trainer:
                 shown = beside_the_bar(
                     record, best=progress.best, dim=self.flow.dim, discrete=self.splits.levels is not None
                 )
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix(shown, refresh=bar.n <= bar.initial + 3)  # the time left, at once
                 if progress.step % validate_every == 0 or progress.step == self.total_steps:
                     bar.set_description("validate")
                     self._validate()
