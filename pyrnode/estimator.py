@@ -63,8 +63,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         calibration_fraction: Share of the samples held out for `p_values`, in [0, 1); with 0, call `calibrate`.
         dtype: ``"float64"`` or ``"float32"``.
         device: torch device, or ``"auto"``.
-        engine: ``"torch"``, ``"julia"`` or ``"auto"``. A process that runs Julia must not be forked, so keep to
-            ``"torch"`` where joblib's workers are forked.
+        engine: ``"torch"``, ``"julia"`` or ``"auto"``. Neither survives a fork: see `docs/estimator.md` on workers.
         overrides: Other settings of `pyrnode.Config` by name, e.g. ``{"weight_decay": 1e-4, "ema": 0.99}``.
         verbose: Show a progress bar.
         random_state: Seed of initialisation, hold-out, order and noise: a number for the same result at each fit.

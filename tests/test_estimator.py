@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -381,3 +386,37 @@ def test_an_interrupted_fit_is_not_a_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(KeyboardInterrupt):
         model.fit(gaussian(40))
     assert not hasattr(model, "flow_")
+
+
+WORKERS = """
+import sys, time
+if __name__ == "__main__":
+    import numpy as np
+    import torch
+    torch.set_num_threads(2)
+    (torch.randn(400, 400, dtype=torch.float32) @ torch.randn(400, 400, dtype=torch.float32)).sum()  # its threads run
+    from pyrnode import RNODEDensity
+    from sklearn.model_selection import cross_val_score
+    X = np.random.default_rng(0).normal(size=(120, 2))
+    model = RNODEDensity(max_steps=3, hidden=(8,), batch_size=50, random_state=0)
+    print([float(v) for v in cross_val_score(model, X, cv=2, n_jobs=int(sys.argv[1]))])
+"""
+
+
+def test_scores_in_workers_of_joblib(tmp_path: Path) -> None:
+    """joblib's own workers (loky) start afresh, whatever threads this process has; they give the same numbers."""
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS, encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    alone, beside = (
+        subprocess.run(
+            [sys.executable, str(script), jobs],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout
+        for jobs in ("1", "2")
+    )
+    assert json.loads(beside) == pytest.approx(json.loads(alone), rel=1e-5)
