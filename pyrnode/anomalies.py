@@ -133,7 +133,8 @@ def _scored(flow: Flow, chunks: Any, bar: Any) -> Iterator[tuple[int, NDArray[np
 
 def _open(flow: Flow, path: str | Path, size: int, dialect: dict[str, Any]) -> Chunks:
     discrete = flow.levels is not None
-    return open_chunks(path, size, event_shape=flow.event_shape, discrete=discrete, config=DataConfig(**dialect))
+    shape, names = flow.event_shape, flow.features
+    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=DataConfig(**dialect))
 
 
 def _bar(total: int | None, progress: bool, what: str) -> Any:
@@ -175,7 +176,8 @@ def calibrate(
         batches = data.batches(torch.arange(len(data)), chunk)
         chunks, total = enumerate(batch.x for batch in batches), len(data)
     else:
-        chunks, total = enumerate(data.split(chunk) if len(data) else ()), len(data)
+        x, _ = flow.admit(data)
+        chunks, total = enumerate(x.split(chunk) if len(x) else ()), len(x)
     with _bar(total, progress, "calibrate") as bar:
         scores = [part for _, part in _scored(flow, chunks, bar)]
     return Calibration(np.concatenate(scores) if scores else np.empty(0))

@@ -29,6 +29,8 @@ def save(flow: Composition, config: Config, path: str | Path) -> None:
         "event_shape": flow.event_shape,
         "levels": flow.levels,
         "context_dim": flow.context_dim,
+        "features": flow.features,
+        "context_features": flow.context_features,
         "data_dtype": None if flow.data_dtype is None else str(flow.data_dtype).removeprefix("torch."),
     }
     files.write(path, "flow", flow.state_dict(), description)
@@ -57,10 +59,18 @@ def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = 
         shape, levels, context_dim = (description[key] for key in ("event_shape", "levels", "context_dim"))
         given = description["data_dtype"]
         dtype = None if given is None else {"float32": torch.float32, "float64": torch.float64}[given]
-        flow = build(config, tuple(shape), levels=levels, context_dim=context_dim, data_dtype=dtype)
+        names = {key: _names(description.get(key)) for key in ("features", "context_features")}
+        flow = build(config, tuple(shape), levels=levels, context_dim=context_dim, data_dtype=dtype, **names)
         flow.load_state_dict(tensors)
     except EngineUnavailableError:
         raise
     except (KeyError, TypeError, ConfigError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not describe a flow of this version: {error}") from error
     return flow
+
+
+def _names(given: object) -> tuple[str, ...] | None:
+    """Names of columns as a description has them."""
+    if given is not None and not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
+        raise TypeError(f"names of columns: {given!r}")
+    return None if given is None else tuple(given)

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrnode import seeds, solvers
-from pyrnode.composition import check_context, context_tensor
+from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
 from pyrnode.data.arrays import numbers
+from pyrnode.data.frames import columns_of, is_frame
 from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder
@@ -141,7 +142,7 @@ def evaluate(
 
     Args:
         flow: The flow.
-        data: An array or tensor ``(n, *event)``, all of which is scored; or `Splits`, or what `pyrnode.train` takes
+        data: An array, tensor ``(n, *event)`` or data frame, all of which is scored; or `Splits`, or what `pyrnode.train` takes
             (a name, a path, a torch data set): the test set is scored, baselines are fitted on the training set.
         context: What the samples are conditional on, ``(n, m)``, a row for each; for conditional flows.
         config: Settings; default those of the flow.
@@ -215,15 +216,16 @@ def _settings(flow: Flow) -> EvaluationConfig:
 
 def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | None]:
     """The samples to score, with their contexts; and the splits that they come from, if they do."""
-    if isinstance(data, (Tensor, np.ndarray)):
-        test: Samples = TensorSamples(numbers(data, "the data").cpu())
+    if isinstance(data, (Tensor, np.ndarray)) or is_frame(data):
+        test: Samples = TensorSamples(numbers(columns_of(data, flow.features, "the data"), "the data").cpu())
         splits = None
-        given = context_tensor(context)
+        given = flow.context_tensor(context)
         check_context(given, flow.context_dim, len(test))
         if given is not None:
             test = test.carrying(context=given.cpu().expand(len(test), -1))
     else:
         splits = load(data, config=flow.config.data, context=context)
+        splits = splits.ordered(flow.features, flow.context_features)
         test = splits.test
         check_context(test.context, flow.context_dim, len(test))
     if not len(test):

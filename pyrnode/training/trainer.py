@@ -75,6 +75,8 @@ class Trainer:
             context_dim=splits.context_dim,
             context_transform=context_transform,
             data_dtype=self._data_dtype,
+            features=splits.features,
+            context_features=splits.context_features,
             dynamics=self.make,
         )
 
