@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config
-from pyrnode.data import Samples, Splits, TensorSamples
+from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
 from pyrnode.data.frames import columns_of, is_frame, read_frame
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
@@ -159,6 +159,9 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             ConfigError: A parameter does not fit.
             DataError: `X`, the weights or the context are not usable.
             TrainingDivergedError: Training stayed non-finite.
+
+        Warns:
+            SupportWarning: The samples have no density, or some are held out and trained on (`pyrnode.data.support`).
         """
         X = self._checked(X, reset=True)
         weights = None if sample_weight is None else _checked_weights(sample_weight, len(X))
@@ -176,27 +179,17 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = self._divided(rng.permutation(len(X)), weights)
         values = torch.tensor(X)
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
-        if given is not None:
-            check_varies(given[rows["train"]], "the context (what is trained on)", None)
         samples: Samples = TensorSamples(values).carrying(
             context=given, weight=None if weights is None else torch.tensor(weights)
         )
-        train, validation = (samples.take(torch.tensor(rows[name])) for name in ("train", "validation"))
-        # nothing looks at the test set
-        trainer = Trainer(
-            config,
-            Splits(
-                "X",
-                train,
-                validation,
-                validation,
-                (X.shape[1],),
-                features=None if names is None else tuple(names),
-                context_features=context_names,
-            ),
-            None,
-            progress=bool(self.verbose),
+        train = samples.take(torch.tensor(rows["train"]))
+        validation = samples.take(torch.tensor(rows["validation"])) if self.validation_fraction else train
+        named = None if names is None else tuple(names)
+        splits = Splits(  # nothing looks at the test set
+            "X", train, validation, validation, X.shape[1:], features=named, context_features=context_names
         )
+        support.warn(splits)
+        trainer = Trainer(config, splits, None, progress=bool(self.verbose))
         if not trainer.run():
             raise KeyboardInterrupt
         self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.progress.step

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pyrnode import seeds, solvers
 from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
-from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
+from pyrnode.data import Batch, Samples, Splits, TensorSamples, load, support
 from pyrnode.data.arrays import numbers
 from pyrnode.data.frames import columns_of, is_frame
 from pyrnode.errors import DataError, SolverError
@@ -175,6 +175,7 @@ def evaluate(
         if flow.levels is not None:
             centre = Score.of(scorer.score(test, count, config.solver, 1, None, centre=True)[0], flow.dim)
         error = scorer.inversion_error(test, count, config.solver)
+    notes += support.remarks(splits) if splits is not None else []
     density = splits.density if splits is not None else None
     gaps = None
     if density is not None and density.exact:

@@ -72,8 +72,6 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
         values, names = _context(context, source)
         source = replace(source, context=values, context_features=names)
     splits = source.split(config)
-    if splits.train.context is not None:
-        check_varies(splits.train.context, "the context (training split)", None)
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)
     return splits
