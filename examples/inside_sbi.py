@@ -31,13 +31,12 @@ class RNODEEstimator(ConditionalDensityEstimator):
     """A conditional flow by sbi's rules, where a condition has the shape ``(b, m)`` and an input ``(s, b, d)``."""
 
     def __init__(self, theta: Tensor, x: Tensor, config: Config) -> None:
-        transform, context_transform = (Chain([Standardize.fit(values.double())]) for values in (theta, x))
         flow = Flow.build(
             config,
             theta.shape[1:],
-            transform=transform,
+            transform=Chain([Standardize.fit(theta)]),
             context_dim=x.shape[1],
-            context_transform=context_transform,
+            context_transform=Chain([Standardize.fit_context(x)]),
         )
         super().__init__(flow, theta.shape[1:], x.shape[1:])
 
@@ -49,7 +48,7 @@ class RNODEEstimator(ConditionalDensityEstimator):
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **_: Any) -> Tensor:
         theta = self.net.sample(math.prod(sample_shape), condition)
-        return theta.transpose(0, 1).unflatten(0, sample_shape)
+        return theta.transpose(0, 1).reshape(*sample_shape, *condition.shape[:-1], *self.input_shape)
 
     def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
         """−log q(θ | x) and the penalties, with the training solver, which is cheaper than the accurate one."""

@@ -167,7 +167,8 @@ def _scored(
 
 def _open(flow: Flow, path: str | Path, size: int, dialect: dict[str, Any]) -> Chunks:
     discrete = flow.levels is not None
-    return open_chunks(path, size, event_shape=flow.event_shape, discrete=discrete, config=DataConfig(**dialect))
+    shape, names = flow.event_shape, flow.features
+    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=DataConfig(**dialect))
 
 
 def calibrate(
@@ -205,7 +206,8 @@ def calibrate(
         batches = data.batches(torch.arange(len(data)), chunk)
         chunks, total = zip(range(0, len(data), chunk), (batch.x for batch in batches), strict=True), len(data)
     else:
-        chunks, total = ((first, data[first : first + chunk]) for first in range(0, len(data), chunk)), len(data)
+        x, _ = flow.admit(data)
+        chunks, total = ((first, x[first : first + chunk]) for first in range(0, len(x), chunk)), len(x)
     with progress_bar(total, "calibrate", unit="sample", show=progress) as bar:
         scores = [part for _, part in _scored(flow, chunks, bar, log_densities)]
     return Calibration(np.concatenate(scores) if scores else np.empty(0))

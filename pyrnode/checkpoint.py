@@ -32,6 +32,8 @@ def save(flow: Composition, config: Config, path: str | Path) -> None:
         "event_shape": flow.event_shape,
         "levels": flow.levels,
         "context_dim": flow.context_dim,
+        "features": flow.features,
+        "context_features": flow.context_features,
         "data_dtype": None if flow.data_dtype is None else str(flow.data_dtype).removeprefix("torch."),
     }
     files.write(path, "flow", flow.state_dict(), description)
@@ -80,7 +82,8 @@ def _described(
     if levels is not None and (type(levels) is not int or not 2 <= levels < 2**31):
         raise CheckpointError(f"levels = {shown(levels)}: expected a number of grey levels")
     dtype = {None: None, "float32": torch.float32, "float64": torch.float64}[description["data_dtype"]]
-    return config, tuple(shape), {"levels": levels, "context_dim": context_dim, "data_dtype": dtype}
+    names = {key: _names(description.get(key)) for key in ("features", "context_features")}
+    return config, tuple(shape), {"levels": levels, "context_dim": context_dim, "data_dtype": dtype, **names}
 
 
 def _check_counts(config: Config, tensors: dict[str, Tensor]) -> None:
@@ -88,3 +91,10 @@ def _check_counts(config: Config, tensors: dict[str, Tensor]) -> None:
     blocks, layers = config.flow.blocks, len(config.flow.network.hidden) + 1
     if blocks * layers > len(tensors):
         raise CheckpointError(f"Missing keys: {blocks} blocks of {layers} layers, and {len(tensors)} tensors in all")
+
+
+def _names(given: object) -> tuple[str, ...] | None:
+    """Names of columns as a description has them."""
+    if given is not None and not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
+        raise TypeError(f"names of columns: {given!r}")
+    return None if given is None else tuple(given)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyrnode.config import CHUNK, Divergence, SolverConfig
 from pyrnode.data.arrays import check_spread, numbers
+from pyrnode.data.frames import Names, columns_of
 from pyrnode.engines import Engine, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.parts import Block, FactorOut, Squeeze
@@ -80,17 +81,6 @@ def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Te
         yield x[start : start + size], None if c is None else c[start : start + size]
 
 
-def context_tensor(context: Any) -> Tensor | None:
-    """A context as its user gives it, a tensor or what torch makes one of, as a tensor; `None` stays.
-
-    Raises:
-        DataError: It does not consist of real numbers.
-    """
-    if context is None:
-        return None
-    return numbers(context, "the context")
-
-
 def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     """Checks the context that a flow is given.
 
@@ -137,6 +127,12 @@ class Composition(nn.Module):
 
     chunk = CHUNK
     """Samples per solve."""
+
+    features: Names | None = None
+    """Names of the columns that it was trained on, where they had some; data frames and files are put in their order."""
+
+    context_features: Names | None = None
+    """The same of the context."""
 
     def __init__(
         self,
@@ -202,9 +198,19 @@ class Composition(nn.Module):
         z = self._admitted(z, (self.dim,), "latents").to(self.reference.dtype)
         return z, self.condition(context, z.shape[0])
 
+    def context_tensor(self, context: Any) -> Tensor | None:
+        """A context as its user gives it, as a tensor with the features in their order; `None` stays.
+
+        Raises:
+            DataError: It does not consist of real numbers, or has other columns.
+        """
+        if context is None:
+            return None
+        return numbers(columns_of(context, self.context_features, "the context"), "the context")
+
     def condition(self, context: Any, batch: int) -> Tensor | None:
         """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
-        context = context_tensor(context)
+        context = self.context_tensor(context)
         check_context(context, self.context_dim, batch)
         if context is None:
             return None
@@ -216,7 +222,7 @@ class Composition(nn.Module):
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         """`x` as a tensor of samples of that shape, checked and converted."""
         expected = f"expected (batch, {', '.join(map(str, shape))})"
-        x = numbers(x, what)
+        x = numbers(columns_of(x, self.features, what) if what == "input" else x, what)
         if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
             raise DataError(f"{what} of shape {tuple(x.shape)}: {expected}")
         if not holds(torch.isfinite(x).all()):
@@ -361,7 +367,7 @@ class Composition(nn.Module):
         """
         if not recording() and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise ConfigError(f"n = {n!r}: expected a positive number of samples")
-        context = context_tensor(context)
+        context = self.context_tensor(context)
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
         dtype, shape = self.reference.dtype, (*lead, self.dim)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints, register_kl
 
-from pyrnode.composition import Composition, check_context, chunked, context_tensor
+from pyrnode.composition import Composition, check_context, chunked
 from pyrnode.config import DivergenceLike, SolverLike
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
@@ -51,7 +51,7 @@ class _Bijection:
         self.solver, self.divergence = flow.solver.changed(solver), flow.divergence.changed(divergence)
         self.event_shape = torch.Size(flow.event_shape)
         self.dim = flow.dim
-        context = context_tensor(context)
+        context = flow.context_tensor(context)
         rows = context.flatten(0, -2) if context is not None and context.ndim > 2 else context
         check_context(rows, flow.context_dim, None)
         self.context = None if context is None else context.to(self.like.device)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config
-from pyrnode.data import Samples, Splits, TensorSamples
+from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
+from pyrnode.data.frames import columns_of, is_frame, read_frame
 from pyrnode.errors import ConfigError, DataError, PyrnodeError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
@@ -159,9 +160,15 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             ConfigError: A parameter does not fit.
             DataError: `X`, the weights or the context are not usable.
             TrainingDivergedError: Training stayed non-finite.
+
+        Warns:
+            SupportWarning: The samples have no density, or some are held out and trained on (`pyrnode.data.support`).
         """
         X = self._checked(X, reset=True)
         weights = None if sample_weight is None else _checked_weights(sample_weight, len(X))
+        names, context_names = getattr(self, "feature_names_in_", None), None
+        if is_frame(context):
+            context, context_names = read_frame(context, "context")
         given = None if context is None else _checked_context(context, len(X))
         if given is not None and given.ndim != 2:
             raise DataError(f"context has shape {tuple(given.shape)}: for one feature, pass context[:, None]")
@@ -173,16 +180,17 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = self._divided(rng.permutation(len(X)), weights)
         values = torch.tensor(X)
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
-        if given is not None:
-            check_varies(given[rows["train"]], "the context (what is trained on)", None)
         samples: Samples = TensorSamples(values).carrying(
             context=given, weight=None if weights is None else torch.tensor(weights)
         )
-        train, validation = (samples.take(torch.tensor(rows[name])) for name in ("train", "validation"))
-        # nothing looks at the test set
-        trainer = Trainer(
-            config, Splits("X", train, validation, validation, (X.shape[1],)), None, progress=bool(self.verbose)
+        train = samples.take(torch.tensor(rows["train"]))
+        validation = samples.take(torch.tensor(rows["validation"])) if self.validation_fraction else train
+        named = None if names is None else tuple(names)
+        splits = Splits(  # nothing looks at the test set
+            "X", train, validation, validation, X.shape[1:], features=named, context_features=context_names
         )
+        support.warn(splits)
+        trainer = Trainer(config, splits, None, progress=bool(self.verbose))
         if not trainer.run():
             raise KeyboardInterrupt
         self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.progress.step
@@ -270,6 +278,12 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     # -- use ---------------------------------------------------------------------------------------------------------
 
+    def _context(self, context: ArrayLike | None, n: int | None) -> Tensor | None:
+        """A context of `n` samples, a data frame's columns in the order of those in `fit`."""
+        if context is None:
+            return None
+        return _checked_context(columns_of(context, self.flow_.context_features, "context"), n)
+
     def _log_prob(self, X: NDArray[Any], context: Tensor | None) -> NDArray[np.float64]:
         return log_densities(self.flow_, torch.tensor(X), context)
 
@@ -290,7 +304,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._fitted("flow_", "is not fitted: call fit first")
         X = self._checked(X, reset=False)
-        return self._log_prob(X, None if context is None else _checked_context(context, len(X)))
+        return self._log_prob(X, self._context(context, len(X)))
 
     def score(self, X: ArrayLike, y: Any = None, context: ArrayLike | None = None) -> float:
         """Total log-density of the samples ``(n, d)`` in nats, as ``KernelDensity.score``; `y` is not used."""
@@ -314,7 +328,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._fitted("flow_", "is not fitted: call fit first")
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        given = None if context is None else _checked_context(context, None)
+        given = self._context(context, None)
         count = int(n_samples) if isinstance(n_samples, np.integer) else n_samples  # as a search may hand it over
         return self.flow_.sample(count, given, seed=seed).double().cpu().numpy()
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pyrnode import files, seeds, solvers
-from pyrnode.composition import check_context, context_tensor
+from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
-from pyrnode.data import Batch, Samples, Splits, TensorSamples, load
+from pyrnode.data import Batch, Samples, Splits, TensorSamples, load, support
 from pyrnode.data.arrays import numbers
+from pyrnode.data.frames import columns_of, is_frame
 from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
@@ -145,7 +146,7 @@ def evaluate(
 
     Args:
         flow: The flow.
-        data: An array or tensor ``(n, *event)``, all of which is scored; or `Splits`, or what `pyrnode.train` takes
+        data: An array, tensor ``(n, *event)`` or data frame, all of which is scored; or `Splits`, or what `pyrnode.train` takes
             (a name, a path, a torch data set): the test set is scored, baselines are fitted on the training set.
         context: What the samples are conditional on, ``(n, m)``, a row for each; for conditional flows.
         config: Settings; default those of the flow.
@@ -185,6 +186,9 @@ def evaluate(
         bar.set_description("evaluate: way back")
         with extra("the inversion error", notes):
             error = scorer.inversion_error(test, count, config.solver)
+        if splits is not None:
+            with extra("the remarks on the data's support", notes):
+                notes += support.remarks(splits)
         density = splits.density if splits is not None else None
         if density is not None and density.exact:
             with extra("the gap to the true density", notes):
@@ -236,15 +240,16 @@ def _settings(flow: Flow) -> EvaluationConfig:
 
 def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | None]:
     """The samples to score, with their contexts; and the splits that they come from, if they do."""
-    if isinstance(data, (Tensor, np.ndarray)):
-        test: Samples = TensorSamples(numbers(data, "the data").cpu())
+    if isinstance(data, (Tensor, np.ndarray)) or is_frame(data):
+        test: Samples = TensorSamples(numbers(columns_of(data, flow.features, "the data"), "the data").cpu())
         splits = None
-        given = context_tensor(context)
+        given = flow.context_tensor(context)
         check_context(given, flow.context_dim, len(test))
         if given is not None:
             test = test.carrying(context=given.cpu().expand(len(test), -1))
     else:
         splits = load(data, config=flow.config.data, context=context)
+        splits = splits.ordered(flow.features, flow.context_features)
         test = splits.test
         check_context(test.context, flow.context_dim, len(test))
     if not len(test):

@@ -18,6 +18,7 @@ from pyrnode import checkpoint, engines, export, seeds, uncertainty
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Config, DivergenceLike, SolverLike
 from pyrnode.data.arrays import check_spread
+from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
@@ -84,6 +85,8 @@ class Flow(Composition):
         context_dim: int = 0,
         context_transform: Chain | None = None,
         data_dtype: torch.dtype | None = None,
+        features: Names | None = None,
+        context_features: Names | None = None,
         dynamics: Callable[[tuple[int, ...]], Dynamics] | None = None,
     ) -> Flow:
         """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
@@ -97,6 +100,8 @@ class Flow(Composition):
             context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
             context_transform: The same for contexts ``(n, m)``.
             data_dtype: Type of continuous data, in which samples are given back; default ``config.dtype``.
+            features: Names of the columns of vectors: a data frame or file is put in their order, or refused.
+            context_features: The same for contexts.
             dynamics: Makes the dynamics of a block from its event shape, and may draw from torch's global generator,
                 which is seeded for it and put back; default as ``config.flow.network`` says.
 
@@ -121,6 +126,10 @@ class Flow(Composition):
         flow = cls(transform, parts, event_shape, config, levels, context_transform, data_dtype)
         if flow.context_dim != context_dim:
             raise ConfigError(f"the dynamics take a context of {flow.context_dim} features, the data has {context_dim}")
+        for names, shape in ((features, flow.event_shape), (context_features, (context_dim,))):
+            if names is not None and (len(names),) != shape:
+                raise ConfigError(f"{len(names)} names of features for values of shape {shape}: {names}")
+        flow.features, flow.context_features = features, context_features
         return flow.to(dtype)
 
     def _pieces(self, x: Any, context: Any, seed: int) -> Iterator[tuple[Tensor, SampleNoise, Tensor | None]]:
@@ -168,7 +177,8 @@ class Flow(Composition):
         Noise belongs to the sample: it depends on its values and on the seed, not on the rest of the batch.
 
         Args:
-            x: ``(batch, *event)``. For discrete data integers, to which dequantisation noise is added, or
+            x: ``(batch, *event)``: an array, a tensor, or a data frame, whose columns are found by their names where
+                the flow was trained on names. For discrete data integers, to which dequantisation noise is added, or
                 floating-point values ``p + u`` in ``[0, levels]``.
             context: ``(batch, m)``, or ``(m,)`` for one that all samples share; for conditional flows.
             solver: Solver; default the accurate one. A name or a mapping changes that one's settings.

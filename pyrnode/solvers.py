@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from pyrnode.config import SolverConfig
-from pyrnode.errors import EngineUnavailableError, unknown_name
+from pyrnode.errors import ConfigError, EngineUnavailableError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,16 @@ def method(name: str) -> Method:
 def adaptive(solver: SolverConfig) -> bool:
     """Whether a solver of the PyTorch engine chooses its own steps."""
     return method(solver.name).adaptive and solver.adaptive
+
+
+def step_size(solver: SolverConfig) -> float:
+    """The step of a fixed-step solver; `ConfigError` where it is still to be found."""
+    if isinstance(solver.step_size, str):
+        raise ConfigError(
+            "step_size = 'auto' is resolved by training alone (pyrnode.train, pyrnode train, RNODEDensity), whose flow "
+            f"then has the step: train with it, or give a number, e.g. {{'name': {solver.name!r}, 'step_size': 0.25}}"
+        )
+    return solver.step_size
 
 
 def describe(solver: SolverConfig) -> str:

@@ -149,6 +149,14 @@ class Standardize(Transform):
         mean = (share * x).sum(0)
         return cls(mean, (share * (x - mean).square()).sum(0).sqrt())
 
+    @classmethod
+    def fit_context(cls, c: Tensor) -> Standardize:
+        """`fit` of contexts ``(n, m)``, which need no density: features that do not vary are centred, not scaled."""
+        c = c.double()
+        fixed = (c == c[0]).all(0)
+        mean, std = torch.where(fixed, c[0], c.mean(0)), c.std(0, correction=0)
+        return cls(mean, torch.where(fixed, torch.ones_like(std), std))
+
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         x = x.double()
         return (x - self.mean) / self.std, _zeros(x) - self.std.log().sum()

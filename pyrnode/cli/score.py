@@ -26,7 +26,7 @@ def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
         return Calibration.load(path, flow)
     held_out = args.calibrate
     if held_out == "test":
-        held_out = pyrnode.data.load(None, config=flow.config.data).test
+        held_out = pyrnode.data.load(None, config=flow.config.data).ordered(flow.features, None).test
     calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet, **_dialect(args))
     calibration.save(path, flow)
     return calibration

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor
+from pyrnode.data.frames import Names, ordering
 from pyrnode.data.readers import SUFFIXES, Reader, kind, open_file
 from pyrnode.errors import ConfigError, DataError, unknown_name
 
@@ -24,14 +25,18 @@ class Chunks:
         names: Names of the columns, where the file has some.
     """
 
-    def __init__(self, reader: Reader, size: int, event_shape: tuple[int, ...], discrete: bool) -> None:
+    def __init__(
+        self, reader: Reader, size: int, event_shape: tuple[int, ...], discrete: bool, features: Names | None
+    ) -> None:
         self.rows, self.names = reader.rows, reader.names
+        self._order = ordering(reader.names, features, str(reader.path))
         self._reader, self._size, self._event_shape, self._discrete = reader, size, event_shape, discrete
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         first = None
         for first, array in self._reader.chunks(self._size):
-            yield first, self._checked(array_tensor(array, str(self._reader.path)), first)
+            values = self._checked(array_tensor(array, str(self._reader.path)), first)
+            yield first, values if self._order is None else values[:, self._order]
         if first is None:
             raise DataError(f"{self._reader.path} has no samples")
 
@@ -70,6 +75,7 @@ def open_chunks(
     *,
     event_shape: tuple[int, ...],
     discrete: bool = False,
+    features: Names | None = None,
     config: DataConfig = _ANY,
 ) -> Chunks:
     """Opens a file of samples.
@@ -80,6 +86,7 @@ def open_chunks(
         size: Samples in a chunk.
         event_shape: Shape that a sample must have.
         discrete: The values must be integers.
+        features: Names of the columns that the model was trained on: the file's are put in their order.
         config: How a ``.csv`` is to be read: ``sep``, ``decimal``, ``header``.
 
     Returns:
@@ -99,4 +106,4 @@ def open_chunks(
         raise DataError(unknown_name(f"kind of file of {path}:", kind(path), SUFFIXES, listing=known))
     if not path.is_file():
         raise DataError(f"{path} does not exist, or is not a file")
-    return Chunks(open_file(path, config), size, event_shape, discrete)
+    return Chunks(open_file(path, config), size, event_shape, discrete, features)

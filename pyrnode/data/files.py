@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor, check_array
+from pyrnode.data.frames import Names, read_frame
 from pyrnode.data.readers import SUFFIXES as READ
-from pyrnode.data.readers import Array, DelimitedReader, NumpyReader, frame_array, kind, open_file, read_npz
+from pyrnode.data.readers import Array, DelimitedReader, NumpyReader, kind, open_file, read_npz
 from pyrnode.data.samples import Source, TensorSamples
 from pyrnode.errors import DataError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SUFFIXES = (".npy", ".npz", *(suffix for suffix in READ if suffix != ".npy"))
 """Files that `file_source` reads."""
@@ -40,22 +38,23 @@ def file_source(path: Path, config: DataConfig) -> Source:
         return _array_source(array, path, config)
     if isinstance(reader, DelimitedReader) and config.levels is None:
         array = array.astype(np.float64, copy=False)
-    names = reader.names or tuple(f"x{i}" for i in range(array.shape[1]))
-    return _table_source(path.name[: -len(suffix)], array, names, str(path), config)
+    return _table_source(path.name[: -len(suffix)], array, reader.names, str(path), config)
 
 
-def frame_source(frame: pd.DataFrame, config: DataConfig) -> Source:
+def frame_source(frame: Any, config: DataConfig) -> Source:
     """The rows of a data frame: float32 or integers (with ``config.levels``) if all columns are, else float64."""
-    names = tuple(f"x{c}" if isinstance(c, int) else str(c) for c in frame.columns)
     what = "the data frame"
-    return _table_source("table", frame_array(frame.set_axis(names, axis=1), what), names, what, config)
+    array, names = read_frame(frame, what)
+    return _table_source("table", array, names, what, config)
 
 
-def _table_source(name: str, array: Array, features: tuple[str, ...], what: str, config: DataConfig) -> Source:
+def _table_source(name: str, array: Array, features: Names | None, what: str, config: DataConfig) -> Source:
+    columns = array.shape[1]
     if not array.size:
-        raise DataError(f"{what} is empty: {len(array)} rows, {len(features)} columns")
-    values, levels = check_array(array_tensor(array, what), what, config.levels, features)
-    return Source(name, TensorSamples(values), (len(features),), levels, features=features)
+        raise DataError(f"{what} is empty: {len(array)} rows, {columns} columns")
+    shown = features or tuple(f"x{i}" for i in range(columns))
+    values, levels = check_array(array_tensor(array, what), what, config.levels, shown)
+    return Source(name, TensorSamples(values), (columns,), levels, features=features)
 
 
 def _array_source(array: Array, path: Path, config: DataConfig) -> Source:

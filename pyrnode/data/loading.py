@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from pyrnode.config import DataConfig
 from pyrnode.data import files, images, maf, synthetic
 from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies, numbers
+from pyrnode.data.frames import Names, is_frame, read_frame
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
 from pyrnode.errors import DataError, unknown_name
 
@@ -39,7 +39,7 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
 
     Args:
         data: One of: a name in `sources`; the path of a ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or ``.parquet`` file or
-            of a folder of images; an array, tensor or pandas data frame (``(n, d)`` vectors, ``(n, H, W)`` or
+            of a folder of images; an array, tensor or data frame (pandas, polars, Arrow) (``(n, d)`` vectors, ``(n, H, W)`` or
             ``(n, C, H, W)`` images); a map-style `torch.utils.data.Dataset`; a `synthetic.Density`; a
             `Splits`, which is returned as it is. ``None`` and ``""`` stand for ``config.name``.
         config: Folder of downloaded sets, shares, seed and limits. With ``config.levels``, integers are discrete
@@ -69,10 +69,9 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
             raise DataError("no data: pass a name, a path or an array, or set data.name (see pyrnode.data.sources)")
     source = _source(data, config)
     if context is not None:
-        source = replace(source, context=_context(context, source))
+        values, names = _context(context, source)
+        source = replace(source, context=values, context_features=names)
     splits = source.split(config)
-    if splits.train.context is not None:
-        check_varies(splits.train.context, "the context (training split)", None)
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)
     return splits
@@ -92,7 +91,7 @@ def _source(data: Any, config: DataConfig) -> Source:
         return _from_density(data, config)
     if isinstance(data, Dataset):
         return _from_dataset(data, config)
-    if (pandas := sys.modules.get("pandas")) and isinstance(data, pandas.DataFrame):
+    if is_frame(data):
         return files.frame_source(data, config)
     if isinstance(data, (Tensor, np.ndarray)):
         return _from_array(data, config)
@@ -102,15 +101,16 @@ def _source(data: Any, config: DataConfig) -> Source:
     )
 
 
-def _context(context: Any, source: Source) -> Tensor:
-    """A context for the samples of a source, checked."""
+def _context(context: Any, source: Source) -> tuple[Tensor, Names | None]:
+    """A context for the samples of a source, checked, and the names of its features, if it has some."""
     if source.validation is not None or source.test is not None:
         raise DataError(
             f"{source.name} has a test set of its own, which a context cannot be divided for: pass the samples as one "
             "array, or Splits of samples.carrying(context=...)"
         )
-    if (pandas := sys.modules.get("pandas")) and isinstance(context, pandas.DataFrame):
-        context = context.to_numpy()
+    names = None
+    if is_frame(context):
+        context, names = read_frame(context, "the context")
     values = numbers(context, "the context").detach().cpu()
     if values.ndim == 1:
         raise DataError(
@@ -122,7 +122,7 @@ def _context(context: Any, source: Source) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         row = int((~torch.isfinite(values)).any(1).nonzero()[0])
         raise DataError(f"the context has NaN or infinite values, the first in row {row}: remove or fill them")
-    return values if values.dtype in (torch.float32, torch.float64) else values.double()
+    return values if values.dtype in (torch.float32, torch.float64) else values.double(), names
 
 
 def _named(name: str, config: DataConfig) -> Source:

@@ -7,7 +7,7 @@ import pickle
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import check_item, item_tensor
+from pyrnode.data.frames import ordering
 from pyrnode.data.synthetic import Density
 from pyrnode.errors import DataError
 
@@ -305,7 +306,8 @@ class Splits:
         event_shape: ``(d,)`` for vectors, ``(C, H, W)`` for images.
         levels: Number of grey levels of discrete data (values ``0 .. levels-1``); `None` for continuous data.
         density: The true density, where the data is synthetic.
-        features: Names of the columns of a table.
+        features: Names of the columns of a table; `None` where they have none.
+        context_features: The same of the contexts.
 
     Where the density is conditional, all three carry contexts (`Samples.carrying`).
     """
@@ -318,6 +320,7 @@ class Splits:
     levels: int | None = None
     density: Density | None = None
     features: tuple[str, ...] | None = None
+    context_features: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
@@ -328,6 +331,23 @@ class Splits:
             given, expected = (None if x is None else (count, x.shape[1]) for x in (context, self.train.context))
             if given != expected:
                 raise DataError(f"{self.name}: contexts of shape {given} in the {part} split: expected {expected}")
+
+    def ordered(self, features: tuple[str, ...] | None, context_features: tuple[str, ...] | None) -> Splits:
+        """The same with the columns in the order of a model's; `DataError` if they are others."""
+        order = ordering(self.features, features, self.name)
+        context_order = ordering(self.context_features, context_features, f"the context of {self.name}")
+        if order is None and context_order is None:
+            return self
+        parts = {name: getattr(self, name) for name in ("train", "validation", "test")}
+        for name, samples in parts.items():
+            values = samples if order is None else TensorSamples(samples.tensor()[:, order])
+            context = samples.context
+            if context is not None and context_order is not None:
+                context = context[:, context_order]
+            parts[name] = values.carrying(context=context, weight=samples.weight)
+        names = self.features if order is None else features
+        context_names = self.context_features if context_order is None else context_features
+        return replace(self, **parts, features=names, context_features=context_names)
 
     @property
     def context_dim(self) -> int:
@@ -344,7 +364,7 @@ class Splits:
 class Source:
     """What a reader hands over to be split: the samples, and what is known about them.
 
-    `validation` and `test` are the source's own, where it has them; `context` ``(n, m)`` belongs to the samples.
+    `context_features` are the names of the context's columns. `validation` and `test` are the source's own, where it has them; `context` ``(n, m)`` belongs to the samples.
     """
 
     name: str
@@ -356,6 +376,7 @@ class Source:
     validation: Samples | None = None
     test: Samples | None = None
     context: Tensor | None = None
+    context_features: tuple[str, ...] | None = None
 
     def split(self, config: DataConfig) -> Splits:
         """Divides the samples by a permutation that depends on the number of samples and ``config.split_seed`` alone.
@@ -384,4 +405,5 @@ class Source:
             levels=self.levels,
             density=self.density,
             features=self.features,
+            context_features=self.context_features,
         )

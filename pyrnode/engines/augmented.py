@@ -24,7 +24,6 @@ from pyrnode.engines.runge_kutta import (
     integrate_fixed,
     per_sample,
 )
-from pyrnode.errors import ConfigError
 from pyrnode.probes import Probes
 
 _PIECE = 20 * 2**20
@@ -196,9 +195,7 @@ def integrate(
     """State and integrals at the end time, by the method and the steps that `solver` asks for."""
     method = solvers.method(solver.name)
     if not solvers.adaptive(solver):
-        if isinstance(solver.step_size, str):
-            raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
-        return integrate_fixed(system, y, q, t_span, solver.step_size, method, on_step=on_step)
+        return integrate_fixed(system, y, q, t_span, solvers.step_size(solver), method, on_step=on_step)
     controlled = min(q.shape[1], 4 if solver.error_control == "all" else 1)
     norm = ErrorNorm(solver.rtol, solver.atol, controlled)
     return integrate_adaptive(system, y, q, t_span, method, norm, maxiters=solver.maxiters, on_step=on_step)

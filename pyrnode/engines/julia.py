@@ -42,7 +42,7 @@ from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.errors import ConfigError, EngineError, EngineUnavailableError, unknown_name
 from pyrnode.probes import Probes
-from pyrnode.solvers import SolverInfo
+from pyrnode.solvers import SolverInfo, step_size
 
 SENSITIVITIES: dict[str, str] = {
     "InterpolatingAdjoint": "the adjoint, solved backwards along an interpolation of the solve (Julia's default)",
@@ -163,8 +163,7 @@ class JuliaEngine(Engine):
         return handle
 
     def _look_up(self, solver: SolverConfig) -> Any:
-        if solver.step_size == "auto":
-            raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+        step_size(solver)
         if not solver.adaptive:
             raise ConfigError("adaptive = false is a setting of PyTorch's engines: name a fixed-step solver, e.g. RK4")
         sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg

@@ -48,8 +48,7 @@ class PlainEngine(Engine):
 
     def check(self, solver: SolverConfig) -> None:
         solvers.method(solver.name)
-        if isinstance(solver.step_size, str):
-            raise ConfigError("step_size = 'auto' is resolved by training; give the engine a number")
+        solvers.step_size(solver)
 
     def steps(self, t_span: tuple[float, float], solver: SolverConfig) -> list[tuple[float, float]]:
         """Times and lengths of the steps; `ConfigError` where they are too many to be written out."""

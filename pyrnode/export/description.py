@@ -56,6 +56,8 @@ def describe(flow: TorchFlow) -> dict[str, Any]:
         "data_dtype": None if flow.data_dtype is None else dtype_name(flow.data_dtype),
         "transforms": _transforms("transform", flow.transform),
         "context_dim": flow.context_dim,
+        "features": None if flow.features is None else list(flow.features),
+        "context_features": None if flow.context_features is None else list(flow.context_features),
         "context_transforms": _transforms("context_transform", flow.context_transform),
         "parts": [_part(f"parts.{i}", part) for i, part in enumerate(flow.parts)],
         **settings(flow),
@@ -148,6 +150,9 @@ def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Torc
     )
     flow = flow.to(getattr(torch, description["dtype"]))
     flow.load_state_dict(dict(tensors))
+    for key in ("features", "context_features"):
+        names = description.get(key)
+        setattr(flow, key, None if names is None else tuple(map(str, names)))
     return flow.eval()
 
 

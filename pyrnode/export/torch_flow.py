@@ -247,6 +247,7 @@ def to_torch(
         context_transform=context,
         data_dtype=flow.data_dtype,
     )
+    module.features, module.context_features = flow.features, flow.context_features
     return module.eval()
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pyrnode import engines, evaluation
 from pyrnode.config import Config, SolverConfig
-from pyrnode.data import load, sources
+from pyrnode.data import load, sources, support
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.progress import progress_bar
@@ -112,6 +112,8 @@ def train(
         settings["data.name"] = str(data)
     config = _resolve(folder, resume, preset, settings)
     splits = load(data, config=config.data, context=context)
+    for remark in support.remarks(splits):
+        print(f"note: {remark}", file=sys.stderr)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
     trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress)

@@ -79,6 +79,8 @@ class Trainer:
             context_dim=splits.context_dim,
             context_transform=context_transform,
             data_dtype=self._data_dtype,
+            features=splits.features,
+            context_features=splits.context_features,
             dynamics=self.make,
         )
 
@@ -326,7 +328,7 @@ def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain |
     if config.flow.standardize and splits.levels is None:
         transform = Chain([Standardize.fit(train.tensor(), train.weight)])
     if config.flow.standardize and train.context is not None:
-        context_transform = Chain([Standardize.fit(train.context)])
+        context_transform = Chain([Standardize.fit_context(train.context)])
     return transform, context_transform
 
 

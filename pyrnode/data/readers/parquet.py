@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrnode.data.readers.base import Array, TableReader, frame_array, reading
+from pyrnode.data.readers.dialect import counts
 from pyrnode.errors import DataError
 
 
@@ -27,7 +28,10 @@ class ParquetReader(TableReader):
         with self._reading(), self._open() as file:
             rows = int(file.metadata.num_rows)
             columns = file.schema_arrow.empty_table().to_pandas().columns
-        super().__init__(path, len(columns), rows=rows, names=tuple(map(str, columns)))
+        names = [str(name).strip() for name in columns]
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}: two columns have one name, among {', '.join(map(repr, names))}")
+        super().__init__(path, len(names), rows=rows, names=None if counts(names) else tuple(names))
 
     def _open(self) -> Any:
         import pyarrow.parquet
