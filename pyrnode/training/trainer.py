@@ -135,7 +135,7 @@ class Trainer:
 
     def _loop(self, bar: Any) -> bool:
         validate_every = self.config.training.validate_every or self.order.steps_per_epoch
-        clock = time.perf_counter()
+        clock, first = time.perf_counter(), self.state.progress.step
         batches = self._batches()
         while not self.finished:
             try:
@@ -149,7 +149,7 @@ class Trainer:
                 shown = beside_the_bar(
                     record, best=progress.best, dim=self.flow.dim, discrete=self.splits.levels is not None
                 )
-                bar.set_postfix(shown, refresh=bar.n <= bar.initial + 3)  # the time left, at once
+                bar.set_postfix(shown, refresh=progress.step <= first + 3)  # the time left, at once
                 if progress.step % validate_every == 0 or progress.step == self.total_steps:
                     bar.set_description("validate")
                     self._validate()
