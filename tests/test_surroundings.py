@@ -112,12 +112,11 @@ for name in sys.argv[2:]:
     c = table[:20, :1] if name == "table" else None
     args = () if c is None else (c,)
     module = flow.to_torch({"step_size": 0.5})
+    fresh = pyrnode.flow.Flow.build(flow.config, flow.event_shape, context_dim=flow.context_dim)
     y = x if name == "table" else x.float() + 0.5
     result[name] = {
         "weights": digest(*flow.state_dict().values()),
-        "initial": digest(
-            *pyrnode.flow.Flow.build(flow.config, flow.event_shape, context_dim=flow.context_dim).parameters()
-        ),
+        "initial": digest(*fresh.parameters()),
         "log_prob": digest(flow.log_prob(x, *args)),
         "estimate": digest(flow.log_prob(x, *args, divergence="hutchinson")),
         "encode": digest(flow.encode(x, *args)),

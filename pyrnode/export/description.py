@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyrnode import solvers
 from pyrnode.config import Divergence, SolverConfig
+from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import Layer
 from pyrnode.errors import ConfigError, unknown_name
@@ -134,58 +135,133 @@ def _layer(prefix: str, layer: Layer) -> dict[str, Any]:
 
 
 def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TorchFlow:
-    """The flow of a description; what does not fit raises `KeyError`, `TypeError`, `RuntimeError` or `ConfigError`."""
-    shape, context_dim = tuple(description["event_shape"]), description["context_dim"]
+    """The flow of a description that `describe` made: the one place where a description is read and checked.
+
+    It is put together without memory, and compared with the tensors that are there before it takes them: what a
+    description claims costs nothing.
+
+    Raises:
+        ConfigError: It is not the description of a flow, or not of these tensors.
+    """
+    try:
+        return _build(description, tensors)
+    except Exception as error:  # JSON may hold anything in any place, and every type fails in a way of its own
+        raise ConfigError(f"{type(error).__name__}: {error}") from error
+
+
+def _build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TorchFlow:
+    shape, (context_dim,) = _sizes(description["event_shape"]), _sizes([description["context_dim"]], least=0)
     solver, divergence = description["solver"], description["divergence"]
     given = {key: solver[key] for key in ("name", "step_size", "rtol", "atol") if key in solver}
+    contexts = [
+        _build_transform(entry, f"context_transform.transforms.{i}", tensors, (context_dim,))
+        for i, entry in enumerate(description["context_transforms"])
+    ]
+    levels = description["levels"]
+    if levels is not None:
+        _sizes([levels], least=2)
+    with torch.device("meta"):
+        parts = _build_parts(description["parts"], shape, context_dim)
+    if divergence["kind"] != "exact":
+        _check_probes(divergence["probes"], [part for part in parts if isinstance(part, Block)], tensors)
     flow = TorchFlow(
-        Chain(_build_transform(entry, shape) for entry in description["transforms"]),
-        [_build_part(entry, context_dim) for entry in description["parts"]],
+        Chain(
+            _build_transform(entry, f"transform.transforms.{i}", tensors, shape)
+            for i, entry in enumerate(description["transforms"])
+        ),
+        parts,
         shape,
-        description["levels"],
+        levels,
         solver=SolverConfig(adaptive="step_size" not in solver, **given),
         data_dtype=None if (given_dtype := description["data_dtype"]) is None else getattr(torch, given_dtype),
         divergence=Divergence(divergence["kind"], divergence.get("probes"), divergence.get("seed", 0)),
-        context_transform=Chain(_build_transform(entry, (context_dim,)) for entry in description["context_transforms"]),
+        context_transform=Chain(contexts),
     )
     flow = flow.to(getattr(torch, description["dtype"]))
-    flow.load_state_dict(dict(tensors))
+    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in flow.state_dict().items()}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if own != found:
+        name = next(name for name in [*own, *found] if own.get(name) != found.get(name))
+        raise ConfigError(f"{name}: the description says {own.get(name)}, the file holds {found.get(name)}")
+    flow.load_state_dict(dict(tensors), assign=True)
     for key in ("features", "context_features"):
         names = description.get(key)
         setattr(flow, key, None if names is None else tuple(map(str, names)))
     return flow.eval()
 
 
-def _build_transform(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Transform:
+def _sizes(values: Any, *, least: int = 1) -> tuple[int, ...]:
+    """Whole numbers, at least `least`."""
+    if not isinstance(values, list) or not all(type(v) is int and least <= v < 2**31 for v in values):
+        raise ConfigError(f"{values!r:.80}: expected whole numbers from {least} on")
+    return tuple(values)
+
+
+def _check_probes(probes: Any, blocks: list[Block], tensors: Mapping[str, Tensor]) -> None:
+    """Compares the claimed number with the probes that are there, before as many are drawn."""
+    for i, block in enumerate(blocks):
+        expected, found = (*_sizes([probes]), *block.dynamics.event_shape), tuple(tensors[f"noise_{i}"].shape)
+        if expected != found:
+            raise ConfigError(f"noise_{i}: the description says {expected}, the file holds {found}")
+
+
+def _build_transform(
+    entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Transform:
     kind = entry["kind"]
     if kind == "standardize":
-        return Standardize(torch.zeros(shape), torch.ones(shape))
+        mean, std = tensors[f"{prefix}.mean"], tensors[f"{prefix}.std"]
+        if not tuple(mean.shape) == tuple(std.shape) == shape:
+            raise ConfigError(f"{prefix}: mean and std of {tuple(mean.shape)} for data of {shape}")
+        return Standardize(mean, std)
     if kind == "dequantize":
-        return Dequantize(entry["levels"])
+        (levels,) = _sizes([entry["levels"]], least=2)
+        return Dequantize(levels)
     if kind == "logit":
-        return Logit(entry["alpha"])
+        return Logit(float(entry["alpha"]))
     raise ConfigError(unknown_name("transform", kind, ("standardize", "dequantize", "logit")))
 
 
-def _build_part(entry: Mapping[str, Any], context_dim: int) -> nn.Module:
-    kind = entry["kind"]
-    if kind == "squeeze":
-        return Squeeze()
-    if kind == "factor_out":
-        return FactorOut()
-    if kind != "block":
-        raise ConfigError(unknown_name("part", kind, ("block", "squeeze", "factor_out")))
-    layers = [
-        Layer(
-            layer["inputs"],
-            layer["outputs"],
-            time=layer["time"],
-            kernel_size=tuple(layer.get("kernel", ())),
-            size=tuple(layer["image"]) if "image" in layer else None,
+def _build_parts(entries: list[Mapping[str, Any]], shape: tuple[int, ...], context_dim: int) -> list[nn.Module]:
+    """The parts, each of which fits the state that the one before it leaves."""
+    parts: list[nn.Module] = []
+    for entry in entries:
+        kind = entry["kind"]
+        if kind == "block":
+            parts.append(_build_block(entry, shape, context_dim))
+        elif kind == "squeeze":
+            if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
+                raise ConfigError(f"a state of {shape} cannot be squeezed")
+            parts.append(Squeeze())
+            shape = Squeeze.shape(shape)
+        elif kind == "factor_out":
+            if len(shape) != 3 or shape[0] % 2:
+                raise ConfigError(f"a state of {shape} cannot be factored out")
+            parts.append(FactorOut())
+            shape = FactorOut.shape(shape)
+        else:
+            raise ConfigError(unknown_name("part", kind, ("block", "squeeze", "factor_out")))
+    return parts
+
+
+def _build_block(entry: Mapping[str, Any], shape: tuple[int, ...], context_dim: int) -> Block:
+    end_time, activation, channels = entry["end_time"], entry["activation"], shape[0]
+    if isinstance(end_time, bool) or not (math.isfinite(end_time) and end_time > 0):
+        raise ConfigError(f"end_time = {end_time!r}: expected a finite positive number")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(unknown_name("activation", activation, ACTIVATIONS))
+    layers = []
+    for layer in entry["layers"]:
+        inputs, outputs = _sizes([layer["inputs"], layer["outputs"]])
+        kernel, image = _sizes(layer.get("kernel", [])), _sizes(layer["image"]) if "image" in layer else None
+        fits = inputs == channels and image == (shape[1:] or None) and len(kernel) == (2 if image else 0)
+        if not fits or any(side % 2 == 0 for side in kernel) or len(set(kernel)) > 1:
+            raise ConfigError(f"a layer of {inputs} channels {image}, sides {kernel}, where the state is {shape}")
+        size = (image[0], image[1]) if image else None
+        layers.append(Layer(inputs, outputs, time=layer["time"], kernel_size=kernel, size=size))
+        channels = outputs
+    if not layers or channels != shape[0] or _sizes(entry["event_shape"]) != shape:
+        raise ConfigError(
+            f"a block of {entry['event_shape']!r:.80} with {channels} outputs, where the state is {shape}"
         )
-        for layer in entry["layers"]
-    ]
-    if not math.isfinite(entry["end_time"]):
-        raise ConfigError(f"end_time = {entry['end_time']!r}: expected a finite number")
-    dynamics = LayeredDynamics(layers, entry["activation"], tuple(entry["event_shape"]), context_dim)
-    return Block(dynamics, entry["end_time"])
+    return Block(LayeredDynamics(layers, activation, shape, context_dim), end_time)

@@ -11,7 +11,7 @@ import copy
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from pyrnode.export.torch_flow import TorchFlow
 from pyrnode.seeds import seeded
 from pyrnode.version import VERSION
 
-FORMAT = 2
-"""Version of what is written into programs."""
+FORMAT = 2  # of what is written into programs
 
 SUFFIXES = {"torch.export": ".pt2", "safetensors": ".safetensors", "onnx": ".onnx"}
 """The kinds of files, and how the names of each end; a name that ends in none of them may be of any kind."""
@@ -125,7 +124,7 @@ def save(flow: TorchFlow, path: str | Path, *, to: str = "torch.export", program
         raise ConfigError(unknown_name("program", program, programs.PROGRAMS))
     content = _program_bytes(flow, to, program)
     files.write_atomically(path, content)
-    if path.read_bytes() != content:
+    if path.read_bytes() != content:  # what is run next is what was made here
         raise CheckpointError(f"{path} is not what was written to it; export it again")
     return _agreeing(path, _verify_program(path, content, to, trust=True))
 
@@ -282,8 +281,8 @@ def _verify_program(path: Path, content: bytes, target: str, *, trust: bool) -> 
         outputs = [_shares(outputs[0], carried.median)]
     if len(outputs) != len(expected):
         raise CheckpointError(f"{path} gives {len(outputs)} outputs, and carries {len(expected)}; export it again")
-    pairs = zip(outputs, expected.items(), strict=True)
-    return carried.result(target, {name: _difference(out, want) for out, (name, want) in pairs})
+    differences = map(_difference, outputs, expected.values())
+    return carried.result(target, dict(zip(expected, differences, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -380,21 +379,28 @@ def _save_tensors(flow: TorchFlow, path: str | Path) -> None:
     files.write(path, _KIND, {**flow.state_dict(), **examples}, description)
 
 
-def _load(path: str | Path) -> tuple[TorchFlow, dict[str, Tensor], dict[str, Any]]:
-    """The flow, the examples, and the description."""
+def _load(path: str | Path) -> tuple[TorchFlow, dict[str, Tensor], Verification]:
+    """The flow, the examples, and what is known before they are compared."""
     tensors, description = files.read(path, _KIND)
     examples = {name: tensors.pop(name) for name in list(tensors) if name.startswith("example.")}
     try:
-        return build(description, tensors), examples, description
-    except (KeyError, TypeError, AttributeError, RuntimeError, ConfigError) as error:
+        flow = build(description, tensors)
+        versions, tolerance = description["versions"], float(description["tolerance"])
+        if not 0 <= tolerance <= TOLERANCES[description["dtype"]] or not isinstance(versions, dict):
+            raise ValueError("tolerance or versions")
+        names = ("x", "z", "log_det", "log_prob", "decoded", *(["context"] if flow.context_dim else []))
+        if examples.keys() != {f"example.{name}" for name in names}:
+            raise ValueError("the examples are not there")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{path} does not describe a flow of this version: {error}") from error
+    return flow, examples, Verification("safetensors", "all", {}, tolerance, versions)
 
 
 @torch.no_grad()
 def _verify_tensors(path: Path) -> Verification:
-    flow, examples, description = _load(path)
+    flow, examples, known = _load(path)
     x, context = examples["example.x"], examples.get("example.context")
     outputs = dict(zip(programs.Encode.outputs, programs.Encode(flow)(x, context), strict=True))
     differences = {name: _difference(value, examples[f"example.{name}"]) for name, value in outputs.items()}
     differences["x"] = _difference(flow.inverse(examples["example.z"], context), examples["example.decoded"])
-    return Verification("safetensors", "all", differences, description["tolerance"], dict(description["versions"]))
+    return replace(known, differences=differences)
