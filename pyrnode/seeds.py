@@ -10,10 +10,12 @@ import hashlib
 
 import torch
 
+from pyrnode.settings import whole
+
 
 def derive(seed: int, *purpose: object) -> int:
     """A seed for one purpose: ``derive(0, "noise", step)``."""
-    text = repr((seed, *purpose)).encode()
+    text = repr((whole(seed, "seed", None), *purpose)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
