@@ -130,7 +130,7 @@ class Composition(nn.Module):
     """Samples per solve."""
 
     features: Names | None = None
-    """Names of the columns that it was trained on, where they had some; data frames and files are put in their order."""
+    """Names of the columns that it was trained on, if they had some: data frames and files are put in their order."""
 
     context_features: Names | None = None
     """The same of the context."""

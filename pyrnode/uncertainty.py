@@ -26,8 +26,8 @@ from torch import Tensor
 from pyrnode import solvers
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Divergence, SolverConfig
-from pyrnode.engines import TorchEngine
 from pyrnode.data.arrays import check_spread
+from pyrnode.engines import TorchEngine
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.probes import Draw, Probes, SampleNoise
 

@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Callable[[Array], Any], str]] = {
     "masked": (lambda _: masked(), "1 masked cells: drop their rows"),
     "complex": (lambda x: x + 1j, "[Cc]omplex"),
     "sparse": (lambda x: __import__("scipy.sparse").sparse.csr_matrix(x), "[Ss]parse"),
-    "text": (lambda x: x.astype(str).tolist()[:-1] + [["x", "y"]], "text|not .*convert|strings"),
+    "text": (lambda x: [*x.astype(str).tolist()[:-1], ["x", "y"]], "text|not .*convert|strings"),
     "dates": (lambda x: x.astype("datetime64[s]"), "dates|could not convert|datetime|DType|not supported"),
 }
 
@@ -177,7 +177,7 @@ def test_pandas_types() -> None:
     for column in (pd.array([1, None] * 20, dtype="Int64"), pd.array([1.0, None] * 20, dtype="Float64")):
         with pytest.raises(DataError, match="row 1, column 'z'"):
             load(frame.assign(z=column))
-    with pytest.raises(DataError, match="column 'z' has type object: .*astype"):
+    with pytest.raises(DataError, match=r"column 'z' has type object: .*astype"):
         load(frame.assign(z=pd.Series([1.5, 2.5] * 20, dtype=object)))
     with pytest.raises(DataError, match="column 'z' is not a number"):
         load(frame.assign(z=pd.Series([1.5, "x"] * 20, dtype=object)))
@@ -228,7 +228,7 @@ def test_spread_pixels_are_taken() -> None:
 
 def test_whole_numbers_as_floats_are_no_continuous_images() -> None:
     x = torch.randint(0, 256, (20, 1, 4, 4)).float()
-    with pytest.raises(DataError, match="whole numbers .* as integers"):
+    with pytest.raises(DataError, match=r"whole numbers .* as integers"):
         load(x)
     assert isinstance(load(x + torch.rand(x.shape)).train, TensorSamples)
 
@@ -345,5 +345,7 @@ def test_a_step_that_is_still_to_be_found_says_what_to_do() -> None:
             lambda solver: flow.to_torch(solver),
             lambda solver: flow.sample(2, solver=solver),
         ):
-            with pytest.raises(ConfigError, match=r"train with it, or give a number, e.g. {'name': .*'step_size': 0.25}"):
+            with pytest.raises(
+                ConfigError, match=r"train with it, or give a number, e.g. {'name': .*'step_size': 0.25}"
+            ):
                 use(solver)

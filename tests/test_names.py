@@ -96,8 +96,10 @@ def test_tables_are_put_in_order(flow: Flow) -> None:
             assert torch.equal(flow.log_prob(table), expected)
             assert torch.equal(flow.encode(table), latents)
             assert pyrnode.evaluate(flow, table).score == pyrnode.evaluate(flow, frame.to_numpy()).score
-            assert torch.equal(load(table).train.tensor(), load(np.asarray(table.to_numpy() if hasattr(table, "to_numpy")
-                else table.to_pandas())).train.tensor())
+            assert torch.equal(
+                load(table).train.tensor(),
+                load(np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table.to_pandas())).train.tensor(),
+            )
         assert torch.equal(flow.log_prob(frame.to_numpy()[:, ::-1]), flow.log_prob(frame.to_numpy()[:, [1, 0]]))
         bare = frame.set_axis([0, 1], axis=1)
         assert torch.equal(flow.log_prob(bare), expected)
@@ -157,7 +159,7 @@ def test_contexts_are_put_in_order(conditional: Flow) -> None:
             assert torch.equal(conditional.distribution(given).log_prob(torch.tensor(x.to_numpy())), expected)
             report = pyrnode.evaluate(conditional, x, context=given)
             assert report.score == pyrnode.evaluate(conditional, x.to_numpy(), context=c.to_numpy()).score
-        with pytest.raises(DataError, match="the context has other columns .*missing: 'north'"):
+        with pytest.raises(DataError, match=r"the context has other columns .*missing: 'north'"):
             conditional.log_prob(x, c.rename(columns={"north": "up"}))
 
 

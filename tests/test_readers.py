@@ -410,7 +410,7 @@ def header(text: str, version: bytes = b"\x01\x00") -> bytes:
 
 CLAIMS = {
     "a huge shape": "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 2)}",
-    "a shape beyond int64": "{'descr': '<f8', 'fortran_order': False, 'shape': (%d, 2)}" % 10**30,
+    "a shape beyond int64": "{'descr': '<f8', 'fortran_order': False, 'shape': (" + "9" * 30 + ", 2)}",
     "a shape that wraps": "{'descr': '<f8', 'fortran_order': False, 'shape': (4294967296, 4294967296)}",
     "one row too many": "{'descr': '<f8', 'fortran_order': False, 'shape': (21, 2)}",
     "a negative shape": "{'descr': '<f8', 'fortran_order': False, 'shape': (-20, 2)}",
@@ -431,7 +431,7 @@ def test_claims_of_numpy_files_are_compared_with_what_is_there(name: str, versio
     refused(path, "cannot be read|is not a .npy file of numbers")
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("a.npy", content)
-    with pytest.raises(DataError, match="cannot be read|is not a .npz file of numbers"):
+    with pytest.raises(DataError, match=r"cannot be read|is not a .npz file of numbers"):
         load(tmp_path / "x.npz")
 
 
@@ -497,7 +497,9 @@ def test_images_are_opened_as_what_their_names_say(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
     folder = folder_of(tmp_path)
-    (folder / "03.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
+    (folder / "03.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+    )
     with pytest.raises(DataError, match=r"03\.png is not a readable PNG image"):
         load(folder)
 

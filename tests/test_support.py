@@ -29,7 +29,7 @@ FOUND: dict[str, tuple[dict[str, Any], str]] = {
     "a sum": ({"a": A, "b": B, "c": A + B}, r"column '[abc]' is a linear combination of '[abc]', '[abc]'"),
     "a sum far from zero": ({"a": A + 1e6, "b": B, "c": A + B}, r"is a linear combination of"),
     "shares": ({"a": A, "b": B, "c": C, "d": 1 - A - B - C}, r"is a linear combination of '\w', '\w', '\w'"),
-    "one-hot": ({"a": A, **{f"is{i}": (K == i) * 1.0 for i in range(3)}}, r"columns 'is0', 'is1', 'is2' \(3 of 4\)"),
+    "one-hot": ({"a": A, **{f"is{i}": (i == K) * 1.0 for i in range(3)}}, r"columns 'is0', 'is1', 'is2' \(3 of 4\)"),
     "classes": ({"a": A, "k": K * 1.0}, r"column 'k' \(of 2\) has values that recur \(the commonest in 3\d%"),
     "zeros": ({"a": A, "rain": np.maximum(B, 0)}, r"column 'rain' \(of 2\) has values that recur"),
 }
@@ -83,8 +83,9 @@ def test_rows_of_two_splits() -> None:
     assert remarks(split(x, c)) == []  # other contexts
     images = torch.randint(0, 256, (400, 1, 3, 3), dtype=torch.uint8)
     images[399] = images[0]
-    assert remarks(split(images)) == ["repeated rows: 1 of 50 test samples are training samples too, so their scores say "
-        "little of new data"]
+    assert remarks(split(images)) == [
+        "repeated rows: 1 of 50 test samples are training samples too, so their scores say little of new data"
+    ]
     signs = torch.randn(400, 2).double()  # rows that differ in signs alone are others
     signs[300:] = -signs[:100]
     assert remarks(split(signs)) == []

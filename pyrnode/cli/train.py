@@ -10,7 +10,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -113,8 +113,9 @@ def sample(args: argparse.Namespace) -> int:
 def _csv(samples: torch.Tensor, names: Sequence[str] | None) -> str:
     """Rows of samples with every digit, under the names of the columns, if they have some."""
     text = io.StringIO(newline="")
-    quoted = csv.QUOTE_ALL if any(name[:1].isdigit() for name in names or ()) else csv.QUOTE_MINIMAL
-    csv.writer(text, lineterminator="\n", quoting=quoted).writerows([names] if names else [])  # "2000" is a name
+    numbers = any(name[:1].isdigit() for name in names or ())  # "2000" in quotes is a name
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if numbers else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerows([names] if names else [])
     lines = csv.writer(text, lineterminator="\n")
     lines.writerows([[repr(number) for number in row] for row in samples.tolist()])
     return text.getvalue()

@@ -40,7 +40,22 @@ _FORMATS = {
 }
 """What a file is opened as, by its name, and never as anything else: some of PIL's formats start other programs."""
 
-_OTHERS = {".avif", ".heic", ".heif", ".jp2", ".svg", ".eps", ".ps", ".pdf", ".ico", ".tga", ".psd", ".raw", ".dng", ".jfif"}
+_OTHERS = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".svg",
+    ".eps",
+    ".ps",
+    ".pdf",
+    ".ico",
+    ".tga",
+    ".psd",
+    ".raw",
+    ".dng",
+    ".jfif",
+}
 """Images by their names that are not opened: a folder that has some is not read in part."""
 
 _PIXELS = 2**26
@@ -153,13 +168,18 @@ class ImageFiles(Dataset[Tensor]):
                 warnings.simplefilter("ignore")  # of PIL, about large images and damaged tags
                 with Image.open(path, formats=[format]) as image:
                     if image.width * image.height > _PIXELS:
-                        raise DataError(f"{path} claims {image.width}×{image.height} pixels: expected at most {_PIXELS}")
-                    if getattr(image, "n_frames", 1) > 1:
-                        raise DataError(f"{path} has {image.n_frames} frames: expected one; save them as files")
+                        raise DataError(
+                            f"{path} claims {image.width}×{image.height} pixels: expected at most {_PIXELS}"
+                        )
+                    if (frames := getattr(image, "n_frames", 1)) > 1:
+                        raise DataError(f"{path} has {frames} frames: expected one; save each as a file")
                     image.load()
         except DataError:
             raise
-        except (Exception, MemoryError) as error:  # whatever a damaged file raises: DecompressionBombError, struct.error
+        except (
+            Exception,
+            MemoryError,
+        ) as error:  # whatever a damaged file raises: DecompressionBombError, struct.error
             remedy = "remove it, or fetch it again"
             raise DataError(f"{path} is not a readable {format} image ({_told(error)}); {remedy}") from error
         value = image_tensor(image, str(path), self.channels)

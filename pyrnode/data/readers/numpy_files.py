@@ -16,7 +16,7 @@ from pyrnode.data.readers.base import Array, Reader, reading
 from pyrnode.errors import DataError
 
 _RATIO, _SMALL = 100, 2**26
-"""How many times its size an archive may hold, and how many bytes of any: more is no data, deflate makes 1032 of one."""
+"""How many times its size an archive may hold, and how many bytes of any: more is no data (deflate: 1032)."""
 
 
 class NumpyReader(Reader):
@@ -83,7 +83,11 @@ def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], Any, np.dtype[
         raise ValueError("its header is no description of an array") from error
     if dtype.hasobject:
         raise ValueError("Python objects")
-    if dtype.itemsize == 0 or any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize > size - file.tell():
+    if (
+        dtype.itemsize == 0
+        or any(length < 0 for length in shape)
+        or math.prod(shape) * dtype.itemsize > size - file.tell()
+    ):
         raise ValueError(f"shape {shape} of {dtype} is more than the {size - file.tell()} bytes that follow")
     return shape, "F" if fortran else "C", dtype
 
