@@ -23,6 +23,7 @@ from pyrnode.engines import Engine, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.parts import Block, FactorOut, Squeeze
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
+from pyrnode.settings import whole
 from pyrnode.tracing import holds, in_own_precision, recording
 from pyrnode.transforms import Chain
 
@@ -129,7 +130,7 @@ class Composition(nn.Module):
     """Samples per solve."""
 
     features: Names | None = None
-    """Names of the columns that it was trained on, where they had some; data frames and files are put in their order."""
+    """Names of the columns that it was trained on, if they had some: data frames and files are put in their order."""
 
     context_features: Names | None = None
     """The same of the context."""
@@ -362,11 +363,11 @@ class Composition(nn.Module):
             Latents ``(n, d)`` or ``(b n, d)``, the context of each, and the shape ``(n,)`` or ``(b, n)``.
 
         Raises:
-            ConfigError: `n` is not a positive number.
+            ConfigError: `n` is no whole number, or negative.
             DataError: The context is missing, superfluous or of the wrong shape.
         """
-        if not recording() and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise ConfigError(f"n = {n!r}: expected a positive number of samples")
+        if not recording():
+            n = whole(n, "n", 0, "number of samples")
         context = self.context_tensor(context)
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
@@ -374,7 +375,8 @@ class Composition(nn.Module):
         if seed is None:
             z = torch.randn(*shape, dtype=dtype)  # no generator argument: where operations are recorded, n is a symbol
         else:
-            z = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(whole(seed, "seed", None))
+            z = torch.randn(*shape, dtype=dtype, generator=generator)
         if context is not None and len(lead) == 2:
             context = context.repeat_interleave(n, 0)
         return z.flatten(0, -2).to(self.reference.device) * temperature, context, lead

@@ -22,6 +22,7 @@ from pyrnode.config import DivergenceLike, SolverLike
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.probes import SampleNoise
+from pyrnode.settings import whole
 
 KL_SAMPLES = 4096
 """Samples from which `torch.distributions.kl_divergence` estimates where a flow takes part."""
@@ -298,8 +299,7 @@ def kl_divergence(
     """
     if p.event_shape != q.event_shape:
         raise ConfigError(f"events of shape {tuple(p.event_shape)} and {tuple(q.event_shape)} cannot be compared")
-    if samples < 2:
-        raise ConfigError(f"samples = {samples!r}: expected at least 2")
+    samples, seed = whole(samples, "samples", 2), whole(seed, "seed", None)
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         x = p.rsample((samples,)) if p.has_rsample else p.sample((samples,))

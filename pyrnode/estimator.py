@@ -323,14 +323,13 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             UnfittedError: `fit` has not been called.
-            ConfigError: `n_samples` is not a positive number.
+            ConfigError: `n_samples` is no whole number, or negative.
             DataError: `context` as in `score_samples`.
         """
         self._fitted("flow_", "is not fitted: call fit first")
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         given = self._context(context, None)
-        count = int(n_samples) if isinstance(n_samples, np.integer) else n_samples  # as a search may hand it over
-        return self.flow_.sample(count, given, seed=seed).double().cpu().numpy()
+        return self.flow_.sample(n_samples, given, seed=seed).double().cpu().numpy()
 
     def calibrate(self, X: ArrayLike, context: ArrayLike | None = None) -> Self:
         """Takes the scores behind `p_values` from samples ``(n, d)`` that were not trained on.

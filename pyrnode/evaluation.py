@@ -146,8 +146,9 @@ def evaluate(
 
     Args:
         flow: The flow.
-        data: An array, tensor ``(n, *event)`` or data frame, all of which is scored; or `Splits`, or what `pyrnode.train` takes
-            (a name, a path, a torch data set): the test set is scored, baselines are fitted on the training set.
+        data: An array, tensor ``(n, *event)`` or data frame, all of which is scored; or `Splits`, or what
+            `pyrnode.train` takes (a name, a path, a torch data set): the test set is scored, baselines are fitted on
+            the training set.
         context: What the samples are conditional on, ``(n, m)``, a row for each; for conditional flows.
         config: Settings; default those of the flow.
         training_solver: Solver to compare with; default the flow's training solver.

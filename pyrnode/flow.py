@@ -247,7 +247,7 @@ class Flow(Composition):
         """Draws samples.
 
         Args:
-            n: How many; of a conditional flow, how many for each context.
+            n: How many, 0 too; of a conditional flow, how many for each context.
             context: ``(m,)`` or ``(b, m)``, for conditional flows.
             solver: Solver; default the accurate one.
             seed: Seed; `None` draws from torch's global generator.
@@ -257,7 +257,7 @@ class Flow(Composition):
             ``(n, *event)``, or ``(b, n, *event)`` for b contexts; integers for discrete data.
 
         Raises:
-            ConfigError: `n` is not a positive number, or `temperature` is out of range.
+            ConfigError: `n` is no whole number or negative, or `temperature` is out of range.
             DataError: `context` as in `log_prob`.
             SolverError: A solve failed.
         """

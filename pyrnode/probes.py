@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrnode.config import Divergence
+from pyrnode.settings import whole
 
 
 class Probes(NamedTuple):
@@ -77,7 +78,7 @@ class SampleNoise:
     """
 
     def __init__(self, x: Tensor, seed: int, dtype: torch.dtype) -> None:
-        self._x, self._seed, self._dtype = x.detach(), seed, dtype
+        self._x, self._seed, self._dtype = x.detach(), whole(seed, "seed", None), dtype
 
     @cached_property
     def _keys(self) -> list[NDArray[np.uint64]]:

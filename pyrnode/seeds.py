@@ -13,12 +13,14 @@ from contextlib import contextmanager
 
 import torch
 
+from pyrnode.settings import whole
+
 _GLOBAL = threading.RLock()  # a network that is being made may make another
 
 
 def derive(seed: int, *purpose: object) -> int:
     """A seed for one purpose: ``derive(0, "noise", step)``."""
-    text = repr((seed, *purpose)).encode()
+    text = repr((whole(seed, "seed", None), *purpose)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 

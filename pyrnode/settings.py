@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import fields
 from types import UnionType
@@ -35,6 +36,22 @@ def at_least(section: object, minimum: float, *names: str, strict: bool = False)
 
 _INTEGERS = 2**63
 """Bound on integers; torch takes no larger ones, and text beyond some thousand digits is not even printed."""
+
+
+def whole(value: Any, name: str, minimum: int | None = 0, what: str = "whole number") -> int:
+    """A whole number of Python, numpy or torch as Python's own, which alone goes everywhere and has one `repr`.
+
+    Raises:
+        ConfigError: It is none, or less than `minimum`.
+    """
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or (minimum is not None and number < minimum):
+        bound = "" if minimum is None else f", at least {minimum}"
+        raise ConfigError(f"{name} = {value!r}: expected a {what}{bound}")
+    return number
 
 
 class Section:
@@ -143,9 +160,10 @@ def _sections(section: type[Section]) -> dict[str, type[Section]]:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """Fits `value` to its annotation (int → float, list → tuple, mapping → section), or says what was expected.
 
-    Numbers and texts of numpy's, as searches over settings hand them over, become Python's.
+    Numbers and texts of numpy's and torch's, as searches over settings hand them over, become Python's.
     """
-    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):
+        value = value.item()
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:

@@ -413,7 +413,7 @@ def test_demo_runs_both_and_prints_the_comparison(
         (["sample", "GOOD", "--out", "x.jpg"], "expected a .png (images) or .npy file"),
         (["sample", "GOOD", "--out", "x.png"], "samples are not images"),
         (["sample", "GOOD", "--out", "no/x.npy"], "cannot write no/x.npy: No such file or directory"),
-        (["sample", "GOOD", "--out", "x.npy", "-n", "0"], "expected a positive number of samples"),
+        (["sample", "GOOD", "--out", "x.npy", "-n", "-1"], "expected a number of samples, at least 0"),
         (["presets", "digts"], "did you mean 'digits'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

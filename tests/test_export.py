@@ -347,8 +347,8 @@ def test_bad_values() -> None:
         module.log_prob(torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))
     with pytest.raises(DataError, match=r"latents of shape \(4, 1\)"):
         module.inverse(torch.randn(4, 1))
-    for n in (0, -1, 2.0, True):
-        with pytest.raises(ConfigError, match="positive number of samples"):
+    for n in (-1, 2.0, True):
+        with pytest.raises(ConfigError, match="expected a number of samples, at least 0"):
             module.sample(n)  # type: ignore[arg-type]
 
 

@@ -242,8 +242,8 @@ def test_other_bad_calls() -> None:
     flow = build((2,))
     with pytest.raises(DataError, match=r"latents of shape \(3, 5\)"):
         flow.decode(torch.zeros(3, 5))
-    with pytest.raises(ConfigError, match="n = 0: expected a positive number"):
-        flow.sample(0)
+    with pytest.raises(ConfigError, match="n = -1: expected a number of samples, at least 0"):
+        flow.sample(-1)
     with pytest.raises(ConfigError, match="unknown kind 'exakt'"):
         flow.log_prob(torch.zeros(1, 2), divergence="exakt")
     with pytest.raises(CheckpointError, match="does not exist"):

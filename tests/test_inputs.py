@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,11 @@ import torch
 from torch import Tensor
 
 import pyrnode
-from pyrnode.config import Config
+from pyrnode.cli import main
+from pyrnode.config import Config, SolverConfig
 from pyrnode.data import TensorSamples, load
-from pyrnode.errors import DataError
+from pyrnode.data.readers import open_file
+from pyrnode.errors import ConfigError, DataError
 from pyrnode.estimator import RNODEDensity
 from pyrnode.flow import Flow
 from pyrnode.transforms import Chain, Standardize
@@ -225,3 +231,121 @@ def test_whole_numbers_as_floats_are_no_continuous_images() -> None:
     with pytest.raises(DataError, match=r"whole numbers .* as integers"):
         load(x)
     assert isinstance(load(x + torch.rand(x.shape)).train, TensorSamples)
+
+
+# --- whole numbers, and none -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [np.int64, np.uint8, np.array, torch.tensor])
+def test_whole_numbers_of_others(of: Callable[[int], Any]) -> None:
+    """The same as Python's, down to the noise, whose seed goes through its text."""
+    flow, x = image_flow(), pixels()
+    assert torch.equal(flow.sample(of(3), seed=of(1)), flow.sample(3, seed=1))
+    assert torch.equal(flow.encode(x, seed=of(1)), flow.encode(x, seed=1))
+    assert pyrnode.evaluate(flow, x, seed=of(1)).score == pyrnode.evaluate(flow, x, seed=1).score
+    assert torch.equal(flow.to_torch().sample(of(2), seed=of(1)), flow.to_torch().sample(2, seed=1))
+    assert flow.distribution().sample((of(2),)).shape == (2, 1, 4, 4)
+    model = RNODEDensity(hidden=(4,), max_steps=of(2), batch_size=of(20), random_state=0).fit(table())
+    plain = RNODEDensity(hidden=(4,), max_steps=2, batch_size=20, random_state=0).fit(table())
+    np.testing.assert_array_equal(model.score_samples(table()), plain.score_samples(table()))
+    assert model.sample(of(3), random_state=0).shape == (3, 2)
+    settings: dict[str, Any] = {"hidden": [4], "evaluate": False, "progress": False}
+    given = pyrnode.train(table(), epochs=of(1), seed=of(3), batch_size=of(16), **settings).flow
+    same = pyrnode.train(table(), epochs=1, seed=3, batch_size=16, **settings).flow
+    assert torch.equal(given.log_prob(table()), same.log_prob(table()))
+
+
+@pytest.mark.parametrize("n", [1.0, True, np.bool_(True), "3", -1, None, np.float64(2), np.array([1, 2])])
+def test_other_numbers_of_samples_are_refused(n: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a number of samples, at least 0"):
+        flow_of().sample(n)
+
+
+def test_no_samples() -> None:
+    flow, conditional, images = flow_of(), flow_of(m=3), image_flow()
+    assert flow.sample(0).shape == (0, 2)
+    assert flow.sample(0).dtype == flow.sample(1).dtype
+    assert (images.sample(0).shape, images.sample(0).dtype) == ((0, 1, 4, 4), torch.uint8)
+    assert conditional.sample(0, torch.zeros(3)).shape == (0, 2)
+    assert conditional.sample(0, torch.zeros(5, 3)).shape == (5, 0, 2)
+    assert conditional.sample(2, torch.zeros(0, 3)).shape == (0, 2, 2)
+    for solver in (None, {"rtol": 1e-5}):
+        assert flow.to_torch(solver).sample(0).shape == (0, 2)
+        assert conditional.to_torch(solver).sample(0, torch.zeros(5, 3, dtype=torch.float64)).shape == (5, 0, 2)
+    assert flow.distribution().sample((0,)).shape == (0, 2)
+    assert flow.distribution().sample((4, 0)).shape == (4, 0, 2)
+    assert flow.log_prob(np.empty((0, 2))).shape == (0,)
+    assert flow.decode(np.empty((0, 2))).shape == (0, 2)
+    assert RNODEDensity(hidden=(4,), max_steps=2).fit(table()).sample(0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("names", [("weight", "height, cm"), ("2000", "2001"), None])
+def test_samples_are_written_as_a_table(names: tuple[str, ...] | None, tmp_path: Path) -> None:
+    flow = Flow.build(Config().override(SMALL), (2,), features=names)
+    flow.save(tmp_path / "flow.safetensors")
+    for suffix in (".csv", ".npy"):
+        out = tmp_path / f"samples{suffix}"
+        assert main(["sample", str(tmp_path / "flow.safetensors"), "--out", str(out), "-n", "20", "--seed", "1"]) == 0
+        reader = open_file(out)
+        assert reader.names == (names if suffix == ".csv" else None)
+        np.testing.assert_array_equal(reader.whole(), flow.sample(20, seed=1).numpy())
+
+
+def test_images_are_not_written_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_flow().save(tmp_path / "flow.safetensors")
+    assert main(["sample", str(tmp_path / "flow.safetensors"), "--out", str(tmp_path / "x.csv")]) == 1
+    assert "name a .png or .npy file" in capsys.readouterr().err
+
+
+def test_a_context_on_the_command_line_keeps_its_digits(tmp_path: Path) -> None:
+    seconds = Chain([Standardize(torch.tensor([1.7e9], dtype=torch.float64), torch.ones(1, dtype=torch.float64))])
+    flow = Flow.build(Config().override(SMALL), (2,), context_dim=1, context_transform=seconds)
+    torch.nn.init.normal_(flow.blocks[0].dynamics.context.weight)  # type: ignore[union-attr, arg-type]
+    flow.save(tmp_path / "flow.safetensors")
+    out = tmp_path / "x.npy"
+    for context in (1.7e9 + 1, 1.7e9 + 2):
+        given = ["--context", repr(context), "-n", "3", "--out", str(out)]
+        assert main(["sample", str(tmp_path / "flow.safetensors"), *given]) == 0
+        np.testing.assert_array_equal(np.load(out), flow.sample(3, np.array([context]), seed=0).numpy())
+
+
+# --- sbi, and steps that are still to be found -----------------------------------------------------------------------
+
+
+def test_sbi_samples_of_an_empty_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's estimator, by a stand-in of sbi's base, which is not installed everywhere."""
+
+    class Estimator(torch.nn.Module):
+        def __init__(self, net: torch.nn.Module, input_shape: torch.Size, condition_shape: torch.Size) -> None:
+            super().__init__()
+            self.net, self.input_shape, self.condition_shape = net, input_shape, condition_shape
+
+    base, inference = types.ModuleType("base"), types.ModuleType("inference")
+    base.ConditionalDensityEstimator, inference.NPE = Estimator, None  # type: ignore[attr-defined]
+    for name in ("sbi", "sbi.neural_nets", "sbi.neural_nets.estimators"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "sbi.neural_nets.estimators.base", base)
+    monkeypatch.setitem(sys.modules, "sbi.inference", inference)
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples/inside_sbi.py"))
+    theta, x = torch.randn(20, 2), torch.randn(20, 3)
+    x[:, 1] = 4.0  # a setting that does not vary
+    estimator = example["rnode"](Config().override(SMALL))(theta, x)
+    for shape in ((), (4,), (0,), (2, 3)):
+        assert estimator.sample(torch.Size(shape), x[:5]).shape == (*shape, 5, 2)
+    density = flow_of(m=3).distribution(x[:5])
+    assert density.sample(torch.Size(())).shape == (5, 2)
+    assert flow_of().distribution().sample().shape == (2,)
+
+
+def test_a_step_that_is_still_to_be_found_says_what_to_do() -> None:
+    flow = flow_of()
+    for solver in ({"name": "RK4", "step_size": "auto"}, SolverConfig(name="Heun", step_size="auto")):
+        for use in (
+            lambda solver: flow.log_prob(table(), solver=solver),
+            lambda solver: flow.to_torch(solver),
+            lambda solver: flow.sample(2, solver=solver),
+        ):
+            with pytest.raises(
+                ConfigError, match=r"train with it, or give a number, e.g. {'name': .*'step_size': 0.25}"
+            ):
+                use(solver)

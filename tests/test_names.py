@@ -159,7 +159,7 @@ def test_contexts_are_put_in_order(conditional: Flow) -> None:
             assert torch.equal(conditional.distribution(given).log_prob(torch.tensor(x.to_numpy())), expected)
             report = pyrnode.evaluate(conditional, x, context=given)
             assert report.score == pyrnode.evaluate(conditional, x.to_numpy(), context=c.to_numpy()).score
-        with pytest.raises(DataError, match="the context has other columns .*missing: 'north'"):
+        with pytest.raises(DataError, match=r"the context has other columns .*missing: 'north'"):
             conditional.log_prob(x, c.rename(columns={"north": "up"}))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from pyrnode.anomalies import calibrate, score_file
 from pyrnode.cli.score import score as score_command
@@ -19,6 +23,7 @@ from pyrnode.cli.score import score_arguments
 from pyrnode.config import Config, DataConfig
 from pyrnode.data import Splits, load
 from pyrnode.data.chunks import open_chunks
+from pyrnode.data.images import ImageFiles
 from pyrnode.data.readers import open_file
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.flow import Flow
@@ -391,3 +396,142 @@ def test_no_file_raises_what_is_not_ours(tmp_path: Path) -> None:
             else:
                 same = np.array_equal(other, read[0], equal_nan=True)
             assert same, (content, config, read)
+
+
+# --- damaged and hostile files ---------------------------------------------------------------------------------------
+
+
+def header(text: str, version: bytes = b"\x01\x00") -> bytes:
+    """The start of a ``.npy`` file."""
+    content = text.encode() + b"\n"
+    length = len(content).to_bytes(2 if version[0] == 1 else 4, "little")
+    return b"\x93NUMPY" + version + length + content
+
+
+CLAIMS = {
+    "a huge shape": "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 2)}",
+    "a shape beyond int64": "{'descr': '<f8', 'fortran_order': False, 'shape': (" + "9" * 30 + ", 2)}",
+    "a shape that wraps": "{'descr': '<f8', 'fortran_order': False, 'shape': (4294967296, 4294967296)}",
+    "one row too many": "{'descr': '<f8', 'fortran_order': False, 'shape': (21, 2)}",
+    "a negative shape": "{'descr': '<f8', 'fortran_order': False, 'shape': (-20, 2)}",
+    "no shape": "{'descr': '<f8', 'fortran_order': False}",
+    "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (20, 2)}",
+    "nothing wide": "{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000, 2)}",
+    "brackets": "(" * 5000,
+    "no dictionary": "3",
+    "not Python": "{'descr': \0",
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("version", [b"\x01\x00", b"\x02\x00"])
+def test_claims_of_numpy_files_are_compared_with_what_is_there(name: str, version: bytes, tmp_path: Path) -> None:
+    content = header(CLAIMS[name], version) + np.arange(40.0).tobytes()
+    path = write(tmp_path / "x.npy", content)
+    refused(path, "cannot be read|is not a .npy file of numbers")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", content)
+    with pytest.raises(DataError, match=r"cannot be read|is not a .npz file of numbers"):
+        load(tmp_path / "x.npz")
+
+
+def test_an_archive_that_unpacks_to_more_than_data_does_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.zeros((2**24, 2)))  # 268 MB in 260 kB
+    with pytest.raises(DataError, match="many times what it has compressed"):
+        load(tmp_path / "x.npz")
+
+
+def test_no_damaged_file_raises_what_is_not_ours(tmp_path: Path) -> None:
+    """Bytes of tables and images changed, cut and doubled: what is read has a finite shape, or the error is ours."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 2))
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", a=x)
+    np.savez_compressed(tmp_path / "y.npz", a=x)
+    pd.DataFrame(x, columns=AB).to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "images").mkdir()
+    pixels = rng.integers(0, 256, size=(6, 6, 3)).astype(np.uint8)
+    for suffix in (".png", ".jpg", ".bmp", ".webp", ".ppm", ".tif", ".gif"):
+        Image.fromarray(pixels).save(tmp_path / f"x{suffix}")
+    for path in sorted(p for p in tmp_path.iterdir() if p.is_file()):
+        good, image = path.read_bytes(), path.suffix not in (".npy", ".npz", ".parquet")
+        target = tmp_path / "images" / path.name if image else path
+        for _ in range(60):
+            content = bytearray(good)
+            for _ in range(int(rng.integers(1, 4))):
+                place = int(rng.integers(min(len(content), int(rng.choice([100, 10**9])))))
+                match rng.integers(4):
+                    case 0:
+                        content[place] = int(rng.integers(256))
+                    case 1:
+                        content[place] ^= 1 << int(rng.integers(8))
+                    case 2:
+                        del content[max(1, place) :]
+                    case 3:
+                        content[place:place] = content[:place]
+            target.write_bytes(content)
+            with contextlib.suppress(DataError):
+                if image:
+                    assert ImageFiles([target]).shape[0] in (1, 3)
+                else:
+                    assert load(target).event_shape == (2,)
+        target.unlink()
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path: Path, suffix: str = ".png", count: int = 12) -> Path:
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, size=(4, 4)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}{suffix}")
+    return tmp_path
+
+
+def test_images_are_opened_as_what_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript by the name of a picture would start Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    def start(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
+    folder = folder_of(tmp_path)
+    (folder / "03.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match=r"03\.png is not a readable PNG image"):
+        load(folder)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".tiff", ".gif", ".bmp", ".pgm", ".TIF"])
+def test_formats_that_are_read(suffix: str, tmp_path: Path) -> None:
+    splits = load(folder_of(tmp_path, suffix))
+    channels = 3 if suffix == ".gif" else 1  # it has a palette
+    assert splits.event_shape == (channels, 4, 4)
+    expected = [int(np.random.default_rng(i).integers(0, 256, size=(4, 4)).sum()) for i in range(12)]
+    parts = (splits.train, splits.validation, splits.test)
+    assert sorted(int(x.long().sum()) // channels for p in parts for x in p.tensor()) == sorted(expected)
+
+
+def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    for name in ("x.eps", "x.svg", "x.jp2"):
+        path = write(folder / name, b"x")
+        with pytest.raises(DataError, match=rf"{name} is not of a format that is opened \(\.png, \.jpg"):
+            load(folder)
+        path.unlink()
+
+
+def test_images_that_claim_too_many_pixels(tmp_path: Path) -> None:
+    folder, size = folder_of(tmp_path), (60_000).to_bytes(4, "big")
+    chunk = b"IHDR" + size + size + b"\x08\x00\x00\x00\x00"
+    png = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    (folder / "03.png").write_bytes(png + zlib.compress(bytes(99)))
+    with pytest.raises(DataError, match=r"03\.png"):
+        load(folder)
+    frames = [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(3)]
+    (folder / "03.png").unlink()
+    frames[0].save(folder / "03.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match=r"03\.gif has 3 frames"):
+        load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import shlex
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -119,21 +120,36 @@ def evaluate(args: argparse.Namespace) -> int:
 def sample(args: argparse.Namespace) -> int:
     """Draws samples into a picture or an array."""
     out = Path(args.out)
-    if out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"--out {out}: expected a .png (images) or .npy file")
+    if out.suffix not in (".png", ".npy", ".csv"):
+        raise ConfigError(f"--out {out}: expected a .png (images), .npy or .csv (tables) file")
     flow = pyrnode.load(args.run, engine=args.engine)
     if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
-        raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy file")
+        raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy or .csv file")
+    if out.suffix == ".csv" and len(flow.event_shape) != 1:
+        raise ConfigError(f"--out {out}: this flow's samples are images; name a .png or .npy file")
     context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64)
     samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
+    elif out.suffix == ".csv":
+        write_atomically(out, _csv(samples, flow.features).encode())
     else:
         buffer = io.BytesIO()
         np.save(buffer, samples.numpy())
         write_atomically(out, buffer.getvalue())
     print(f"{args.n} samples written to {out}")
     return 0
+
+
+def _csv(samples: torch.Tensor, names: Sequence[str] | None) -> str:
+    """Rows of samples with every digit, under the names of the columns, if they have some."""
+    text = io.StringIO(newline="")
+    numbers = any(name[:1].isdigit() for name in names or ())  # "2000" in quotes is a name
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if numbers else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerows([names] if names else [])
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerows([[repr(number) for number in row] for row in samples.tolist()])
+    return text.getvalue()
 
 
 def _step_size(text: str) -> float | str:
@@ -174,7 +190,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode sample`` takes."""
     parser.add_argument("run", help="folder of a run, or a model file")
-    parser.add_argument("--out", required=True, help=".png grid (images) or .npy array")
+    parser.add_argument("--out", required=True, help=".png grid (images), .npy array, or .csv table")
     parser.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
     parser.add_argument("--context", type=float, nargs="+", help="context of a conditional flow, its features in order")
     parser.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,8 @@ from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor
 from pyrnode.data.frames import Names, ordering
 from pyrnode.data.readers import SUFFIXES, Reader, kind, open_file
-from pyrnode.errors import ConfigError, DataError, unknown_name
+from pyrnode.errors import DataError, unknown_name
+from pyrnode.settings import whole
 
 
 class Chunks:
@@ -96,11 +97,10 @@ def open_chunks(
     Raises:
         DataError: The file is missing, of an unknown kind, truncated, or of another width; on reading, also a row that
             has NaN or text. The message names the file, and the row counted from 0.
-        ConfigError: `size` is not positive.
+        ConfigError: `size` is no whole number, or not positive.
     """
     path = Path(path)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f"chunk = {size!r}: expected a positive number of samples")
+    size = whole(size, "chunk", 1, "number of samples")
     if kind(path) not in SUFFIXES:
         known = f"known: {', '.join(sorted(s for s in SUFFIXES if not s.endswith('.gz')))}, .csv.gz, .tsv.gz"
         raise DataError(unknown_name(f"kind of file of {path}:", kind(path), SUFFIXES, listing=known))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,41 @@ NAMES = {
 """The named sets of images, each with a line about it."""
 
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"}
+_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".gif": "GIF",
+}
+"""What a file is opened as, by its name, and never as anything else: some of PIL's formats start other programs."""
+
+_OTHERS = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".svg",
+    ".eps",
+    ".ps",
+    ".pdf",
+    ".ico",
+    ".tga",
+    ".psd",
+    ".raw",
+    ".dng",
+    ".jfif",
+}
+"""Images by their names that are not opened: a folder that has some is not read in part."""
+
+_PIXELS = 2**26
+"""Most pixels of an image: what a small file claims is not allocated."""
+
 _IN_MEMORY_BYTES = 512 * 2**20
 
 
@@ -127,11 +162,26 @@ class ImageFiles(Dataset[Tensor]):
         from PIL import Image
 
         path = self.files[index]
+        format = _FORMATS[path.suffix.lower()]
         try:
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path} is not a readable image ({error}); remove it or fetch it again") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PIL, about large images and damaged tags
+                with Image.open(path, formats=[format]) as image:
+                    if image.width * image.height > _PIXELS:
+                        raise DataError(
+                            f"{path} claims {image.width}×{image.height} pixels: expected at most {_PIXELS}"
+                        )
+                    if (frames := getattr(image, "n_frames", 1)) > 1:
+                        raise DataError(f"{path} has {frames} frames: expected one; save each as a file")
+                    image.load()
+        except DataError:
+            raise
+        except (
+            Exception,
+            MemoryError,
+        ) as error:  # whatever a damaged file raises: DecompressionBombError, struct.error
+            remedy = "remove it, or fetch it again"
+            raise DataError(f"{path} is not a readable {format} image ({_told(error)}); {remedy}") from error
         value = image_tensor(image, str(path), self.channels)
         if index and tuple(value.shape) != self.shape:
             raise DataError(
@@ -164,13 +214,17 @@ def folder_source(folder: Path, config: DataConfig) -> Source:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    known = _FORMATS.keys()
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in known | _OTHERS and p.is_file())
     files = sorted(
         (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)),
         key=lambda p: p.relative_to(folder).as_posix(),  # the same order on every machine
     )
+    others = [p for p in files if p.suffix.lower() in _OTHERS]
+    if others:
+        raise DataError(f"{others[0]} is not of a format that is opened ({', '.join(known)}): convert or remove it")
     if not files:
-        raise DataError(f"{folder} has no images ({', '.join(sorted(_SUFFIXES))})")
+        raise DataError(f"{folder} has no images ({', '.join(known)})")
     return files
 
 

@@ -39,8 +39,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
 
     Args:
         data: One of: a name in `sources`; the path of a ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or ``.parquet`` file or
-            of a folder of images; an array, tensor or data frame (pandas, polars, Arrow) (``(n, d)`` vectors, ``(n, H, W)`` or
-            ``(n, C, H, W)`` images); a map-style `torch.utils.data.Dataset`; a `synthetic.Density`; a
+            of a folder of images; an array or tensor (``(n, d)`` vectors, ``(n, H, W)`` or ``(n, C, H, W)`` images); a
+            data frame of pandas, polars or Arrow; a map-style `torch.utils.data.Dataset`; a `synthetic.Density`; a
             `Splits`, which is returned as it is. ``None`` and ``""`` stand for ``config.name``.
         config: Folder of downloaded sets, shares, seed and limits. With ``config.levels``, integers are discrete
             values ``0 .. levels-1``; uint8 images have 256 levels by default.

@@ -364,7 +364,8 @@ class Splits:
 class Source:
     """What a reader hands over to be split: the samples, and what is known about them.
 
-    `context_features` are the names of the context's columns. `validation` and `test` are the source's own, where it has them; `context` ``(n, m)`` belongs to the samples.
+    `validation` and `test` are the source's own, where it has them; `context` ``(n, m)`` belongs to the samples, and
+    `context_features` are the names of its columns.
     """
 
     name: str

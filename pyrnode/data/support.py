@@ -83,9 +83,10 @@ def _columns(x: Array, names: tuple[str, ...] | None, eps: float) -> list[str]:
         found.append(f"no density: {_named(group, names, d)} a single 1 in each row, the code of a class (one-hot)")
     coded = {i for group in groups for i in group}
     if discrete := [i for i in _discrete(x) if i not in coded]:
+        share = max(_commonest(x[:, i]) for i in discrete)
         found.append(
-            f"no density: {_named(discrete, names, d)} values that recur (the commonest in "
-            f"{max(_commonest(x[:, i]) for i in discrete):.0%} of the rows): drop or spread them, or make them a context"
+            f"no density: {_named(discrete, names, d)} values that recur (the commonest in {share:.0%} of the rows): "
+            "drop or spread them, or make them a context"
         )
     for i, of in _dependent(x, eps):
         if i not in coded:
@@ -153,12 +154,14 @@ def _dependent(x: Array, eps: float) -> list[tuple[int, list[int]]]:
 
 def _repeats(splits: Splits) -> list[str]:
     """How many rows of the other parts are training rows; parts that are read from disk are left out."""
-    found, hashes = [], dict[str, Array]()
-    for name in ("validation", "test"):
-        part = getattr(splits, name)
-        if part is not splits.train and not (name == "test" and part is splits.validation):
-            if isinstance(part, TensorSamples) and isinstance(splits.train, TensorSamples):
-                hashes[name] = np.concatenate(list(_hashes(part)))
+    found, parts = [], {"validation": splits.validation, "test": splits.test}
+    if splits.test is splits.validation:  # of an estimator, which has no test set
+        del parts["test"]
+    hashes = {
+        name: np.concatenate(list(_hashes(part)))
+        for name, part in parts.items()
+        if part is not splits.train and isinstance(part, TensorSamples) and isinstance(splits.train, TensorSamples)
+    }
     sought = {name: np.unique(values, return_counts=True) for name, values in hashes.items()}
     seen = {name: np.zeros(len(values), dtype=bool) for name, (values, _) in sought.items()}
     for piece in _hashes(splits.train) if hashes else ():
@@ -180,7 +183,7 @@ def _hashes(samples: Samples) -> Iterator[Array]:
     rows = max(1, _PIECE // (8 * (x.shape[1] + (0 if c is None else c.shape[1]))))
     for first in range(0, len(x), rows):
         bits = np.concatenate([_words(v[first : first + rows]) for v in (x, c) if v is not None], 1)
-        weights = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) * 2 + 1
+        weights: Array = 2 * np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) + 1
         with np.errstate(over="ignore"):
             for shift, odd in ((32, weights), (29, weights[::-1])):
                 bits = (bits ^ (bits >> np.uint64(shift))) * odd

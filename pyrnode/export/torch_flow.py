@@ -143,7 +143,7 @@ class TorchFlow(Composition):
         For a conditional flow, `n` for a context ``(m,)``, or ``(b, n, *event)`` for each of `b` contexts ``(b, m)``.
 
         Raises:
-            ConfigError: `n` is not a positive number.
+            ConfigError: `n` is no whole number, or negative.
             DataError: The context as in `forward`.
         """
         check_context(context, self.context_dim, None)
