@@ -109,7 +109,7 @@ def described(**changes: Any) -> dict[str, Any]:
     network = table["flow"]["network"]
     for key, value in flow.items():
         (network if key in network else table["flow"])[key] = value
-    good = {"config": table, "event_shape": [2], "levels": None, "context_dim": 0}
+    good = {"config": table, "event_shape": [2], "levels": None, "context_dim": 0, "data_dtype": None}
     return good | {key: value for key, value in changes.items() if key not in flow}
 
 
