@@ -100,6 +100,8 @@ def test_tensors_that_are_signed_again(parts: list[Parts], tmp_path: Path) -> No
         name = rng.choice(list(tensors))
         kinds: list[Tensor | None] = [None, torch.zeros(0), torch.zeros(3), tensors[name].double(), tensors[name].int()]
         other = rng.choice(kinds)
+        if other is not None and (other.dtype, other.shape) == (tensors[name].dtype, tensors[name].shape):
+            continue  # it was in double precision already
         given = {k: v for k, v in tensors.items() if k != name} | ({} if other is None else {name: other})
         files.write(path, "torch module", given, description)
         try:
@@ -175,6 +177,7 @@ TABLE = {
     "program": "encode",
     "versions": {"torch": "2"},
     "dtype": "float32",
+    "input_dtypes": {"x": "float32"},
     "inputs": {"x": [[0.0, 0.0]]},
     "outputs": {"z": [[0.0, 0.0]], "log_det": [0.0], "log_prob": [0.0]},
     "tolerance": 1e-4,

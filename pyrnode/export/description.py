@@ -173,20 +173,19 @@ def _build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tor
         shape,
         levels,
         solver=SolverConfig(adaptive="step_size" not in solver, **given),
-        data_dtype=None if (given_dtype := description["data_dtype"]) is None else getattr(torch, given_dtype),
+        data_dtype=None if description["data_dtype"] is None else _dtype(description["data_dtype"]),
         divergence=Divergence(divergence["kind"], divergence.get("probes"), divergence.get("seed", 0)),
         context_transform=Chain(contexts),
     )
-    flow = flow.to(getattr(torch, description["dtype"]))
+    flow = flow.to(_dtype(description["dtype"]))
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in flow.state_dict().items()}
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if own != found:
         name = next(name for name in [*own, *found] if own.get(name) != found.get(name))
         raise ConfigError(f"{name}: the description says {own.get(name)}, the file holds {found.get(name)}")
     flow.load_state_dict(dict(tensors), assign=True)
-    for key in ("features", "context_features"):
-        names = description.get(key)
-        setattr(flow, key, None if names is None else tuple(map(str, names)))
+    flow.features = _names(description.get("features"), shape)
+    flow.context_features = _names(description.get("context_features"), (context_dim,))
     return flow.eval()
 
 
@@ -195,6 +194,22 @@ def _sizes(values: Any, *, least: int = 1) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(v) is int and least <= v < 2**31 for v in values):
         raise ConfigError(f"{values!r:.80}: expected whole numbers from {least} on")
     return tuple(values)
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"{name!r:.80} is no type of real numbers")
+    return dtype
+
+
+def _names(names: Any, shape: tuple[int, ...]) -> tuple[str, ...] | None:
+    """Names of columns, one for each."""
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or (len(names),) != shape:
+        raise ConfigError(f"{names!r:.80}: expected a name for each of {shape} columns")
+    return tuple(names)
 
 
 def _check_probes(probes: Any, blocks: list[Block], tensors: Mapping[str, Tensor]) -> None:
