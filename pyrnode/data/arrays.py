@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.errors import DataError
-from pyrnode.tracing import holds
+from pyrnode.tracing import holds, recording
 
 _UINT8_LEVELS = 256
 
@@ -44,7 +44,7 @@ def numbers(values: Any, what: str) -> Tensor:
     except Exception as error:  # whatever an array of another library raises
         raise DataError(f"{what} of type {type(values).__name__}: expected numbers ({_line(error)})") from error
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise DataError(_bad_type(what, array.dtype.name, values))
+        raise DataError(_bad_type(what, array.dtype.name, values, str(array.dtype)))
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
@@ -120,7 +120,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _bad_type(what: str, dtype: str, values: Any = None) -> str:
+def _bad_type(what: str, dtype: str, values: Any = None, shown: str | None = None) -> str:
     if not isinstance(values, (np.ndarray, list, tuple, type(None))):
         return f"{what} of type {type(values).__name__}: expected numbers, as a tensor or array"
     remedies = {
@@ -137,7 +137,7 @@ def _bad_type(what: str, dtype: str, values: Any = None) -> str:
         "timedelta": "expected numbers, not times: pass them as seconds, x / numpy.timedelta64(1, 's')",
     }
     remedy = remedies.get(dtype) or remedies.get(re.split(r"[\d\[]", dtype)[0])
-    return f"{what} has type {dtype}: {remedy or 'expected float32, float64, or integers'}"
+    return f"{what} has type {shown or dtype}: {remedy or 'expected float32, float64, or integers'}"
 
 
 def check_array(
@@ -258,7 +258,7 @@ def check_spread(x: Tensor, levels: int, *, strict: bool) -> None:
         levels: Grey levels.
         strict: Refuse what a few black images could be, too: all values below 1, or none that is spread.
     """
-    if not x.is_floating_point() or not x.numel() or (x.ndim != 4 and x[0].numel() < 16):
+    if recording() or not x.is_floating_point() or not x.numel() or (x.ndim != 4 and x[0].numel() < 16):
         return
     low = (x >= 0).all() & (x <= 1).all()
     grid = torch.stack([((x * k - (x * k).round()).abs() < 1e-3).all() for k in (255, levels - 1)]).any()

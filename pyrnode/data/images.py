@@ -181,7 +181,7 @@ class ImageFiles(Dataset[Tensor]):
             MemoryError,
         ) as error:  # whatever a damaged file raises: DecompressionBombError, struct.error
             remedy = "remove it, or fetch it again"
-            raise DataError(f"{path} is not a readable {format} image ({_told(error)}); {remedy}") from error
+            raise DataError(f"{path} is not a readable image ({format}: {_told(error)}); {remedy}") from error
         value = image_tensor(image, str(path), self.channels)
         if index and tuple(value.shape) != self.shape:
             raise DataError(

@@ -183,9 +183,7 @@ def _hashes(samples: Samples) -> Iterator[Array]:
     rows = max(1, _PIECE // (8 * (x.shape[1] + (0 if c is None else c.shape[1]))))
     for first in range(0, len(x), rows):
         bits = np.concatenate([_words(v[first : first + rows]) for v in (x, c) if v is not None], 1)
-        weights: Array = np.asarray(
-            2 * np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) + 1
-        )
+        weights = np.asarray(2 * np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) + 1)
         with np.errstate(over="ignore"):
             for shift, odd in ((32, weights), (29, weights[::-1])):
                 bits = (bits ^ (bits >> np.uint64(shift))) * odd

@@ -15,6 +15,7 @@ import numpy as np
 from pyrnode.data.readers.base import Array, Reader, reading
 from pyrnode.errors import DataError
 
+_MAGIC = np.lib.format.MAGIC_PREFIX
 _RATIO, _SMALL = 100, 2**26
 """How many times its size an archive may hold, and how many bytes of any: more is no data (deflate: 1032)."""
 
@@ -51,8 +52,10 @@ class NumpyReader(Reader):
 
 def read_npz(path: Path) -> dict[str, Array]:
     """The arrays of a ``.npz`` file by name, in memory."""
-    if not zipfile.is_zipfile(path):
-        return {"": np.array(NumpyReader(path).whole())}
+    with _reading(path), path.open("rb") as file:
+        single = file.read(len(_MAGIC)) == _MAGIC
+    if single:
+        return {"": NumpyReader(path).whole()}
     with _reading(path), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         if sum(info.file_size for info in infos) > _RATIO * path.stat().st_size + _SMALL:
@@ -73,6 +76,10 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
 
 def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], Any, np.dtype[Any]]:
     """Shape, order and type of the array in a file, once it is there in full and of numbers."""
+    start = file.read(len(_MAGIC))
+    if start and start != _MAGIC:
+        raise ValueError("no numpy file")
+    file.seek(0)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
@@ -99,7 +106,7 @@ def _reading(path: Path) -> Iterator[None]:
         with reading(path, f"cannot be read: it is not a {kind}, or truncated"):
             yield
     except DataError as error:
-        if any(said in str(error.__cause__) for said in ("Python objects", "magic string")):
+        if any(said in str(error.__cause__) for said in ("Python objects", "no numpy file")):
             raise DataError(
                 f"{path} is not a {kind}: it is not a numpy file, or holds Python objects, which pyrnode does not "
                 "unpickle; save numbers"
