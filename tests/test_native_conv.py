@@ -383,3 +383,21 @@ def test_ranges_cover_all_by_fewer_threads_than_asked_for():
     environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
     done = subprocess.run([sys.executable, "-c", FEWER], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "3 [(0, 2), (2, 4), (4, 7)]"
+
+
+@_KERNEL
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (1, 64), (64, 1)])
+def test_weight_gradients_do_not_depend_on_the_number_of_threads(inputs, outputs, threads):
+    generator = torch.Generator().manual_seed(0)
+    weight, x, y = (
+        torch.randn(shape, generator=generator)
+        for shape in ((outputs, inputs, 3, 3), (5, inputs, 10, 9), (5, outputs, 10, 9))
+    )
+    found = []
+    for number in (1, 2, 3):
+        threads(number)
+        kernel = conv.kernel(weight)
+        kernel.accumulate(channels_last(x), channels_last(y), 0.5)
+        found.append(kernel.gradient())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
