@@ -120,7 +120,7 @@ class Composition(nn.Module):
         divergence: How the divergence is got where nothing is said.
         levels: Grey levels of discrete data; `None` for continuous.
         context_transform: What the context goes through before it reaches the blocks.
-        data_dtype: Type of continuous data, in which samples are given back; default the flow's own.
+        data_dtype: Type of continuous data and contexts, in which samples are given back; default the flow's own.
 
     Raises:
         ConfigError: The blocks differ in the number of features of their contexts.

@@ -43,7 +43,7 @@ class Flow(Composition):
         config: The settings that it was built from.
         levels: Grey levels of discrete data; `None` for continuous.
         context_transform: What the context goes through before it reaches the blocks.
-        data_dtype: Type of continuous data, in which samples are given back; default the flow's own.
+        data_dtype: Type of continuous data and contexts, in which samples are given back; default the flow's own.
 
     Raises:
         ConfigError: The blocks differ in the number of features of their contexts.
@@ -99,7 +99,7 @@ class Flow(Composition):
                 mean 0 and standard deviation 1 where it standardises (`Standardize.fit` takes them from data).
             context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
             context_transform: The same for contexts ``(n, m)``.
-            data_dtype: Type of continuous data, in which samples are given back; default ``config.dtype``.
+            data_dtype: Type of continuous data and contexts, in which samples are given back; default ``config.dtype``.
             features: Names of the columns of vectors: a data frame or file is put in their order, or refused.
             context_features: The same for contexts.
             dynamics: Makes the dynamics of a block from its event shape, and may draw from torch's global generator,

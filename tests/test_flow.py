@@ -253,8 +253,8 @@ def test_other_bad_calls() -> None:
 @pytest.mark.parametrize(
     ("shape", "overrides", "message"),
     [
-        ((3,), {"kind": "conv"}, "needs images"),
-        ((1, 4, 4), {"kind": "mlp"}, "needs vectors"),
+        ((3,), {"network.kind": "conv"}, "needs images"),
+        ((1, 4, 4), {"network.kind": "mlp"}, "needs vectors"),
         ((2, 3), {}, r"data of shape \(2, 3\): expected vectors"),
         ((1, 6, 6), {"scales": 3}, "a 3x3 image cannot be halved; at most 2"),
     ],

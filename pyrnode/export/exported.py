@@ -218,7 +218,7 @@ def example_contexts(flow: TorchFlow) -> Tensor | None:
         return None
     generator = torch.Generator("cpu").manual_seed(_SEED)
     c = torch.randn(_EXAMPLES, flow.context_dim, generator=generator, dtype=torch.float32, device="cpu")
-    return flow.context_transform.inverse(c.to(flow.reference))
+    return flow.context_transform.inverse(c.to(flow.reference)).to(flow.data_dtype or flow.reference.dtype)
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:

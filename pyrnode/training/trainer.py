@@ -57,7 +57,7 @@ class Trainer:
         _check_outputs(config, folder, dynamics)
         self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
         self.device = resolve_device(config.device)
-        self._data_dtype = splits.train.first(1).x.dtype if splits.levels is None else None
+        self._data_dtype = _data_dtype(splits)
         self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
         self.flow = self._built(config, *_standardised(config, splits)).to(self.device)
         self.state = State(self.flow, config.training)
@@ -330,6 +330,15 @@ def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain |
     if config.flow.standardize and train.context is not None:
         context_transform = Chain([Standardize.fit_context(train.context)])
     return transform, context_transform
+
+
+def _data_dtype(splits: Splits) -> torch.dtype | None:
+    """The type that holds continuous data and contexts; `None` where there are neither."""
+    first = splits.train.first(1)
+    given = [first.x] if splits.levels is None else []
+    given += [] if first.context is None else [first.context]
+    types = {x.dtype if x.is_floating_point() else torch.float64 for x in given}
+    return torch.float64 if torch.float64 in types else next(iter(types), None)
 
 
 def _wrapped(
