@@ -62,6 +62,7 @@ def test_neighbours_far_from_zero_have_densities_of_their_own() -> None:
         assert score.nats == pytest.approx(shifted.report.baselines[name].nats, abs=1e-3), name
 
 
+@torch.no_grad()
 def test_samples_come_in_the_type_of_the_data() -> None:
     x = torch.randn(500, 1, dtype=torch.float64) + 1.7e9
     flow, _ = gaussian(x)
@@ -78,6 +79,7 @@ def test_samples_come_in_the_type_of_the_data() -> None:
     assert single.sample(3, seed=0).dtype == torch.float32
 
 
+@torch.no_grad()
 def test_precision_survives_files_types_and_exports(tmp_path: Path) -> None:
     x = torch.randn(400, 2, dtype=torch.float64) + torch.tensor([1.7e9, 6e6], dtype=torch.float64)
     flow, truth = gaussian(x)
