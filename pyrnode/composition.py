@@ -234,9 +234,12 @@ class Composition(nn.Module):
         return self._converted(x, what)
 
     def _converted(self, x: Tensor, what: str) -> Tensor:
-        """`x` on the flow's device; integers as float64, unless they are discrete data."""
+        """`x` on the flow's device, in the finer of its type and the flow's; integers as float64, unless discrete."""
+        reference = self.reference
+        if x.is_floating_point():
+            return x.to(reference.device, torch.promote_types(x.dtype, reference.dtype))
         discrete = self.levels is not None and what == "input"
-        return x.to(self.reference.device, x.dtype if x.is_floating_point() or discrete else torch.float64)
+        return x.to(reference.device, x.dtype if discrete else torch.float64)
 
     # -- the passage -------------------------------------------------------------------------------------------------
 

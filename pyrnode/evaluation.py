@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrnode import files, seeds, solvers
+from pyrnode import seeds, solvers
 from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Batch, Samples, Splits, TensorSamples, load, support
@@ -23,7 +23,6 @@ from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
 from pyrnode.progress import parts, progress_bar
-from pyrnode.runs import Record, RunFolder
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
 _INVERTED = 64  # samples on which the round trip is checked
@@ -402,67 +401,3 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
         for name, baseline in fitted.items():
             rows[name].append(baseline.log_prob(y).double() + log_det)
     return {name: Score.of(torch.stack(values), flow.dim) for name, values in rows.items()}
-
-
-def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, history: list[Record]) -> None:
-    """Writes ``report.json``, ``report.txt`` and the pictures of a run; what cannot be drawn becomes a note.
-
-    Raises:
-        CheckpointError: The report cannot be written.
-    """
-    shape = splits.event_shape
-    if history:
-        with extra("the learning curves", report.notes):
-            _draw_curves(folder, splits, history)
-    if splits.levels is not None and len(shape) == 3 and shape[0] in (1, 3):
-        with extra("the picture of samples", report.notes):
-            _draw_samples(folder, flow, splits)
-    elif splits.levels is None and shape in ((1,), (2,)) and not splits.context_dim:
-        with extra("the pictures of the density", report.notes):
-            _draw_density(folder, flow, splits)
-    folder.write_text("report.json", files.to_json(report.to_dict(), indent=2) + "\n")
-    folder.write_text("report.txt", f"{report}\n")
-
-
-def _draw_curves(folder: RunFolder, splits: Splits, history: list[Record]) -> None:
-    from pyrnode import plotting
-
-    unit = "bits/dim" if splits.levels is not None else "nats/dim"
-    plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
-
-
-def _draw_samples(folder: RunFolder, flow: Flow, splits: Splits) -> None:
-    from pyrnode import plotting
-
-    assert splits.levels is not None
-    grid, seed = flow.config.evaluation.grid, flow.config.seed
-    if splits.test.context is None:
-        samples = flow.sample(grid, seed=seed)
-    else:
-        samples = flow.sample(1, splits.test.context[:grid], seed=seed)[:, 0]
-    plotting.save_image_grid(samples, folder.path / "samples.png", levels=splits.levels)
-
-
-@torch.no_grad()
-def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
-    """Pictures of a continuous density in one or two dimensions, beside the truth where it is known."""
-    from pyrnode import particles, plotting
-
-    x, density = splits.test.tensor(), splits.density
-    truth = density.log_prob if density is not None and density.exact else None
-    if splits.event_shape == (2,):
-        bounds = density.bounds if density is not None else _bounds(x)
-        samples = flow.sample(2000, seed=flow.config.seed)
-        figure = plotting.density_2d(flow.log_prob, bounds, truth=truth, samples=samples, title=splits.name)
-    else:
-        bounds = density.bounds if density is not None else (float(x.min()), float(x.max()))
-        figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
-    plotting.save(figure, folder.path / "density.png")
-    plotting.save(particles.trajectories(flow, x[:100]), folder.path / "trajectories.png")
-
-
-def _bounds(x: Tensor) -> tuple[float, float, float, float]:
-    low, high = x.quantile(0.001, 0), x.quantile(0.999, 0)
-    margin = 0.1 * (high - low)
-    low, high = low - margin, high + margin
-    return float(low[0]), float(high[0]), float(low[1]), float(high[1])

@@ -20,9 +20,10 @@ from pyrnode import evaluate, progress, seeds
 from pyrnode.config import Config, DataConfig, Divergence, EvaluationConfig, SolverConfig
 from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.errors import ConfigError, DataError, SolverError
-from pyrnode.evaluation import Report, Score, write_report
+from pyrnode.evaluation import Report, Score
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes, no_probes
+from pyrnode.reports import write_report
 from pyrnode.runs import RunFolder
 from pyrnode.transforms import Chain, Standardize
 

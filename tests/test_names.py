@@ -82,7 +82,7 @@ def test_the_flow_has_the_names_and_keeps_them(flow: Flow, conditional: Flow, tm
     assert (read.features, read.context_features) == (("weight", "height"), ("east", "north"))
     module = read.to_torch()
     assert (module.features, module.context_features) == (read.features, read.context_features)
-    pyrnode.export.files.save(module, tmp_path / "module.safetensors", to="safetensors")
+    pyrnode.export.exported.save(module, tmp_path / "module.safetensors", to="safetensors")
     exported = load_export(tmp_path / "module.safetensors")
     assert (exported.features, exported.context_features) == (read.features, read.context_features)
 

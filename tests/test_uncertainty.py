@@ -250,7 +250,7 @@ def test_the_flow_is_left_as_it_was() -> None:
     estimate, error = with_error(flow, normal(2, 3))
     assert (estimate.dtype, error.dtype) == (torch.float32, torch.float32)
     for name, value in flow.state_dict().items():
-        assert value.dtype == torch.float32
+        assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyrnode import engines, evaluation
+from pyrnode import engines, evaluation, reports
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load, sources, support
 from pyrnode.errors import CheckpointError, ConfigError
@@ -128,7 +128,7 @@ def train(
                 report = evaluation.evaluate(best, splits, progress=progress)
                 if folder is not None:
                     with progress_bar(None, "report and pictures", unit="", show=progress, uncounted=True):
-                        evaluation.write_report(folder, best, splits, report, trainer.history)
+                        reports.write_report(folder, best, splits, report, trainer.history)
         for note in notes:
             tqdm.write(note, file=sys.stderr)
     out = None if folder is None else folder.path
