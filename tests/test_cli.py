@@ -410,7 +410,7 @@ def test_demo_runs_both_and_prints_the_comparison(
         (["evaluate", "GOOD", "--data", "digits"], "expected (batch, 2)"),
         (["evaluate", "GOOD", "--data", "no.npy"], "does not exist"),
         (["sample", "RUN", "--out", "x.npy"], "does not exist"),
-        (["sample", "GOOD", "--out", "x.jpg"], "expected a .png (images) or .npy file"),
+        (["sample", "GOOD", "--out", "x.jpg"], "expected a .png (images), .npy or .csv (tables) file"),
         (["sample", "GOOD", "--out", "x.png"], "samples are not images"),
         (["sample", "GOOD", "--out", "no/x.npy"], "cannot write no/x.npy: No such file or directory"),
         (["sample", "GOOD", "--out", "x.npy", "-n", "-1"], "expected a number of samples, at least 0"),

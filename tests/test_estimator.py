@@ -306,6 +306,7 @@ def test_calibrate_replaces_and_fit_forgets_the_calibration(model: RNODEDensity)
 # -- beside the others -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::pyrnode.data.support.SupportWarning")  # iris is in millimetres
 def test_in_a_pipeline_and_a_search_beside_the_others() -> None:
     X = load_iris().data
     pipeline = make_pipeline(StandardScaler(), RNODEDensity(**QUICK))
