@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -165,10 +165,18 @@ def _scored(
         yield first, scores
 
 
-def _open(flow: Flow, path: str | Path, size: int, dialect: dict[str, Any]) -> Chunks:
+class Written(TypedDict, total=False):
+    """How a delimited file is written; what is left out is recognised."""
+
+    sep: str
+    decimal: str
+    header: bool | Literal["auto"]
+
+
+def _open(flow: Flow, path: str | Path, size: int, written: Written) -> Chunks:
     discrete = flow.levels is not None
     shape, names = flow.event_shape, flow.features
-    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=DataConfig(**dialect))
+    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=DataConfig(**written))
 
 
 def calibrate(
@@ -177,9 +185,7 @@ def calibrate(
     *,
     chunk: int = CHUNK,
     progress: bool = False,
-    sep: str = "auto",
-    decimal: str = "auto",
-    header: bool | str = "auto",
+    **written: Unpack[Written],
 ) -> Calibration:
     """Scores held-out samples.
 
@@ -189,9 +195,8 @@ def calibrate(
             ``(n, *event)``, or the test set of a `Splits`.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
-        sep: What separates the fields of a ``.csv`` file, as in `DataConfig`.
-        decimal: Its decimal mark.
-        header: Whether its first line has names.
+        **written: How a ``.csv`` file is written, where that is not recognised: ``sep``, ``decimal``, ``header`` as in
+            `DataConfig`.
 
     Raises:
         DataError: The samples do not fit.
@@ -200,7 +205,7 @@ def calibrate(
     check_unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
-        opened = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
+        opened = _open(flow, data, chunk, written)
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
         batches = data.batches(torch.arange(len(data)), chunk)
@@ -255,9 +260,7 @@ def score_file(
     calibration: Calibration | None = None,
     chunk: int = CHUNK,
     progress: bool = False,
-    sep: str = "auto",
-    decimal: str = "auto",
-    header: bool | str = "auto",
+    **written: Unpack[Written],
 ) -> Summary:
     """Scores the samples of a file, chunk by chunk, so that neither the file nor the scores need to fit in memory.
 
@@ -271,9 +274,8 @@ def score_file(
         calibration: Held-out scores.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.
-        sep: What separates the fields of a ``.csv`` file, as in `DataConfig`.
-        decimal: Its decimal mark.
-        header: Whether its first line has names.
+        **written: How a ``.csv`` file is written, where that is not recognised: ``sep``, ``decimal``, ``header`` as in
+            `DataConfig`.
 
     Raises:
         DataError: The file cannot be read, or a row does not fit; it is named.
@@ -283,7 +285,7 @@ def score_file(
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
     check_unconditional(flow)
-    chunks = _open(flow, data, chunk, {"sep": sep, "decimal": decimal, "header": header})
+    chunks = _open(flow, data, chunk, written)
     count, impossible, total, below = 0, 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     bar_of = progress_bar(chunks.rows, "score", unit="sample", show=progress)
     with _writer(Path(out)) as write, bar_of as bar:

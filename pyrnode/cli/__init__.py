@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
     engine_argument,
+    interrupted,
     json_argument,
     output_arguments,
     print_json,
@@ -105,9 +105,7 @@ def _reproduce(args: argparse.Namespace) -> int:
             progress=not args.quiet,
         )
     except KeyboardInterrupt:
-        command = ["pyrnode", "reproduce", args.experiment, "--scale", args.scale, "--out", args.out, "--resume"]
-        print(f"interrupted; go on with: {shlex.join(command)}", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted("reproduce", args.experiment, "--scale", args.scale, "--out", args.out)
     if args.json:
         print_json([{"name": f.name, "numbers": f.numbers, "claims": [asdict(c) for c in f.claims]} for f in findings])
         return 0

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from typing import Any
 
 from pyrnode.files import to_json
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+def interrupted(*command: str) -> int:
+    """Says with which command to go on; gives the exit code."""
+    print(f"interrupted; go on with: {shlex.join(('pyrnode', *command, '--resume'))}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def print_json(value: Any) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import shlex
 import signal
-import sys
 import threading
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,14 @@ import torch
 
 import pyrnode
 from pyrnode import plotting
-from pyrnode.cli.output import INTERRUPTED, data_dir_argument, engine_argument, output_arguments, print_json
+from pyrnode.cli.output import (
+    INTERRUPTED,
+    data_dir_argument,
+    engine_argument,
+    interrupted,
+    output_arguments,
+    print_json,
+)
 from pyrnode.errors import ConfigError
 from pyrnode.files import write_atomically
 
@@ -81,13 +86,11 @@ def _train(args: argparse.Namespace) -> int:
             progress=not args.quiet,
             **{key: value for key, value in named.items() if value is not None} | settings(args.set),
         )
-        interrupted = result.interrupted
+        stopped = result.interrupted
     except KeyboardInterrupt:  # outside the loop, or for the second time: the last checkpoint is there
-        interrupted = True
-    if interrupted:
-        again = shlex.join(["pyrnode", "train", args.data, "--out", args.out, "--resume"])
-        print(f"interrupted; go on with: {again}", file=sys.stderr)
-        return INTERRUPTED
+        stopped = True
+    if stopped:
+        return interrupted("train", args.data, "--out", args.out)
     if args.json:
         print_json({"out": str(result.out), "report": result.report and result.report.to_dict()})
     else:

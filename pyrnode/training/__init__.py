@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pyrnode import engines, evaluation, reports
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load, sources, support
+from pyrnode.data.synthetic import DENSITIES
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.progress import progress_bar
@@ -171,8 +172,6 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None
             raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
         return asked
     if preset is None:
-        from pyrnode.data.synthetic import DENSITIES
-
         name = str(given.get("data.name", ""))
         preset = "toy" if name in DENSITIES else _MADE_FOR.get(name)
     return _anchored(_preset(preset, Config()).override(given))
