@@ -453,6 +453,7 @@ def fails(*_: Any, **__: Any) -> Any:
         ("pyrnode.plotting.density_2d", "the pictures of the density"),
         ("pyrnode.particles.trajectories", "the pictures of the density"),
         ("pyrnode.evaluation._Scorer.inversion_error", "the inversion error"),
+        ("pyrnode.data.support.remarks", "the remarks on the data's support"),
     ],
 )
 def test_an_extra_that_fails_is_a_note(where: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,10 @@ def train(
         settings["data.name"] = str(data)
     config = _resolve(folder, resume, preset, settings)
     splits = load(data, config=config.data, context=context)
-    for remark in support.remarks(splits):
-        print(f"note: {remark}", file=sys.stderr)
+    notes = list[str]()
+    with evaluation.extra("the remarks on the data's support", notes):
+        for remark in support.remarks(splits):
+            print(f"note: {remark}", file=sys.stderr)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
     trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress)
@@ -123,7 +125,7 @@ def train(
             _start(trainer, folder, resume)
         interrupted = not trainer.run()
         best = trainer.best_flow()
-        report, notes = None, list[str]()
+        report = None
         if evaluate and not interrupted:
             with evaluation.extra("the report", notes):
                 report = evaluation.evaluate(best, splits, progress=progress)
