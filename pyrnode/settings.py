@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ class Section:
     """The setting that a bare word stands for where the section is expected."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
         self._validate()
@@ -147,13 +148,18 @@ class Section:
         return table
 
 
+@functools.cache  # sections are made at every step of a training, and this evaluates source text
+def _hints(section: type[Section]) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
 def _keys(section: type[Section]) -> list[str]:
     return [f.name for f in fields(section)]  # type: ignore[arg-type]
 
 
 def _sections(section: type[Section]) -> dict[str, type[Section]]:
     """The sections inside a section, by key."""
-    hints = get_type_hints(section)
+    hints = _hints(section)
     return {k: h for k in _keys(section) if isinstance(h := hints[k], type) and issubclass(h, Section)}
 
 
