@@ -62,7 +62,7 @@ class Section:
     """The setting that a bare word stands for where the section is expected."""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]  # classes are hashable, which mypy does not see
         for f in fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
         self._validate()
@@ -159,7 +159,7 @@ def _keys(section: type[Section]) -> list[str]:
 
 def _sections(section: type[Section]) -> dict[str, type[Section]]:
     """The sections inside a section, by key."""
-    hints = _hints(section)
+    hints = _hints(section)  # type: ignore[arg-type]
     return {k: h for k in _keys(section) if isinstance(h := hints[k], type) and issubclass(h, Section)}
 
 
