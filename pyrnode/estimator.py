@@ -6,6 +6,7 @@ It keeps scikit-learn's rules (``check_estimator``), so it goes into pipelines a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -23,15 +24,10 @@ from pyrnode.config import Config
 from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
 from pyrnode.data.frames import columns_of, is_frame, read_frame
-from pyrnode.errors import ConfigError, DataError, PyrnodeError
+from pyrnode.errors import ConfigError, DataError, PyrnodeError, SolverWarning
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
 from pyrnode.training.trainer import Trainer
-
-EXACT_TRAINING = 8
-"""Up to how many features ``divergence="auto"`` trains with the exact trace."""
-
-_VALIDATIONS = 40  # at most about this many in a fit: on small tables an epoch is a single step
 
 
 class UnfittedError(PyrnodeError, NotFittedError):  # type: ignore[misc]
@@ -52,7 +48,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         kinetic: ``λ_K``, weight of the kinetic energy.
         jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm.
         solver: Training solver.
-        step_size: Its step, or ``"auto"``.
+        step_size: Its step; ``"auto"`` is the largest that is right (`SolverConfig`).
         divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 8
             features. In use it is exact up to 64 features, unless `overrides` has ``evaluation.divergence``.
         max_steps: Optimiser steps.
@@ -100,7 +96,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         kinetic: float = 0.01,
         jacobian: float = 0.01,
         solver: str = "RK4",
-        step_size: float | Literal["auto"] = 0.25,
+        step_size: float | Literal["auto"] = "auto",
         divergence: Literal["auto", "exact", "hutchinson"] = "auto",
         max_steps: int = 1000,
         batch_size: int = 200,
@@ -162,6 +158,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             TrainingDivergedError: Training stayed non-finite.
 
         Warns:
+            SolverWarning: The training solver became wrong, and the parameters allow no finer one.
             SupportWarning: The samples have no density, or some are held out and trained on (`pyrnode.data.support`).
         """
         X = self._checked(X, reset=True)
@@ -191,6 +188,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         )
         support.warn(splits)
         trainer = Trainer(config, splits, None, progress=bool(self.verbose))
+        trainer.say = lambda note: warnings.warn(note, SolverWarning, stacklevel=6)
         if not trainer.run():
             raise KeyboardInterrupt
         self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.progress.step
@@ -203,9 +201,6 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
         """The settings of the run."""
-        divergence = self.divergence
-        if divergence == "auto":
-            divergence = "exact" if shape[1] <= EXACT_TRAINING else "hutchinson"
         config = Config().override(
             {
                 "flow.network.kind": "mlp",
@@ -214,7 +209,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "flow.blocks": self.blocks,
                 "penalties.kinetic": self.kinetic,
                 "penalties.jacobian": self.jacobian,
-                "penalties.divergence": divergence,
+                "penalties.divergence": self.divergence,
                 "solver.name": self.solver,
                 "solver.step_size": self.step_size,
                 "training.max_steps": self.max_steps,
@@ -228,9 +223,6 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "seed": seed,
             }
         )
-        steps = config.training.max_steps or 1
-        every = max(1, shape[0] // config.training.batch_size, steps // _VALIDATIONS)
-        config = config.override({"training.epochs": steps, "training.validate_every": every})
         config = config.override(dict(self.overrides or {}))
         if config.data != Config().data:
             raise ConfigError(

@@ -176,7 +176,7 @@ def evaluate(
         log_prob, totals = scorer.score(test, count, config.solver, draws, bar)
         other = training_solver or flow.config.solver
         if other.step_size == "auto":
-            other = replace(other, step_size=0.5)
+            other = replace(other, step_size=flow.config.flow.end_time)  # where training would begin
         bar.set_description("evaluate: training solver")
         disagreement = _disagreement(scorer, test, count, other, log_prob, bar, notes)
         if discrete:

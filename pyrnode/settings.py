@@ -61,6 +61,12 @@ class Section:
     _bare_word: ClassVar[str | None] = None
     """The setting that a bare word stands for where the section is expected."""
 
+    @classmethod
+    def _in_full(cls, word: str) -> dict[str, Any]:
+        """The settings that a bare word stands for."""
+        assert cls._bare_word is not None
+        return {cls._bare_word: word}
+
     def __post_init__(self) -> None:
         hints = _hints(type(self))  # type: ignore[arg-type]  # classes are hashable, which mypy does not see
         for f in fields(self):  # type: ignore[arg-type]
@@ -103,7 +109,7 @@ class Section:
             return self if value is None else value
         if isinstance(value, str) and self._bare_word is not None:
             try:
-                return type(self).from_dict({**self.to_dict(), self._bare_word: value})
+                return type(self).from_dict({**self.to_dict(), **self._in_full(value)})
             except ConfigError as error:  # which knows the word as `kind`, and its user as the section
                 raise ConfigError(f"{type(self).__name__.lower()} = {value!r}: {error}") from None
         if not isinstance(value, Mapping):
@@ -124,11 +130,15 @@ class Section:
         """
         table = self.to_dict()
         paths = _setting_paths(type(self))
+        given: dict[str, Any] = {}
         for name, value in flatten(values).items():
             path = _setting(name, paths)
             inner = paths[path]
             if inner is not None and inner._bare_word is not None and isinstance(value, str):
-                path = f"{path}.{inner._bare_word}"
+                given = {f"{path}.{key}": v for key, v in inner._in_full(value).items()} | given  # what is named counts
+            else:
+                given[path] = value
+        for path, value in given.items():
             *sections, key = path.split(".")
             target = table
             for section in sections:

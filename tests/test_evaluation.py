@@ -218,7 +218,7 @@ def test_the_disagreement_is_the_mean_difference_of_the_two_solvers() -> None:
     assert report.disagreement > 1e-3
     assert report.training_solver == "Euler step 0.5"
     default = evaluate(flow, x)
-    assert default.training_solver == "RK4 step 0.25"
+    assert default.training_solver == "RK4 step 1.0"  # where training would begin
     assert default.disagreement is not None
     assert default.disagreement < report.disagreement
 
@@ -247,7 +247,7 @@ def test_a_training_solver_that_fails_does_not_lose_the_score(monkeypatch: pytes
     report = evaluate(flow, x)
     assert report.score == expected.score
     assert report.disagreement is None
-    note = "the training solver (RK4 step 0.25) fails on test data: block 0: the state is not finite"
+    note = "the training solver (RK4 step 1.0) fails on test data: block 0: the state is not finite"
     assert report.notes == [note]
     assert note in str(report)
 
