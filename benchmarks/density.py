@@ -88,11 +88,12 @@ def measure(run: Run, path: Path) -> Line:
 
 def in_fresh_process(run: Run, path: Path) -> Line:
     """The line of a run; `failed` says why where there are no numbers."""
-    command = [sys.executable, "-m", "benchmarks.density", "--run", run.key, str(path)]
+    command = [sys.executable, "-m", "benchmarks.density", "--run", run.key, str(path.resolve())]
+    root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, **dict.fromkeys(THREADS, "1")}
     limit = 5 * run.budget + 1_800
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {limit:.0f} s"}
     if done.returncode:

@@ -96,6 +96,7 @@ def train_pyrnode(table: Table, seconds: float, seed: int, *, clock: str = "wall
 def _interrupted_after(seconds: float, clock: str) -> Iterator[None]:
     """Within it, Ctrl-C comes after that time."""
     timer, alarm = _ALARMS[clock]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     previous = signal.signal(alarm, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(timer, seconds)
     try:
