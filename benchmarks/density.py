@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 
 from benchmarks import tables
-from benchmarks.density_models import CLOCKS, MODELS, Model, train_pyrnode
+from benchmarks.density_models import CLOCKS, MODELS, train_pyrnode
 
 SCORED = {"validation": 2_000, "test": 5_000}
 """Rows that are scored after training, the same for all models."""
@@ -106,15 +107,15 @@ def in_fresh_process(run: Run, path: Path) -> Line:
 
 
 def wanted(args: argparse.Namespace) -> Iterator[Run]:
-    """The runs that are asked for, those of a table together."""
+    """The runs that are asked for: all of one seed, then all of the next, so that there is soon a whole table."""
     budget = 60 * args.minutes if args.minutes else args.seconds
-    for table in args.tables:
-        for name in args.models:
-            model = Model(train_pyrnode, args.ours) if name == "pyrnode" else MODELS[name]
-            configurations = list(model.configurations.items())
-            for label, settings in configurations if name == "pyrnode" else configurations[: args.configurations]:
-                for seed in range(args.seeds):
-                    yield Run(Path(table).stem, name, label, seed, budget, args.clock, settings)
+    configurations = {
+        name: dict(islice(MODELS[name].configurations.items(), args.configurations)) if name in MODELS else args.ours
+        for name in args.models
+    }
+    for seed, table, name in product(range(args.seeds), args.tables, args.models):
+        for label, settings in configurations[name].items():
+            yield Run(Path(table).stem, name, label, seed, budget, args.clock, settings)
 
 
 def table_files(names: Iterable[str], folder: Path, data: Path | None) -> dict[str, Path]:
