@@ -183,6 +183,10 @@ def test_an_accurate_solver_that_fails_is_never_the_best(monkeypatch: pytest.Mon
     monkeypatch.setattr(subject.flow, "solve", failing)
     outcome = subject.validation.score(subject.solver)
     assert (outcome.value, outcome.disagreement) == (math.inf, math.inf)
+    assert outcome.record() == {}  # which JSON could not hold
+    subject._validate()
+    assert (subject.state.progress.best, subject.state.progress.best_step) == (math.inf, 0)
+    assert subject.history[-1]["event"] == "the accurate solver failed"
     fails = False
     assert math.isfinite(subject.validation.score(subject.solver).value)
 

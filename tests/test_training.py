@@ -168,7 +168,7 @@ def test_each_epoch_has_an_order_of_its_own_that_drops_the_remainder() -> None:
     values = np.arange(200, dtype=np.float32)[:, None]
     subject = trainer(values, epochs=2, max_steps=None, batch_size=30)
     kept = subject.splits.train.tensor().flatten().tolist()
-    assert (subject.order.steps_per_epoch, subject.total_steps) == (5, 10)
+    assert (subject.order.steps_per_epoch, subject.span.steps) == (5, 10)
     batches = subject._batches()
     epochs = [[next(batches).x.flatten().tolist() for _ in range(5)] for _ in range(2)]
     seen = [[value for batch in epoch for value in batch] for epoch in epochs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,24 +14,20 @@ from torch import nn
 from tqdm import tqdm
 
 from pyrnode import files, solvers
-from pyrnode.config import ENDLESS, Config, SolverConfig
+from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
-from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
-from pyrnode.progress import progress_bar
 from pyrnode.runs import Record, RunFolder, require_tensorboard
+from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
 from pyrnode.training.ladder import EVERY, HIGHEST, Ladder
 from pyrnode.training.origin import Origin
+from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
 from pyrnode.training.step import Order, differentiate, learning_rate, loss
 from pyrnode.training.validation import Validation, price
-from pyrnode.transforms import Chain, Standardize
-
-_SHARE, _BETWEEN = 0.1, 20
-"""Validations may cost this share of training, unless their interval is given; steps between them at least."""
 
 _SAVED = 50
 """Steps between checkpoints at least, unless their interval is given."""
@@ -61,40 +56,19 @@ class Trainer:
         _check_outputs(config, folder, dynamics)
         self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
         self.device = resolve_device(config.device)
-        self._data_dtype = _data_dtype(splits)
-        self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
-        self.flow = self._built(config, *_standardised(config, splits)).to(self.device)
+        self.blueprint = Blueprint(splits, dynamics)
+        self.flow = self.blueprint.fitted(config).to(self.device)
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self.flow.engine.check(self.solver)
         self.order = Order(len(splits.train), config.training.batch_size, config.seed)
+        self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config)
         self.journal = Journal(folder, tensorboard=config.training.tensorboard)
         self._price = price(config.penalties.estimator(self.flow.dim), self.flow.dim)
         self._snapshot = self.state.capture()
         self._stop = False
         self.say: Callable[[str], None] = lambda note: tqdm.write(f"note: {note}", file=sys.stderr)
-
-    def _built(self, config: Config, transform: Chain | None = None, context_transform: Chain | None = None) -> Flow:
-        """An untrained flow for the data."""
-        splits = self.splits
-        return Flow.build(
-            config,
-            splits.event_shape,
-            levels=splits.levels,
-            transform=transform,
-            context_dim=splits.context_dim,
-            context_transform=context_transform,
-            data_dtype=self._data_dtype,
-            features=splits.features,
-            context_features=splits.context_features,
-            dynamics=self.make,
-        )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.config.training.total_steps(self.order.samples)
 
     @property
     def solver(self) -> SolverConfig:
@@ -110,21 +84,7 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all steps are done, the time is up, or validation has stopped improving."""
         patience, progress = self.config.training.patience, self.state.progress
-        return self._ended or (patience is not None and progress.stale >= patience)
-
-    @property
-    def _ended(self) -> bool:
-        """Whether all steps are done, or the time is up."""
-        minutes, progress = self.config.training.minutes, self.state.progress
-        return progress.step >= self.total_steps or (minutes is not None and progress.elapsed >= 60 * minutes)
-
-    @property
-    def _phase(self) -> float:
-        """The share of the run after the warm-up that is done, by steps or by time."""
-        training, progress = self.config.training, self.state.progress
-        by_steps = (progress.step - training.warmup_steps) / max(1, self.total_steps - training.warmup_steps)
-        by_time = 0.0 if training.minutes is None else progress.elapsed / (60 * training.minutes)
-        return min(1.0, max(0.0, by_steps, by_time))
+        return self.span.ended(progress) or (patience is not None and progress.stale >= patience)
 
     @property
     def notes(self) -> list[str]:
@@ -139,7 +99,7 @@ class Trainer:
         return self._flow_with(self.state.chosen())
 
     def _flow_with(self, weights: Weights) -> Flow:
-        flow = self._built(replace(self.config, solver=self.solver))
+        flow = self.blueprint.build(replace(self.config, solver=self.solver))
         flow.load_state_dict(weights)
         return flow.to(self.device).eval()
 
@@ -147,13 +107,11 @@ class Trainer:
 
     def run(self) -> bool:
         """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
-        done, minutes = self.state.progress.step, self.config.training.minutes
-        timed = minutes is not None and self.total_steps == ENDLESS
-        total, unit = (int(60 * minutes), "s") if timed and minutes is not None else (self.total_steps, "step")
+        done = self.state.progress
         with (
             signals_call(self._stop_soon),  # outermost: what it hands on may end the process
-            self.journal.open(done),
-            progress_bar(total, "train", unit=unit, show=self.progress, initial=self._shown()) as bar,
+            self.journal.open(done.step),
+            self.span.bar(done, show=self.progress) as bar,
         ):
             self.validation.tick = lambda n: bar.set_description(f"validate {n}/{self.validation.size}", refresh=False)
             return self._loop(bar)
@@ -176,7 +134,7 @@ class Trainer:
                 self._show(bar, record, at_once=progress.step <= first + 3)  # the time left
                 if progress.step % EVERY == 0:
                     self._adjust(down=True)
-                if self._due():
+                if self.span.due(progress):
                     bar.set_description("validate")
                     self._validate()
                 if self.finished:
@@ -187,29 +145,15 @@ class Trainer:
             except (SolverError, NotFiniteError) as error:
                 self._recover(error)
                 batches = self._batches()
-                bar.n, clock = self._shown(), time.perf_counter()
+                bar.n, clock = self.span.count(self.state.progress), time.perf_counter()
         return not self._stop
 
-    def _shown(self) -> int:
-        """What the bar counts: steps, or seconds where only time bounds the run."""
-        progress = self.state.progress
-        return progress.step if self.total_steps < ENDLESS else int(progress.elapsed)
-
     def _show(self, bar: Any, record: Record, *, at_once: bool) -> None:
-        bar.update(self._shown() - bar.n)
+        progress = self.state.progress
+        bar.update(self.span.count(progress) - bar.n)
         discrete = self.splits.levels is not None
-        shown = beside_the_bar(record, best=self.state.progress.best, dim=self.flow.dim, discrete=discrete)
+        shown = beside_the_bar(record, best=progress.best, dim=self.flow.dim, discrete=discrete)
         bar.set_postfix(shown, refresh=at_once)
-
-    def _due(self) -> bool:
-        """Whether to validate now: at the end, and in between at the interval, or as often as costs little."""
-        training, progress = self.config.training, self.state.progress
-        if self._ended:
-            return True
-        if training.validate_every:
-            return progress.step % training.validate_every == 0
-        affordable = progress.checked + progress.checking <= _SHARE * progress.work
-        return progress.step % _BETWEEN == 0 and affordable
 
     def _batches(self) -> Iterator[Batch]:
         """Raw batches from the present step on."""
@@ -223,7 +167,7 @@ class Trainer:
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
         result, passage = loss(self.flow, batch, self.config, self.solver, step)
-        rate = learning_rate(training, step, self._phase)
+        rate = learning_rate(training, step, self.span.done(state.progress))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         if not bool(torch.isfinite(result.loss)):
@@ -295,13 +239,12 @@ class Trainer:
         progress.checked, progress.checking = progress.checked + found.cost, found.cost
         record: Record = {
             "step": progress.step,
-            "validation": found.value,
-            "validation_bits": found.value / math.log(2),
-            "validation_error": found.error,
-            "disagreement": found.disagreement,
+            **found.record(),
             "step_size": float(self.solver.step_size),
             "seconds": round(progress.seconds, 3),
         }
+        if not math.isfinite(found.value):
+            record["event"] = "the accurate solver failed"
         better = found.value < progress.best
         progress.stale = 0 if better else progress.stale + 1
         if better:
@@ -331,7 +274,7 @@ class Trainer:
         if self.folder is None:
             return
         self.journal.flush()
-        if self.make is None:
+        if self.blueprint.make is None:
             self.best_flow().save(self.folder.model)
         snapshot.write(self.folder.checkpoint, self.origin)
 
@@ -384,32 +327,3 @@ def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -
     if config.training.snapshots and (folder is None or dynamics is not None):
         need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
         raise ConfigError(f"training.snapshots = true needs {need}")
-
-
-def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain | None]:
-    """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
-    train, transform, context_transform = splits.train, None, None
-    if config.flow.standardize and splits.levels is None:
-        transform = Chain([Standardize.fit(train.tensor(), train.weight)])
-    if config.flow.standardize and train.context is not None:
-        context_transform = Chain([Standardize.fit_context(train.context)])
-    return transform, context_transform
-
-
-def _data_dtype(splits: Splits) -> torch.dtype | None:
-    """The type that holds continuous data and contexts; `None` where there are neither."""
-    first = splits.train.first(1)
-    given = [first.x] if splits.levels is None else []
-    given += [] if first.context is None else [first.context]
-    types = {x.dtype if x.is_floating_point() else torch.float64 for x in given}
-    return torch.float64 if torch.float64 in types else next(iter(types), None)
-
-
-def _wrapped(
-    dynamics: Callable[[tuple[int, ...]], nn.Module], context_dim: int
-) -> Callable[[tuple[int, ...]], Dynamics]:
-    def make(shape: tuple[int, ...]) -> Dynamics:
-        module = dynamics(shape)
-        return module if isinstance(module, Dynamics) else ModuleDynamics(module, shape, context_dim)
-
-    return make

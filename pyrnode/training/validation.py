@@ -42,6 +42,12 @@ class Outcome:
     disagreement: float
     cost: float
 
+    def record(self) -> dict[str, float]:
+        """What goes into a run's records: the numbers that are finite, since JSON has no others."""
+        bits = self.value / math.log(2)
+        named = {"validation": self.value, "validation_bits": bits, "validation_error": self.error}
+        return {k: v for k, v in {**named, "disagreement": self.disagreement}.items() if math.isfinite(v)}
+
 
 class Validation:
     """Scores a flow on the validation set, always with the same noise.
