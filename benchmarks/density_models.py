@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 import pyrnode
 from benchmarks.tables import Array, MissingError, Table
 from pyrnode.data.samples import Splits, TensorSamples
+from pyrnode.training import trainer
 
 VALIDATED = 2_000
 """Validation rows that a peer is scored on while it trains."""
@@ -46,64 +46,33 @@ Fit = Callable[..., Fitted]
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """What a second is; the processor's own is fair beside other work."""
 
-_ALARMS = {"wall": (signal.ITIMER_REAL, signal.SIGALRM), "cpu": (signal.ITIMER_PROF, signal.SIGPROF)}
-
 
 # -- pyrnode ----------------------------------------------------------------------------------------------------------
 
 
 def train_pyrnode(table: Table, seconds: float, seed: int, *, clock: str = "wall", **settings: Any) -> Fitted:
-    """`pyrnode.train` with the defaults, but for `settings`, for that time.
-
-    A shim, until `train` takes a time: an alarm ends training as Ctrl-C does, and the best model on validation is kept.
-    A schedule that ends at the last step needs to know that step: short runs, which are not counted, are timed first.
-    """
+    """`pyrnode.train` with the defaults, but for `settings`, for that time."""
     train, validation, test = (
         TensorSamples(torch.from_numpy(part)) for part in (table.train, table.validation, table.test)
     )
     splits = Splits(table.name, train, validation, test, (table.train.shape[1],))
-    settings = {"engine": "torch", "seed": seed, "epochs": 10**6, **settings}
+    settings = {"engine": "torch", "seed": seed, **settings}
 
-    def run(**more: Any) -> tuple[pyrnode.TrainingResult, float]:
+    def run(**more: Any) -> pyrnode.TrainingResult:
+        return pyrnode.train(splits, evaluate=False, progress=False, **(settings | more))
+
+    run(max_steps=2, validation_limit=10)  # compiles, or loads, the kernels; not counted
+    with mock.patch.object(trainer.time, "perf_counter", CLOCKS[clock]):
         start = CLOCKS[clock]()
-        result = pyrnode.train(splits, evaluate=False, progress=False, **(settings | more))
-        return result, CLOCKS[clock]() - start
-
-    first, _ = run(max_steps=2, validation_limit=10)  # compiles, or loads, the kernels
-    training = first.config.training
-    if training.schedule != "constant" and "max_steps" not in settings:
-        (_, begun), (_, short), (_, longer) = (
-            run(max_steps=2, validation_limit=10),
-            run(max_steps=2),
-            run(max_steps=42),
-        )
-        every = training.validate_every or training.steps_per_epoch(len(train))
-        step, validate = (longer - short) / 40, max(short - begun, 0.0)
-        settings["max_steps"] = max(1, int((seconds - begun) / (step + validate / every)))
-    with _interrupted_after(seconds, clock):
-        result, elapsed = run()
+        result = run(minutes=seconds / 60)
+        elapsed = CLOCKS[clock]() - start
     flow = result.flow
 
     @torch.no_grad()
     def log_prob(x: Array) -> Array:
         return flow.log_prob(torch.from_numpy(x)).double().numpy()
 
-    steps = max(record["step"] for record in result.history)
-    return Fitted(log_prob, elapsed, steps, "" if result.interrupted else "ended by itself")
-
-
-@contextmanager
-def _interrupted_after(seconds: float, clock: str) -> Iterator[None]:
-    """Within it, Ctrl-C comes after that time."""
-    timer, alarm = _ALARMS[clock]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
-    previous = signal.signal(alarm, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(timer, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(timer, 0)
-        signal.signal(alarm, previous)
+    return Fitted(log_prob, elapsed, max(record["step"] for record in result.history), "; ".join(result.notes))
 
 
 # -- zuko --------------------------------------------------------------------------------------------------------------
