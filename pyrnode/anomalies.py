@@ -208,7 +208,7 @@ def calibrate(
         opened = _open(flow, data, chunk, written)
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
-        batches = data.batches(torch.arange(len(data)), chunk)
+        batches = data.batches(torch.arange(len(data), device="cpu"), chunk)
         chunks, total = zip(range(0, len(data), chunk), (batch.x for batch in batches), strict=True), len(data)
     else:
         x, _ = flow.admit(data)

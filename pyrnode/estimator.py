@@ -175,13 +175,13 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rng = check_random_state(self.random_state)
         config = self._config(X.shape, int(rng.randint(2**31 - 1)))
         rows = self._divided(rng.permutation(len(X)), weights)
-        values = torch.tensor(X)
+        values = torch.tensor(X, device="cpu")
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
         samples: Samples = TensorSamples(values).carrying(
-            context=given, weight=None if weights is None else torch.tensor(weights)
+            context=given, weight=None if weights is None else torch.tensor(weights, device="cpu")
         )
-        train = samples.take(torch.tensor(rows["train"]))
-        validation = samples.take(torch.tensor(rows["validation"])) if self.validation_fraction else train
+        train = samples.take(torch.tensor(rows["train"], device="cpu"))
+        validation = samples.take(torch.tensor(rows["validation"], device="cpu")) if self.validation_fraction else train
         named = None if names is None else tuple(names)
         splits = Splits(  # nothing looks at the test set
             "X", train, validation, validation, X.shape[1:], features=named, context_features=context_names
@@ -277,7 +277,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return _checked_context(columns_of(context, self.flow_.context_features, "context"), n)
 
     def _log_prob(self, X: NDArray[Any], context: Tensor | None) -> NDArray[np.float64]:
-        return log_densities(self.flow_, torch.tensor(X), context)
+        return log_densities(self.flow_, torch.tensor(X, device="cpu"), context)
 
     def score_samples(self, X: ArrayLike, context: ArrayLike | None = None) -> NDArray[np.float64]:
         """Log-density of each sample.
@@ -366,7 +366,7 @@ def _checked_context(context: ArrayLike, n: int | None) -> Tensor:
         raise DataError(str(error)) from error
     if values.ndim == 2 and n is not None and len(values) != n:
         raise DataError(f"context has shape {values.shape}: expected ({n}, m), a row for each sample")
-    return torch.tensor(values)
+    return torch.tensor(values, device="cpu")
 
 
 def _checked_weights(sample_weight: ArrayLike, n: int) -> NDArray[np.float64]:

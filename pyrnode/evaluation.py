@@ -331,7 +331,7 @@ class _Scorer:
         rows, sums = [], {"E": 0.0, "n": 0.0, "nfe": 0.0}
         for draw in range(draws):
             parts = []
-            for number, batch in enumerate(samples.batches(torch.arange(count), self.config.chunk)):
+            for number, batch in enumerate(samples.batches(torch.arange(count, device="cpu"), self.config.chunk)):
                 log_prob, means = self._batch(batch, (draw, number), solver, centre, bar)
                 parts.append(log_prob)
                 for name in sums:

@@ -359,7 +359,7 @@ def _centres(low: float, high: float, count: int) -> Tensor:
     """Middles of `count` equal cells of ``[low, high]``."""
     if count < 2:
         raise ConfigError(f"resolution = {count!r}: expected at least 2")
-    return low + (torch.arange(count, dtype=torch.float32) + 0.5) * ((high - low) / count)
+    return low + (torch.arange(count, dtype=torch.float32, device="cpu") + 0.5) * ((high - low) / count)
 
 
 def _points(samples: Tensor, d: int) -> Array:

@@ -130,7 +130,7 @@ def sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy or .csv file")
     if out.suffix == ".csv" and len(flow.event_shape) != 1:
         raise ConfigError(f"--out {out}: this flow's samples are images; name a .png or .npy file")
-    context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64)
+    context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64, device="cpu")
     samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)

@@ -83,7 +83,7 @@ class CompiledSolve:
         self.steps = len(steps)
         self.eps = None if probes is None else probes.eps
         self.weight = 1.0 if probes is None else probes.weight
-        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=dtype)
+        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=dtype, device="cpu")
         entries = [layer.at(self.times) for layer in bound.layers]
         self.widths = [len(layer.linear.weight) for layer in bound.layers]
         shift = torch.cat([shift.expand(len(self.times), -1) for _, shift in entries], 1)

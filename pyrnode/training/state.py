@@ -217,6 +217,6 @@ class State:
                 raise CheckpointError(f"the optimiser's memory is of a parameter {number}, of {len(parameters)}")
             alike = {name: parameters[number] for name in _MEMORY[self._training.optimizer]}
             steps = {name: value for name, value in found.items() if name == "step"}
-            files.check_tensors(steps, {"step": torch.zeros(())}, types=False)
+            files.check_tensors(steps, {"step": torch.zeros((), dtype=torch.float32, device="cpu")}, types=False)
             files.check_tensors({name: value for name, value in found.items() if name != "step"}, alike)
         return slots

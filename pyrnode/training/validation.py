@@ -78,15 +78,21 @@ class Validation:
         """The held-out score, and the training solver beside it."""
         config = self._config
         scores, trained, weights, cost, done = list[Tensor](), list[Tensor](), list[Tensor](), 0.0, 0
-        for number, batch in enumerate(self._samples.batches(torch.arange(self.size), config.evaluation.chunk)):
+        for number, batch in enumerate(
+            self._samples.batches(torch.arange(self.size, device="cpu"), config.evaluation.chunk)
+        ):
             for parts, used in ((scores, config.evaluation.solver), (trained, solver)):
                 try:
                     passage = self._passage(batch, number, used, self._divergence)
                     parts.append(passage.log_prob.double().cpu())
                     cost += passage.nfe * len(batch) * price(self._divergence, self._flow.dim)
                 except SolverError:
-                    parts.append(torch.full((len(batch),), -math.inf, dtype=torch.float64))
-            weights.append(torch.ones(len(batch)).double() if batch.weight is None else batch.weight.double().cpu())
+                    parts.append(torch.full((len(batch),), -math.inf, dtype=torch.float64, device="cpu"))
+            weights.append(
+                torch.ones(len(batch), dtype=torch.float64, device="cpu")
+                if batch.weight is None
+                else batch.weight.double().cpu()
+            )
             self.tick(done := done + len(batch))
         score, weight = torch.cat(scores), torch.cat(weights) / torch.cat(weights).sum()
         mean = float((score * weight).sum())
