@@ -61,7 +61,7 @@ def engine_step(case: str, engine: str, sensealg: str, memory: str = "auto", *, 
             "sensealg": sensealg,
             "memory": memory,
             "flow.network.hidden": hidden,
-            "standardize": False,
+            "standardize": "none",
             "step_size": 0.25,
             "blocks": 1,
         }

@@ -36,7 +36,7 @@ class FlowPrior(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        settings = {"flow.network.hidden": [64, 64], "flow.network.activation": "tanh", "flow.standardize": False}
+        settings = {"flow.network.hidden": [64, 64], "flow.network.activation": "tanh", "flow.standardize": "none"}
         settings["step_size"] = 0.25
         self.flow = Flow.build(Config().override(settings), (LATENT,))
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -33,6 +34,9 @@ EXACT_LIMIT = 64
 
 EXACT_TRAINING = 2
 """The same in training, where an evaluation with one probe is cheaper, and what it scatters is averaged away."""
+
+WHITENED = 1024
+"""Up to how many dimensions ``"auto"`` whitens: a matrix of 8 MB."""
 
 _STEPS = 4000
 """Optimiser steps of a run that nothing else bounds."""
@@ -129,7 +133,9 @@ class FlowConfig(Section):
             (28×28: 3, 32×32: 4, 8×8: 2).
         end_time: Integration time ``T`` of each block.
         alpha: ``α`` of the logit transform of pixels, in [0, 0.5).
-        standardize: Shift and scale continuous features to mean 0 and variance 1 first.
+        standardize: What continuous features are brought to first: mean 0 and variance 1 (``"scale"``), on their
+            principal axes (``"whiten"``, vectors alone), or as they are (``"none"``). ``"auto"`` whitens vectors as far
+            as held-out samples bear it. Contexts are scaled.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -137,13 +143,27 @@ class FlowConfig(Section):
     scales: int | Literal["auto"] = "auto"
     end_time: float = 1.0
     alpha: float = 1e-5
-    standardize: bool = True
+    standardize: Literal["auto", "whiten", "scale", "none"] = "scale"
 
     def _validate(self) -> None:
         at_least(self, 1, "blocks", "scales")
         at_least(self, 0, "end_time", strict=True)
         if not 0 <= self.alpha < 0.5:
             raise ConfigError(f"alpha = {self.alpha!r}: expected 0 <= alpha < 0.5")
+
+    @property
+    def scales_features(self) -> bool:
+        """Whether continuous features and contexts are brought to mean 0 and variance 1."""
+        return self.standardize != "none"
+
+    def whitens(self, event_shape: tuple[int, ...]) -> bool:
+        """Whether samples of that shape go on to their principal axes; raises `ConfigError` for images."""
+        vectors = len(event_shape) == 1
+        if self.standardize == "whiten" and not vectors:
+            raise ConfigError(f"standardize = 'whiten': for vectors, not for samples of shape {event_shape}; 'scale'")
+        return vectors and (
+            self.standardize == "whiten" or (self.standardize == "auto" and math.prod(event_shape) <= WHITENED)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from pyrnode.errors import ConfigError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
 from pyrnode.probes import SampleNoise
-from pyrnode.transforms import Chain, Dequantize, Logit, Standardize
+from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Whiten
 
 
 class Flow(Composition):
@@ -96,7 +96,8 @@ class Flow(Composition):
             event_shape: ``(d,)`` for vectors, ``(C, H, W)`` for images.
             levels: Grey levels of discrete data.
             transform: Fixed bijection between the data and the flow's space; default as ``config.flow`` says, with
-                mean 0 and standard deviation 1 where it standardises (`Standardize.fit` takes them from data).
+                mean 0, standard deviation 1 and no rotation where it standardises (`Standardize.fit` and `Whiten.fit`
+                take them from data).
             context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
             context_transform: The same for contexts ``(n, m)``.
             data_dtype: Type of continuous data and contexts, in which samples are given back; default ``config.dtype``.
@@ -119,9 +120,11 @@ class Flow(Composition):
         if transform is None and levels is not None:
             transform = Chain([Dequantize(levels, dtype), Logit(config.flow.alpha)])
         elif transform is None:
-            transform = Chain([Standardize.identity(event_shape)] if config.flow.standardize else [])
+            scaled = [Standardize.identity(event_shape)] if config.flow.scales_features else []
+            whitened = [Whiten.identity(*event_shape)] if config.flow.whitens(event_shape) else []
+            transform = Chain([*scaled, *whitened])
         if context_transform is None:
-            standardised = context_dim and config.flow.standardize
+            standardised = context_dim and config.flow.scales_features
             context_transform = Chain([Standardize.identity((context_dim,))] if standardised else [])
         flow = cls(transform, parts, event_shape, config, levels, context_transform, data_dtype)
         if flow.context_dim != context_dim:

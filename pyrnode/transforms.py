@@ -33,6 +33,13 @@ class Transform(nn.Module, ABC):
         return self.inverse(y)
 
 
+_THIN = 1e-10
+"""Variance of a principal axis at least, as a share of the widest's: below it is what rounding left."""
+
+_SHRINKAGES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.3)
+"""What a covariance may be drawn towards the identity by."""
+
+
 def _zeros(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0])  # not len(x): in a program that is being recorded the batch is a symbol
 
@@ -106,11 +113,22 @@ class Logit(Transform):
         return f"alpha={self.alpha}"
 
 
-class Standardize(Transform):
+class DoubleTransform(Transform):
+    """A transform whose tensors stay float64 where a module's type is changed."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():
+            setattr(self, name, old.to(self.get_buffer(name).device))
+        return self
+
+
+class Standardize(DoubleTransform):
     """``y = (x − mean)/std`` by feature, in double precision, whatever the type of the samples and of the flow.
 
     Far from zero, or in small units, single precision would round samples together before they are centred: at 1.7e9 it
-    knows multiples of 128. So mean and standard deviation stay float64 where a module's type is changed.
+    knows multiples of 128.
 
     Args:
         mean: ``(*event)``.
@@ -127,12 +145,6 @@ class Standardize(Transform):
             raise DataError(f"feature {worst} is constant or not finite: drop it before training")
         self.register_buffer("mean", mean.double())
         self.register_buffer("std", std.double())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = self.mean, self.std
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.mean, self.std = (old.to(new.device) for old, new in zip(kept, (self.mean, self.std), strict=True))
-        return self
 
     @classmethod
     def identity(cls, event_shape: tuple[int, ...]) -> Standardize:
@@ -163,6 +175,82 @@ class Standardize(Transform):
 
     def inverse(self, y: Tensor) -> Tensor:
         return y.double() * self.std + self.mean
+
+
+class Whiten(DoubleTransform):
+    """``y = (Rᵀx)/s`` of vectors: their principal axes, each with variance one; in double precision, as `Standardize`.
+
+    Columns that nearly determine one another leave a flow thin sheets to squeeze a ball into, which it learns last and
+    integrates worst; on the principal axes they are as wide as they are long.
+
+    Args:
+        rotation: ``R``, ``(d, d)``, orthogonal; a column is an axis.
+        scale: ``s``, ``(d,)``, positive.
+    """
+
+    rotation: Tensor
+    scale: Tensor
+
+    def __init__(self, rotation: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        if not rotation.is_meta:
+            rotation, scale = rotation.double(), scale.double()
+            unit = torch.eye(len(scale), dtype=torch.float64, device=rotation.device)
+            if not bool(((rotation.T @ rotation - unit).abs() < 1e-8).all()):
+                raise DataError("the axes of a whitening are not orthogonal")
+            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+                raise DataError("the scales of a whitening are not positive numbers")
+        self.register_buffer("rotation", rotation)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def identity(cls, dim: int) -> Whiten:
+        """No rotation and no scale."""
+        return cls(torch.eye(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64))
+
+    @classmethod
+    def fit(cls, x: Tensor, weight: Tensor | None = None, *, shrinkage: float = 0.0) -> Whiten:
+        """The principal axes of ``x`` ``(n, d)``, of mean 0 and variance 1 by column, with weights ``(n,)``.
+
+        Args:
+            x: Samples.
+            weight: Their weights.
+            shrinkage: ``a`` in [0, 1]: the covariance is taken for ``(1 − a) C + a I``.
+        """
+        x = x.double()
+        share = torch.full_like(x[:, 0], 1 / len(x)) if weight is None else (weight / weight.sum()).to(x)
+        variance, rotation = torch.linalg.eigh((x * share[:, None]).T @ x)
+        sign = rotation.gather(0, rotation.abs().argmax(0, keepdim=True)).sign()
+        shrunk = (1 - shrinkage) * variance.clamp(min=_THIN * variance[-1]) + shrinkage
+        return cls(rotation * sign, shrunk.sqrt())
+
+    @classmethod
+    def chosen(cls, train: Tensor, held_out: Tensor, weights: tuple[Tensor | None, Tensor | None]) -> Whiten:
+        """The one under which the standard normal density gives `held_out` the best mean; it may be the identity.
+
+        Few rows, or gross outliers, leave covariances that are too narrow for what comes next: the more the covariance
+        found is trusted, the better for what is like the rows it was found on, and the worse for the rest.
+
+        Args:
+            train: Samples ``(n, d)``, of mean 0 and variance 1 by column.
+            held_out: Others ``(m, d)``.
+            weights: The weights of both.
+        """
+        held_out = held_out.double()
+        weight = torch.ones_like(held_out[:, 0]) if weights[1] is None else weights[1].to(held_out)
+
+        def score(candidate: Whiten) -> float:
+            y, log_det = candidate(held_out)
+            return float(((log_det - y.square().sum(1) / 2) * weight).sum())
+
+        fitted = [cls.fit(train, weights[0], shrinkage=a) for a in _SHRINKAGES]
+        return max([cls.identity(train.shape[1]), *fitted], key=score)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return (x.double() @ self.rotation) / self.scale, _zeros(x.double()) - self.scale.log().sum()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (y.double() * self.scale) @ self.rotation.T
 
 
 class Chain(Transform):

@@ -303,7 +303,7 @@ def test_the_users_own_conditional_dynamics_are_trained() -> None:
             return self.linear(c)  # type: ignore[no-any-return]
 
     x, c = simulated(400)
-    settings = {**SETTINGS, "max_steps": 150, "batch_size": 100, "flow.standardize": False, "learning_rate": 0.05}
+    settings = {**SETTINGS, "max_steps": 150, "batch_size": 100, "flow.standardize": "none", "learning_rate": 0.05}
     result = pyrnode.train(
         x, context=c, epochs=50, **settings, dynamics=lambda _: Shift(), progress=False, evaluate=False
     )

@@ -35,7 +35,7 @@ QUICK = ["vector", "vector, own module", "images, one scale"]
 def linear(matrix: Tensor = MATRIX) -> Flow:
     """``z' = A z`` as the built-in network without a hidden layer."""
     config = Config().override(
-        {"dtype": "float64", "flow.standardize": False, "evaluation.solver": {"rtol": 1e-9, "atol": 1e-9}}
+        {"dtype": "float64", "flow.standardize": "none", "evaluation.solver": {"rtol": 1e-9, "atol": 1e-9}}
     )
     flow = Flow.build(config, (2,), dynamics=lambda shape: MLP(shape[0], (), time="none"))
     with torch.no_grad():

@@ -131,7 +131,7 @@ def test_linear_dynamics_have_a_closed_form() -> None:
         def forward(self, t: Tensor, z: Tensor) -> Tensor:
             return z @ self.matrix.T
 
-    config = Config().override({"dtype": "float64", "flow.end_time": 1.5, "flow.standardize": False})
+    config = Config().override({"dtype": "float64", "flow.end_time": 1.5, "flow.standardize": "none"})
     flow = Flow.build(config, (2,), dynamics=lambda shape: ModuleDynamics(Field(), shape))
     x = torch.randn(5, 2).double()
     for settings in ({"step_size": 0.02}, {"name": "DP8", "step_size": 0.3}, {"rtol": 1e-8}):

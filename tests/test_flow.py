@@ -15,7 +15,7 @@ from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import ModuleDynamics
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError
 from pyrnode.flow import Flow
-from pyrnode.transforms import Chain, Standardize
+from pyrnode.transforms import Chain, Standardize, Transform, Whiten
 from tests.test_dynamics import Field
 
 TIGHT = {
@@ -32,7 +32,10 @@ def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool 
     transform = None
     if levels is None:
         sample = torch.randn(50, *event_shape).double() * 2 + 1
-        transform = Chain([Standardize.fit(sample)]) if config.flow.standardize else None
+        fitted: list[Transform] = [Standardize.fit(sample)] if config.flow.scales_features else []
+        if config.flow.whitens(event_shape):
+            fitted.append(Whiten.fit(fitted[0](sample)[0]))
+        transform = Chain(fitted)
     dynamics = (lambda shape: ModuleDynamics(Field().double(), shape)) if own else None
     flow = Flow.build(config, event_shape, levels=levels, transform=transform, dynamics=dynamics)
     generator = torch.Generator().manual_seed(5)
@@ -45,7 +48,8 @@ def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool 
 FLOWS = {
     "vector": lambda: build((3,)),
     "vector, two blocks": lambda: build((3,), flow__blocks=2, flow__network__time="concatsquash"),
-    "vector, as it is": lambda: build((3,), flow__standardize=False, flow__network__activation="tanh"),
+    "vector, as it is": lambda: build((3,), flow__standardize="none", flow__network__activation="tanh"),
+    "vector, whitened": lambda: build((3,), flow__standardize="whiten"),
     "vector, own module": lambda: build((3,), own=True),
     "images, one scale": lambda: build((1, 4, 4), levels=17),
     "images, two scales": lambda: build((1, 8, 8), levels=17, flow__alpha=0.05),

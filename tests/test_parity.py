@@ -25,7 +25,13 @@ def settled(flow: Flow) -> Flow:
 
 @pytest.mark.parametrize("kind", ["vectors", "images"])
 def test_loss_and_gradients(kind: str) -> None:
-    settings = {"dtype": "float64", "standardize": False, "blocks": 2, "flow.network.hidden": (6, 5), "step_size": STEP}
+    settings = {
+        "dtype": "float64",
+        "standardize": "none",
+        "blocks": 2,
+        "flow.network.hidden": (6, 5),
+        "step_size": STEP,
+    }
     config = Config().override(settings)
     shape = (3,) if kind == "vectors" else (1, 8, 8)
     ours = settled(Flow.build(config, shape))

@@ -36,7 +36,7 @@ def _history(steps: int = 200) -> list[dict[str, object]]:
 
 def _flow(d: int, *, blocks: int = 1, dtype: str = "float64", noise: float = 0.3) -> Flow:
     config = Config().override(
-        {"dtype": dtype, "flow.blocks": blocks, "flow.standardize": False, "network.hidden": [8]}
+        {"dtype": dtype, "flow.blocks": blocks, "flow.standardize": "none", "network.hidden": [8]}
     )
     flow = Flow.build(config, (d,))
     generator = torch.Generator().manual_seed(1)
@@ -63,7 +63,7 @@ class _QuarterTurn(torch.nn.Module):
 
 
 def _rotation(blocks: int) -> Flow:
-    config = Config().override({"dtype": "float64", "flow.blocks": blocks, "flow.standardize": False})
+    config = Config().override({"dtype": "float64", "flow.blocks": blocks, "flow.standardize": "none"})
     return Flow.build(config, (2,), dynamics=lambda shape: ModuleDynamics(_QuarterTurn(), shape))
 
 

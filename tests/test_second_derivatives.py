@@ -28,7 +28,7 @@ class Field(nn.Module):
 
 def build(own: bool = False, shape: tuple[int, ...] = (2,), **settings: Any) -> Flow:
     config = Config().override(
-        {"engine": "torch", "dtype": "float64", "flow.network.hidden": [6, 6], "flow.standardize": False, **settings}
+        {"engine": "torch", "dtype": "float64", "flow.network.hidden": [6, 6], "flow.standardize": "none", **settings}
     )
     make = (lambda shape: ModuleDynamics(Field(*shape), shape)) if own else None
     flow = Flow.build(config, shape, dynamics=make)

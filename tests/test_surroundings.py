@@ -83,7 +83,7 @@ def test_building_is_safe_in_threads_and_touches_no_global_generator(
 
 def test_a_flow_can_be_built_without_memory() -> None:
     with torch.device("meta"):
-        parts = Flow.build(Config().override({"flow.network.hidden": [10**6, 10**6], "flow.standardize": False}), (3,))
+        parts = Flow.build(Config().override({"flow.network.hidden": [10**6, 10**6], "flow.standardize": "none"}), (3,))
     assert {p.device.type for p in parts.parameters()} == {"meta"}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.errors import ConfigError, DataError
-from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform
+from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform, Whiten
 
 SHAPE = (2, 3)
 
@@ -93,6 +93,66 @@ def test_is_saved_with_the_model() -> None:
     other.load_state_dict(fitted.state_dict())
     x = torch.randn(4, 2)
     assert torch.equal(other(x)[0], fitted(x)[0])
+
+
+def mixed(n: int, *, thin: float = 1e-3, seed: int = 0) -> Tensor:
+    """Samples whose third column is nearly the sum of the others."""
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    x[:, 2] = (x[:, 0] + x[:, 1] + thin * x[:, 2]) / math.sqrt(2)
+    return x
+
+
+def test_whitening_leaves_unit_covariance_and_its_determinant_is_autograds() -> None:
+    x = mixed(2000)
+    whiten = Whiten.fit(x)
+    y, log_det = whiten(x)
+    assert torch.allclose(y.T @ y / len(y), torch.eye(3).double(), rtol=0, atol=1e-8)
+    full = torch.autograd.functional.jacobian(lambda v: whiten(v[None])[0][0], x[0])
+    assert float(log_det[0]) == pytest.approx(float(torch.linalg.slogdet(full)[1]), abs=1e-10)
+    assert torch.allclose(whiten.inverse(y), x, rtol=0, atol=1e-12)
+
+
+def test_whitening_respects_weights() -> None:
+    x = mixed(300)
+    weight = torch.arange(300).remainder(3).double()
+    repeated = torch.cat([x[weight == 1], x[weight == 2], x[weight == 2]])
+    assert torch.allclose(Whiten.fit(x, weight).scale, Whiten.fit(repeated).scale, rtol=1e-9)
+
+
+def test_an_axis_without_width_is_not_stretched_to_rounding() -> None:
+    x = mixed(500, thin=0.0)
+    y, _ = Whiten.fit(x)(x)
+    assert float(y.abs().max()) < 10
+
+
+def test_whitening_stays_double_where_the_flow_is_single() -> None:
+    whiten = Whiten.fit(mixed(100)).float()
+    assert whiten.rotation.dtype == whiten.scale.dtype == torch.float64
+    assert whiten(torch.ones(2, 3))[0].dtype == torch.float64
+
+
+def test_as_much_is_whitened_as_held_out_samples_bear() -> None:
+    def score(whiten: Whiten, x: Tensor) -> float:
+        y, log_det = whiten(x)
+        return float((log_det - y.square().sum(1) / 2).mean())
+
+    both = (None, None)
+    train, other = mixed(4000), mixed(1000, seed=1)
+    assert torch.equal(Whiten.chosen(train, other, both).scale, Whiten.fit(train).scale)
+    few = torch.randn(20, 18, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    rest = torch.randn(500, 18, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    assert score(Whiten.chosen(few, rest, both), rest) > score(Whiten.fit(few), rest) + 10
+    far = torch.cat([other, torch.tensor([[5.0, -5.0, 5.0]]).double().repeat(20, 1)])  # beside the sheet
+    chosen = Whiten.chosen(train, far, both)
+    assert score(chosen, far) > score(Whiten.fit(train), far) + 100
+    assert torch.equal(Whiten.chosen(train, far, (None, (torch.arange(1020) < 1000).double())).scale, Whiten.fit(train).scale)
+
+
+def test_axes_that_are_not_orthogonal_are_refused() -> None:
+    with pytest.raises(DataError, match="not orthogonal"):
+        Whiten(torch.ones(2, 2), torch.ones(2))
+    with pytest.raises(DataError, match="not positive"):
+        Whiten(torch.eye(2), torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize(

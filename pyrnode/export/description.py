@@ -17,12 +17,13 @@ from pyrnode.dynamics.layers import Layer
 from pyrnode.errors import ConfigError, unknown_name
 from pyrnode.export.torch_flow import TorchFlow
 from pyrnode.parts import Block, FactorOut, Squeeze
-from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform
+from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform, Whiten
 
 READING = {
     "encode": "x -> transforms in order -> parts in order -> z, flattened; log_det sums the log-determinants; "
     "log_prob = -(|z|^2 + d log(2 pi))/2 + log_det, in nats. decode runs everything backwards.",
     "standardize": "y = (x - mean)/std, in double precision; log_det = -sum(log std)",
+    "whiten": "y_i = (sum_j x_j rotation_ji)/scale_i, in double precision; log_det = -sum(log scale)",
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
@@ -92,6 +93,8 @@ def _transforms(prefix: str, chain: Chain) -> list[dict[str, Any]]:
 def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
     if isinstance(transform, Standardize):
         return {"kind": "standardize", "tensors": {"mean": f"{prefix}.mean", "std": f"{prefix}.std"}}
+    if isinstance(transform, Whiten):
+        return {"kind": "whiten", "tensors": {"rotation": f"{prefix}.rotation", "scale": f"{prefix}.scale"}}
     if isinstance(transform, Dequantize):
         return {"kind": "dequantize", "levels": transform.levels}
     if isinstance(transform, Logit):
@@ -229,12 +232,17 @@ def _build_transform(
         if not tuple(mean.shape) == tuple(std.shape) == shape:
             raise ConfigError(f"{prefix}: mean and std of {tuple(mean.shape)} for data of {shape}")
         return Standardize(mean, std)
+    if kind == "whiten":
+        rotation, scale = tensors[f"{prefix}.rotation"], tensors[f"{prefix}.scale"]
+        if tuple(rotation.shape) != (*shape, *shape) or tuple(scale.shape) != shape:
+            raise ConfigError(f"{prefix}: {tuple(rotation.shape)} axes and {tuple(scale.shape)} scales for {shape}")
+        return Whiten(rotation, scale)
     if kind == "dequantize":
         (levels,) = _sizes([entry["levels"]], least=2)
         return Dequantize(levels)
     if kind == "logit":
         return Logit(float(entry["alpha"]))
-    raise ConfigError(unknown_name("transform", kind, ("standardize", "dequantize", "logit")))
+    raise ConfigError(unknown_name("transform", kind, ("standardize", "whiten", "dequantize", "logit")))
 
 
 def _build_parts(entries: list[Mapping[str, Any]], shape: tuple[int, ...], context_dim: int) -> list[nn.Module]:

@@ -100,7 +100,7 @@ def settings(name: str, method: str, seed: int, given: ClassifierConfig, study_s
             "data.name": name,
             "data.limit": given.limit,
             "seed": seed,
-            "flow": {"network": {"hidden": list(given.hidden)}, "blocks": 1, "scales": 1, "standardize": False},
+            "flow": {"network": {"hidden": list(given.hidden)}, "blocks": 1, "scales": 1, "standardize": "none"},
             "solver": {"name": "DP5", "rtol": given.tolerance, "atol": given.tolerance},
             "penalties": {"kinetic": penalty, "jacobian": penalty},
             **study_settings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from pyrnode.config import Config
 from pyrnode.data import Splits
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.flow import Flow
-from pyrnode.transforms import Chain, Standardize
+from pyrnode.transforms import Chain, Standardize, Transform, Whiten
 
 
 class Blueprint:
@@ -53,11 +53,24 @@ class Blueprint:
 def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain | None]:
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
-    if config.flow.standardize and splits.levels is None:
-        transform = Chain([Standardize.fit(train.tensor(), train.weight)])
-    if config.flow.standardize and train.context is not None:
+    if config.flow.scales_features and splits.levels is None:
+        transform = Chain(_to_standard(config, splits))
+    if config.flow.scales_features and train.context is not None:
         context_transform = Chain([Standardize.fit_context(train.context)])
     return transform, context_transform
+
+
+def _to_standard(config: Config, splits: Splits) -> Iterator[Transform]:
+    """Takes the training samples to mean 0 and variance 1, and on their principal axes where that is asked for."""
+    train, held_out = splits.train, splits.validation
+    yield (scale := Standardize.fit(train.tensor(), train.weight))
+    if not config.flow.whitens(splits.event_shape):
+        return
+    x = scale(train.tensor())[0]
+    if config.flow.standardize == "whiten":
+        yield Whiten.fit(x, train.weight)
+    else:
+        yield Whiten.chosen(x, scale(held_out.tensor())[0], (train.weight, held_out.weight))
 
 
 def _data_dtype(splits: Splits) -> torch.dtype | None:
