@@ -135,7 +135,7 @@ class FlowConfig(Section):
         alpha: ``α`` of the logit transform of pixels, in [0, 0.5).
         standardize: What continuous features are brought to first: mean 0 and variance 1 (``"scale"``), on their
             principal axes (``"whiten"``, vectors alone), or as they are (``"none"``). ``"auto"`` whitens vectors as far
-            as held-out samples bear it. Contexts are scaled.
+            as cross-validation finds it better. Contexts are scaled.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)

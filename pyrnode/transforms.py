@@ -36,8 +36,11 @@ class Transform(nn.Module, ABC):
 _THIN = 1e-10
 """Variance of a principal axis at least, as a share of the widest's: below it is what rounding left."""
 
-_SHRINKAGES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.3)
+_SHRINKAGES = (0.0, 1e-6, 1e-4, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
 """What a covariance may be drawn towards the identity by."""
+
+_FOLDS, _CHOSEN_ON = 5, 50_000
+"""Folds of the cross-validation that chooses among them, and the rows that it takes at most."""
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -177,6 +180,13 @@ class Standardize(DoubleTransform):
         return y.double() * self.std + self.mean
 
 
+def _principal(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Axes ``(d, d)``, one a column, the largest component of each positive; and their variances, increasing."""
+    share = torch.full_like(x[:, 0], 1 / len(x)) if weight is None else (weight / weight.sum()).to(x)
+    variance, rotation = torch.linalg.eigh((x * share[:, None]).T @ x)
+    return rotation * rotation.gather(0, rotation.abs().argmax(0, keepdim=True)).sign(), variance
+
+
 class Whiten(DoubleTransform):
     """``y = (Rᵀx)/s`` of vectors: their principal axes, each with variance one; in double precision, as `Standardize`.
 
@@ -217,34 +227,38 @@ class Whiten(DoubleTransform):
             weight: Their weights.
             shrinkage: ``a`` in [0, 1]: the covariance is taken for ``(1 − a) C + a I``.
         """
-        x = x.double()
-        share = torch.full_like(x[:, 0], 1 / len(x)) if weight is None else (weight / weight.sum()).to(x)
-        variance, rotation = torch.linalg.eigh((x * share[:, None]).T @ x)
-        sign = rotation.gather(0, rotation.abs().argmax(0, keepdim=True)).sign()
-        shrunk = (1 - shrinkage) * variance.clamp(min=_THIN * variance[-1]) + shrinkage
-        return cls(rotation * sign, shrunk.sqrt())
+        return cls._of(*_principal(x.double(), weight), shrinkage)
 
     @classmethod
-    def chosen(cls, train: Tensor, held_out: Tensor, weights: tuple[Tensor | None, Tensor | None]) -> Whiten:
-        """The one under which the standard normal density gives `held_out` the best mean; it may be the identity.
+    def _of(cls, rotation: Tensor, variance: Tensor, shrinkage: float) -> Whiten:
+        """From the principal axes and their variances, in increasing order."""
+        shrunk = (1 - shrinkage) * variance.clamp(min=_THIN * variance[-1]) + shrinkage
+        return cls(rotation, shrunk.sqrt())
 
-        Few rows, or gross outliers, leave covariances that are too narrow for what comes next: the more the covariance
-        found is trusted, the better for what is like the rows it was found on, and the worse for the rest.
+    @classmethod
+    def chosen(cls, x: Tensor, weight: Tensor | None = None) -> Whiten:
+        """As `fit`, with the shrinkage under which the normal density scores best in cross-validation; or the identity.
+
+        Few rows, or gross outliers, leave a covariance that is too narrow for what comes next: the more of it is taken,
+        the better for what is like the rows it was found on, and the worse for the rest.
 
         Args:
-            train: Samples ``(n, d)``, of mean 0 and variance 1 by column.
-            held_out: Others ``(m, d)``.
-            weights: The weights of both.
+            x: Samples ``(n, d)``, of mean 0 and variance 1 by column.
+            weight: Their weights.
         """
-        held_out = held_out.double()
-        weight = torch.ones_like(held_out[:, 0]) if weights[1] is None else weights[1].to(held_out)
-
-        def score(candidate: Whiten) -> float:
-            y, log_det = candidate(held_out)
-            return float(((log_det - y.square().sum(1) / 2) * weight).sum())
-
-        fitted = [cls.fit(train, weights[0], shrinkage=a) for a in _SHRINKAGES]
-        return max([cls.identity(train.shape[1]), *fitted], key=score)
+        few = x[:_CHOSEN_ON].double()
+        share = torch.ones_like(few[:, 0]) if weight is None else weight[:_CHOSEN_ON].to(few)
+        scores = dict.fromkeys(_SHRINKAGES, 0.0)
+        for fold in range(_FOLDS):
+            out = torch.arange(len(few), device=few.device) % _FOLDS == fold
+            if not bool((share[~out] > 0).any()):
+                return cls.identity(x.shape[1])
+            axes = _principal(few[~out], share[~out])
+            for shrinkage in scores:
+                y, log_det = cls._of(*axes, shrinkage)(few[out])
+                scores[shrinkage] += float(((log_det - y.square().sum(1) / 2) * share[out]).sum())
+        best = max(scores, key=lambda shrinkage: scores[shrinkage])
+        return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return (x.double() @ self.rotation) / self.scale, _zeros(x.double()) - self.scale.log().sum()

@@ -62,15 +62,10 @@ def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain |
 
 def _to_standard(config: Config, splits: Splits) -> Iterator[Transform]:
     """Takes the training samples to mean 0 and variance 1, and on their principal axes where that is asked for."""
-    train, held_out = splits.train, splits.validation
-    yield (scale := Standardize.fit(train.tensor(), train.weight))
-    if not config.flow.whitens(splits.event_shape):
-        return
-    x = scale(train.tensor())[0]
-    if config.flow.standardize == "whiten":
-        yield Whiten.fit(x, train.weight)
-    else:
-        yield Whiten.chosen(x, scale(held_out.tensor())[0], (train.weight, held_out.weight))
+    x, weight = splits.train.tensor(), splits.train.weight
+    yield (scale := Standardize.fit(x, weight))
+    if config.flow.whitens(splits.event_shape):
+        yield (Whiten.fit if config.flow.standardize == "whiten" else Whiten.chosen)(scale(x)[0], weight)
 
 
 def _data_dtype(splits: Splits) -> torch.dtype | None:
