@@ -217,8 +217,8 @@ class PenaltyConfig(Section):
     """The regularisation and the estimator of the divergence (docs/design.md §2; eq. 17 of the paper).
 
     Args:
-        kinetic: ``λ_K`` on ``∫‖f‖²``.
-        jacobian: ``λ_J`` on ``∫‖∂f/∂z‖_F²``.
+        kinetic: ``λ_K`` on ``∫‖f‖²``; ``"auto"`` is 0.01 for thousands of samples, and more for fewer (`settled`).
+        jacobian: ``λ_J`` on ``∫‖∂f/∂z‖_F²``, likewise.
         total_derivative: Weight of ``∫‖(∂f/∂z) f + ∂f/∂t‖²`` (eq. 7); needs nested differentiation, so it is slow.
         convention: ``"paper"``: summed over the blocks, per data dimension, in nats. ``"ffjord-rnode"``: ½ on the
             kinetic term, each block's mean over its own dimensions, added to bits per dimension.
@@ -228,13 +228,35 @@ class PenaltyConfig(Section):
         probes: Number ``k`` of probes per sample and block.
     """
 
-    kinetic: float = 0.01
-    jacobian: float = 0.01
+    kinetic: float | Literal["auto"] = 0.01
+    jacobian: float | Literal["auto"] = 0.01
     total_derivative: float = 0.0
     convention: Literal["paper", "ffjord-rnode"] = "paper"
     divergence: Literal["auto", "hutchinson", "exact"] = "hutchinson"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     probes: int = 1
+
+    def settled(self, samples: int) -> Self:
+        """The same with numbers, for that many training samples.
+
+        Among few samples a flow learns the samples themselves, and what holds it back is the penalty: λ = 30/n, between
+        0.01, with which thousands are learned in straight paths, and 1 (docs/training.md has the measurements).
+        """
+        weight = min(1.0, max(0.01, 30 / samples))
+        auto = {name: weight for name in ("kinetic", "jacobian") if getattr(self, name) == "auto"}
+        return self.changed(auto)
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """``λ_K``, ``λ_J`` and the total derivative's weight.
+
+        Raises:
+            ConfigError: One is ``"auto"``, and how many samples there are is not known here.
+        """
+        for name in ("kinetic", "jacobian"):
+            if getattr(self, name) == "auto":
+                raise ConfigError(f"{name} = 'auto' depends on the number of samples: give a number, or `settled(n)`")
+        return float(self.kinetic), float(self.jacobian), self.total_derivative
 
     def estimator(self, dim: int) -> Divergence:
         """The divergence of training a flow of that many dimensions."""

@@ -57,7 +57,7 @@ def objective(passage: Passage, penalties: PenaltyConfig, weights: Tensor | None
     if penalties.convention == "paper":
         loss, E, n = regularised(nll, passage, penalties, weights)
         return Objective(loss, nll.detach(), E, n)
-    lambda_K, lambda_J, lambda_D = penalties.kinetic, penalties.jacobian, penalties.total_derivative
+    lambda_K, lambda_J, lambda_D = penalties.weights
     per_block = [
         mean(lambda_K * 0.5 * block.E + lambda_J * block.n + lambda_D * block.D) / block.z[0].numel()
         for block in passage.blocks
@@ -87,9 +87,10 @@ def regularised(
         return (values.mean() if weights is None else (weights * values).mean()) / d
 
     E, n = mean(passage.total("E")), mean(passage.total("n"))
-    for weight, value in ((penalties.kinetic, E), (penalties.jacobian, n)):
+    lambda_K, lambda_J, lambda_D = penalties.weights
+    for weight, value in ((lambda_K, E), (lambda_J, n)):
         if weight:
             loss = loss + weight * value
-    if penalties.total_derivative:
-        loss = loss + penalties.total_derivative * mean(passage.total("D"))
+    if lambda_D:
+        loss = loss + lambda_D * mean(passage.total("D"))
     return loss, E.detach(), n.detach()

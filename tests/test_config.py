@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pyrnode
-from pyrnode.config import Config, NetworkConfig, PenaltyConfig
+from pyrnode.config import Config, FlowConfig, NetworkConfig, PenaltyConfig
 from pyrnode.errors import ConfigError
 from pyrnode.settings import flatten
 
@@ -60,6 +60,9 @@ BAD = [
     ("clip_norm", "no", "expected float or none"),
     ("options", 3, "expected dict"),
     ("kinetic", -0.01, "at least 0"),
+    ("kinetic", "some", "auto"),
+    ("standardize", "sphere", "auto, none, scale, whiten"),
+    ("standardize", False, "auto, none, scale, whiten"),
     ("jacobian", math.inf, "at least 0"),
     ("total_derivative", -1, "at least 0"),
     ("convention", "theirs", "ffjord-rnode"),
@@ -113,7 +116,7 @@ def test_a_bad_value_is_named_with_what_was_expected(key: str, value: object, ex
 
 def test_every_numeric_setting_has_a_bad_value_in_the_list_above() -> None:
     # A new setting with a bound belongs in BAD; these have no bound to break.
-    unbounded = {"data.dir", "flow.standardize", "device"}
+    unbounded = {"data.dir", "device"}
     unbounded |= {
         f"{section}solver.{key}" for section in ("", "evaluation.") for key in ("name", "sensealg", "adaptive")
     }
@@ -130,6 +133,26 @@ def _paths() -> set[str]:
     sections = {"data", "flow", "flow.network", "solver", "penalties", "training", "evaluation"}
     sections |= {"evaluation.solver", "evaluation.divergence"}
     return set(_setting_paths(Config)) - sections
+
+
+@pytest.mark.parametrize(("samples", "weight"), [(2, 1.0), (100, 0.3), (3_000, 0.01), (10**6, 0.01)])
+def test_the_fewer_samples_the_larger_the_penalty_that_is_left_to_us(samples: int, weight: float) -> None:
+    settled = PenaltyConfig(kinetic="auto", jacobian=0.5).settled(samples)
+    assert settled.weights == (pytest.approx(weight), 0.5, 0.0)
+
+
+def test_a_weight_that_depends_on_the_samples_is_not_used_without_them() -> None:
+    with pytest.raises(ConfigError, match=r"jacobian = 'auto' depends on the number of samples"):
+        _ = PenaltyConfig(jacobian="auto").weights
+
+
+def test_images_are_not_whitened() -> None:
+    flow = FlowConfig(standardize="whiten")
+    assert flow.whitens((3,))
+    assert not FlowConfig(standardize="auto").whitens((1, 4, 4))
+    assert not FlowConfig(standardize="auto").whitens((5000,))
+    with pytest.raises(ConfigError, match=r"standardize = 'whiten': for vectors, not for samples of shape \(1, 4, 4\)"):
+        flow.whitens((1, 4, 4))
 
 
 def test_settings_are_frozen_and_keyword_only() -> None:

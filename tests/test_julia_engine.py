@@ -453,8 +453,7 @@ def test_backprop_keeps_the_stages_of_fixed_steps(julia_engine: Engine, kind: st
     """No evaluation in the backward pass where all of it is kept; one for each pullback where only the states are."""
     gradients = []
     dynamics: Dynamics = ModuleDynamics(Field().double(), (3,)) if kind == "module" else make(kind)
-    options: dict[str, Any] = {"adaptive": False} if name == "Tsit5" else {}
-    solver = SolverConfig(name=name, step_size=0.25, sensealg="Backprop", options=options)
+    solver = SolverConfig(name=name, step_size=0.25, sensealg="Backprop", adaptive=False)
     kept, again = 4 * stages if kind == "module" else 0, 4 * (2 * stages - 1)
     for memory, evaluations in (("auto", kept), ("store", kept), ("checkpoint", again)):
         if memory == "store" and kind == "module":

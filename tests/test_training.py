@@ -404,6 +404,17 @@ def test_the_preset_that_is_made_for_the_data_is_taken() -> None:
     assert train(data=images, max_steps=1).config.flow == Config().override({"hidden": [8]}).flow
 
 
+def test_a_table_is_whitened_and_held_back_by_its_size() -> None:
+    x = torch.randn(120, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 1.0])
+    x[:, 2] = x[:, 0] + 0.01 * x[:, 2]
+    result = pyrnode.train(x, max_steps=2, evaluate=False, progress=False)
+    y, _ = result.flow.transform(x)
+    variance = torch.linalg.eigvalsh(torch.cov(y.T))  # of all samples, those that are held out among them
+    assert 0.7 < float(variance[0]) < float(variance[-1]) < 1.5
+    assert result.flow.config.penalties.weights == (pytest.approx(30 / 96), pytest.approx(30 / 96), 0.0)
+    assert result.config.penalties.kinetic == "auto"
+
+
 def test_dynamics_of_the_users_own_are_trained(tmp_path: Path) -> None:
     class Own(nn.Module):
         def __init__(self, d: int) -> None:

@@ -164,8 +164,6 @@ class JuliaEngine(Engine):
 
     def _look_up(self, solver: SolverConfig) -> Any:
         step_size(solver)
-        if not solver.adaptive:
-            raise ConfigError("adaptive = false is a setting of PyTorch's engines: name a fixed-step solver, e.g. RK4")
         sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
         if sensealg not in SENSITIVITIES:
             raise EngineUnavailableError(
@@ -194,7 +192,7 @@ class JuliaEngine(Engine):
                     numbers,
                     solver.error_control,
                     solver.memory,
-                    solver.options,
+                    solver.options | ({} if solver.adaptive else {"adaptive": False}),
                 )
             except _JuliaFailure as failure:
                 raise ConfigError(f"solver {solver.name!r}: {failure}") from None

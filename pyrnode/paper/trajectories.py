@@ -64,6 +64,7 @@ def _measure(study: Study) -> Finding:
             curves += [{"flow": METHODS[method], "particle": i, "t": time, "z": float(z)} for i, z in enumerate(state)]
     changes = [float(row["squared change of speed"]) for row in rows]
     nats = [float(row["nats"]) for row in rows]
+    kinetic, jacobian, _ = runs["rnode"].config.penalties.weights
     return Finding(
         name=EXPERIMENT.name,
         title=EXPERIMENT.title,
@@ -88,8 +89,8 @@ def _measure(study: Study) -> Finding:
         figures={"fig1": _draw(runs, paths)},
         remarks=[
             "Both flows have the same network, solver (RK4, step 0.25), learning rate, batches and seed; they "
-            f"differ in the penalties alone (λ_K = {runs['rnode'].config.penalties.kinetic:g}, λ_J = "
-            f"{runs['rnode'].config.penalties.jacobian:g} against 0).",
+            f"differ in the penalties alone (λ_K = {kinetic:g}, λ_J = "
+            f"{jacobian:g} against 0).",
             f"Speeds along {PARTICLES} paths at {TIMES} times, solved with DP5 at 1e-5, in standardised units.",
         ],
         configs={run.need.name: run.config for run in runs.values()},

@@ -62,6 +62,7 @@ class Trainer:
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self.flow.engine.check(self.solver)
+        self._settled = replace(config, penalties=config.penalties.settled(len(splits.train)))
         self.order = Order(len(splits.train), config.training.batch_size, config.seed)
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config)
@@ -95,12 +96,12 @@ class Trainer:
     def best_flow(self) -> Flow:
         """A flow with the weights that were best on validation, or the present ones before the first validation.
 
-        Its settings hold the training solver with the step that training arrived at.
+        Its settings hold the step that training arrived at, and the penalties that ``"auto"`` meant.
         """
         return self._flow_with(self.state.chosen())
 
     def _flow_with(self, weights: Weights) -> Flow:
-        flow = self.blueprint.build(replace(self.config, solver=self.solver))
+        flow = self.blueprint.build(replace(self._settled, solver=self.solver))
         flow.load_state_dict(weights)
         return flow.to(self.device).eval()
 
@@ -167,7 +168,7 @@ class Trainer:
         to, or resumes from, is never a state that has already failed.
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
-        result, passage = loss(self.flow, batch, self.config, self.solver, step)
+        result, passage = loss(self.flow, batch, self._settled, self.solver, step)
         rate = learning_rate(training, step, self.span.done(state.progress))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
