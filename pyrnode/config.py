@@ -170,12 +170,14 @@ class FlowConfig(Section):
 class SolverConfig(Section):
     """How a block is integrated, under DifferentialEquations.jl's names.
 
-    A bare word where a solver is expected is its name; ``"auto"`` is RK4 with the step ``"auto"``.
+    A bare word where a solver is expected is its name.
 
     Args:
-        name: Solver, e.g. ``"RK4"`` or ``"DP5"``; see ``pyrnode solvers``.
+        name: Solver, e.g. ``"RK4"`` or ``"DP5"``; see ``pyrnode solvers``. ``"auto"``, in training alone, is one step
+            of RK4 a block, or DP5's formula in 1, 2, 4 … 64 steps, whichever is the first that is right
+            (`TrainingConfig.tolerance`); with a step of your own, RK4.
         step_size: Step of a fixed-step solver in units of time. ``"auto"``, in training alone: one step a block, and
-            twice as many whenever the accurate solver disagrees (`TrainingConfig.tolerance`). Adaptive solvers ignore
+            twice as many whenever a finer solve disagrees (`TrainingConfig.tolerance`). Adaptive solvers ignore
             it.
         adaptive: Whether a solver with an error estimate chooses its own steps; false takes its formula along the grid
             of `step_size` (PyTorch).
@@ -205,11 +207,13 @@ class SolverConfig(Section):
 
     @classmethod
     def _in_full(cls, word: str) -> dict[str, Any]:
-        return {"name": "RK4", "step_size": "auto"} if word == "auto" else super()._in_full(word)
+        return {"name": "auto", "step_size": "auto"} if word == "auto" else super()._in_full(word)
 
     def _validate(self) -> None:
         at_least(self, 0, "step_size", "rtol", "atol", strict=True)
         at_least(self, 1, "maxiters")
+        if self.name == "auto" and self.step_size != "auto":
+            object.__setattr__(self, "name", "RK4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,7 +420,7 @@ class Config(Section):
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    solver: SolverConfig = field(default_factory=lambda: SolverConfig(step_size="auto"))
+    solver: SolverConfig = field(default_factory=lambda: SolverConfig(name="auto", step_size="auto"))
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

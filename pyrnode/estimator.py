@@ -37,19 +37,19 @@ class UnfittedError(PyrnodeError, NotFittedError):  # type: ignore[misc]
 class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     """Density of a table by a regularised neural ODE; with a context, the conditional density ``p(x | c)``.
 
-    Features are standardised inside, and all densities are in the units of the input. A share of the samples is held
-    out, and the weights that are best on it are kept. The training settings that are not parameters here are those of
-    `pyrnode.Config`, with a cosine schedule; `overrides` sets any of them.
+    Features are whitened inside, as far as other samples bear it, and all densities are in the units of the input. A
+    share of the samples is held out, and the weights that are best on it are kept. The training settings that are not
+    parameters here are those of the preset ``"table"``; `overrides` sets any of them.
 
     Args:
         hidden: Widths of the network's hidden layers.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
         blocks: ODE blocks, one after the other.
-        kinetic: ``λ_K``, weight of the kinetic energy.
-        jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm.
-        solver: Training solver.
-        step_size: Its step; ``"auto"`` is the largest that is right (`SolverConfig`).
-        divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 8
+        kinetic: ``λ_K``, weight of the kinetic energy; ``"auto"`` is 30/n, between 0.01 and 1.
+        jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm; likewise.
+        solver: Training solver; ``"auto"`` is the cheapest that is right (`SolverConfig`).
+        step_size: Its step; ``"auto"`` is the largest that is right.
+        divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 2
             features. In use it is exact up to 64 features, unless `overrides` has ``evaluation.divergence``.
         max_steps: Optimiser steps.
         batch_size: Samples per step.
@@ -90,21 +90,21 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[int] = (64, 64, 64),
         activation: str = "tanh",
         blocks: int = 1,
-        kinetic: float = 0.01,
-        jacobian: float = 0.01,
-        solver: str = "RK4",
+        kinetic: float | Literal["auto"] = "auto",
+        jacobian: float | Literal["auto"] = "auto",
+        solver: str = "auto",
         step_size: float | Literal["auto"] = "auto",
         divergence: Literal["auto", "exact", "hutchinson"] = "auto",
         max_steps: int = 1000,
-        batch_size: int = 200,
-        learning_rate: float = 3e-3,
+        batch_size: int = 256,
+        learning_rate: float = 0.01,
         validation_fraction: float = 0.1,
         patience: int | None = 10,
         calibration_fraction: float = 0.0,
-        dtype: Literal["float64", "float32"] = "float64",
+        dtype: Literal["float64", "float32"] = "float32",
         device: str = "cpu",
         engine: str = "torch",
         overrides: Mapping[str, Any] | None = None,
@@ -201,21 +201,19 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
         """The settings of the run."""
-        config = Config().override(
+        config = Config.preset("table").override({"solver": self.solver})
+        config = config.override(
             {
-                "flow.network.kind": "mlp",
                 "flow.network.hidden": list(self.hidden),
                 "flow.network.activation": self.activation,
                 "flow.blocks": self.blocks,
                 "penalties.kinetic": self.kinetic,
                 "penalties.jacobian": self.jacobian,
                 "penalties.divergence": self.divergence,
-                "solver.name": self.solver,
                 "solver.step_size": self.step_size,
                 "training.max_steps": self.max_steps,
                 "training.batch_size": self.batch_size,
                 "training.learning_rate": self.learning_rate,
-                "training.schedule": "cosine",
                 "training.patience": self.patience,
                 "dtype": self.dtype,
                 "device": self.device,

@@ -156,7 +156,12 @@ def method(name: str) -> Method:
 
     Raises:
         EngineUnavailableError: The PyTorch engine does not have it; the message lists what it has.
+        ConfigError: It is ``"auto"``.
     """
+    if name == "auto":
+        raise ConfigError(
+            "solver 'auto' is resolved by training alone, whose flow then has one: train, or name a solver"
+        )
     if name not in METHODS:
         raise EngineUnavailableError(unknown_name("solver of the PyTorch engine", name, METHODS))
     return METHODS[name]

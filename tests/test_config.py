@@ -200,7 +200,7 @@ def test_numpys_numbers_become_pythons() -> None:
 
 def test_defaults_are_the_papers_but_for_the_step_and_the_end() -> None:
     config = Config()
-    assert (config.solver.name, config.solver.step_size) == ("RK4", "auto")
+    assert (config.solver.name, config.solver.step_size) == ("auto", "auto")
     assert (config.penalties.kinetic, config.penalties.jacobian) == (0.01, 0.01)
     assert (config.training.optimizer, config.training.learning_rate) == ("adam", 1e-3)
     assert (config.training.batch_size, config.training.epochs) == (200, None)

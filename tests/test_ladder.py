@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
+from pyrnode import solvers
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load
 from pyrnode.errors import SolverError, SolverWarning
 from pyrnode.estimator import RNODEDensity
-from pyrnode.training.ladder import HIGHEST, Ladder
+from pyrnode.training.ladder import Ladder
 from pyrnode.training.trainer import Trainer
 from pyrnode.training.validation import Outcome, Validation
 
@@ -57,6 +58,18 @@ def test_each_solver_costs_twice_the_one_before() -> None:
     assert (fixed[2].step_size, fixed[2].rtol) == (0.125, pytest.approx(1e-5))
 
 
+def test_the_automatic_solver_begins_with_one_step_of_RK4_and_goes_on_with_order_five() -> None:
+    ladder = Ladder(SolverConfig(name="auto", step_size="auto"), 2.0, 0.01)
+    assert [(ladder[k].name, ladder[k].step_size) for k in range(4)] == [
+        ("RK4", 2.0),
+        ("DP5", 2.0),
+        ("DP5", 1.0),
+        ("DP5", 0.5),
+    ]
+    assert not any(solvers.adaptive(ladder[k]) for k in range(4))
+    assert ladder[ladder.highest].step_size == 2 * 0.5**6
+
+
 def test_it_is_climbed_to_the_first_that_is_right_and_no_further() -> None:
     asked = []
 
@@ -67,7 +80,7 @@ def test_it_is_climbed_to_the_first_that_is_right_and_no_further() -> None:
     ladder = Ladder(SolverConfig(step_size="auto"), 1.0, 0.01)
     assert ladder.climb(0, differ) == (2, 0.25**4)
     assert asked == [(1.0, 0.25), (0.5, 0.125), (0.25, 0.0625)]
-    assert ladder.climb(0, lambda one, other: math.inf) == (HIGHEST, math.inf)
+    assert ladder.climb(0, lambda one, other: math.inf) == (6, math.inf)
 
 
 def test_it_is_descended_when_the_cheaper_has_long_been_right_with_a_margin() -> None:
@@ -82,10 +95,11 @@ def test_it_is_descended_when_the_cheaper_has_long_been_right_with_a_margin() ->
 
 def test_auto_is_a_word_for_a_solver() -> None:
     preset = Config.preset("finlay2020-mnist")
-    assert preset.override({"solver": "auto"}).solver == SolverConfig(name="RK4", step_size="auto")
-    assert preset.override({"solver": "auto", "step_size": 0.1}).solver.step_size == 0.1
+    assert preset.override({"solver": "auto"}).solver == SolverConfig(name="auto", step_size="auto")
+    assert preset.override({"solver": "auto", "step_size": 0.1}).solver == SolverConfig(name="RK4", step_size=0.1)
+    assert Config().override({"solver": "DP5"}).solver.adaptive
     assert preset.override({"solver": "Midpoint"}).solver == SolverConfig(name="Midpoint", step_size=0.25)
-    assert Config.from_toml('solver = "auto"').solver == Config().solver == SolverConfig(step_size="auto")
+    assert Config.from_toml('solver = "auto"').solver == Config().solver
     for name in ("finlay2020-mnist", "finlay2020-cifar10"):
         assert Config.preset(name).solver == SolverConfig(name="RK4", step_size=0.25)
 
@@ -95,25 +109,29 @@ def test_auto_is_a_word_for_a_solver() -> None:
 
 def test_training_finds_the_cheapest_solver_that_is_right_for_linear_dynamics() -> None:
     settings = {**SMALL, "learning_rate": 1e-9, "max_steps": 4, "kinetic": 0, "solver": "auto", "dtype": "float64"}
+    settings |= {"evaluation.solver.rtol": 1e-10, "evaluation.solver.atol": 1e-10}
     result = pyrnode.train("8gaussians", dynamics=lambda shape: Linear(6.0), **settings, evaluate=False, progress=False)
     splits = load("8gaussians", config=result.config.data)
     train_set, z = splits.train.tensor().double(), splits.validation.tensor().double()
     z = (z - train_set.mean(0)) / train_set.std(0, correction=0)
 
-    def disagreement(h: float, end: float, z: Tensor) -> float:
-        growth = sum((-6.0 * h) ** k / math.factorial(k) for k in range(5)) ** round(1 / h)
-        return float((base_log_prob(z * growth) - base_log_prob(z * end)).abs().mean()) / 2
+    def growth(number: int) -> float:
+        """What the ladder's solver of that number multiplies by, from the methods' stability polynomials."""
+        h = 0.5 ** max(0, number - 1)
+        factor = sum((-6.0 * h) ** k / math.factorial(k) for k in range(5 if number == 0 else 6))
+        return (factor + (0.0 if number == 0 else (-6.0 * h) ** 6 / 600)) ** round(1 / h)
 
-    def quarter(h: float) -> float:
-        return sum((-6.0 * h / 4) ** k / math.factorial(k) for k in range(5)) ** round(4 / h)
+    def disagreement(one: float, other: float, z: Tensor) -> float:
+        return float((base_log_prob(z * one) - base_log_prob(z * other)).abs().mean()) / 2
 
-    expected = next(0.5**k for k in range(8) if disagreement(0.5**k, quarter(0.5**k), z[:16]) <= 0.01)
-    assert expected < 0.5  # else the test shows nothing
+    expected = next(k for k in range(8) if disagreement(growth(k), growth(k + 2), z[:16]) <= 0.01)
+    assert expected > 2  # else the test shows nothing
     (record,) = validations(result.history)
-    assert record["step_size"] == expected
-    assert record["disagreement"] == pytest.approx(disagreement(expected, math.exp(-6.0), z), rel=1e-3)
-    assert [r["nfe"] for r in result.history if "nfe" in r] == [4 / expected] * 4
-    assert result.flow.config.solver.step_size == expected
+    assert record["step_size"] == 0.5 ** (expected - 1)
+    assert record["disagreement"] == pytest.approx(disagreement(growth(expected), math.exp(-6.0), z), rel=1e-3)
+    assert [r["nfe"] for r in result.history if "nfe" in r] == [6 * 2 ** (expected - 1)] * 4
+    chosen = SolverConfig(name="DP5", adaptive=False, step_size=0.5 ** (expected - 1))
+    assert result.flow.config.solver == chosen
     assert result.config.solver.step_size == "auto"
 
 
@@ -130,7 +148,7 @@ def test_a_solver_that_the_accurate_one_contradicts_is_refined_and_earlier_score
     monkeypatch.setattr(Validation, "score", lambda self, solver: next(outcomes))
     subject = trainer(validate_every=4)
     assert subject.run()
-    assert [r["step_size"] for r in validations(subject.history)] == [1.0, 0.5, 0.25]
+    assert [r["step_size"] for r in validations(subject.history)] == [1.0, 1.0, 0.5]  # RK4, and then DP5 twice
     assert (subject.state.progress.best, subject.state.progress.best_step) == (1.0, 4)
     assert subject.notes == []
 
@@ -141,9 +159,9 @@ def test_refinement_is_bounded_and_what_it_cannot_mend_is_said_once(monkeypatch:
     subject, said = trainer(max_steps=2, validate_every=1), list[str]()
     subject.say = said.append
     assert subject.run()
-    assert subject.solver.step_size == 0.5**HIGHEST
+    assert subject.solver.step_size == 0.5**6
     assert subject.notes == said
-    assert "at step 1 the training solver, RK4 step 0.015625, is 0.5 nats per dimension from" in said[0]
+    assert "at step 1 the training solver, DP5 step 0.015625, is 0.5 nats per dimension from" in said[0]
 
 
 def test_a_fixed_step_that_is_wrong_is_said_at_once_in_the_result_and_in_the_report(

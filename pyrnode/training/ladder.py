@@ -1,6 +1,8 @@
 """The training solvers in the order of their cost, and when training goes up or down among them.
 
-Each has half the step of the one before (an adaptive solver a tenth of its tolerances). A flow learns what its own
+Each has half the step of the one before (an adaptive solver a tenth of its tolerances); where the solver is ``"auto"``,
+the first is RK4, and the others have a formula of order five, which needs fewer evaluations as soon as one step is not
+enough. A flow learns what its own
 solver scores well, so a coarse one is right only as long as the trajectories are nearly straight, and training can bend
 them until the score is the solver's alone. So training asks often whether a solve of a quarter of the step agrees.
 """
@@ -12,7 +14,7 @@ from dataclasses import replace
 
 from pyrnode.config import SolverConfig
 
-HIGHEST = 6
+_HALVINGS = 6
 """How often the step is halved at most for the sake of the tolerance: 64 steps a block."""
 
 EVERY = 25
@@ -34,16 +36,24 @@ class Ladder:
         tolerance: How far log-densities may be from those of a finer solve, nats per dimension.
 
     Attributes:
-        moves: Whether the step, or an adaptive solver's tolerance, is training's to choose.
+        moves: Whether the step is training's to choose.
+        highest: Up to where it goes for the sake of the tolerance.
     """
 
     def __init__(self, solver: SolverConfig, end_time: float, tolerance: float) -> None:
         self._solver, self._end_time, self.tolerance = solver, end_time, tolerance
         self.moves = solver.step_size == "auto"
+        self._mixed = solver.name == "auto"
+        self.highest = _HALVINGS + self._mixed
 
-    def __getitem__(self, halvings: int) -> SolverConfig:
-        """The solver with its step halved so often."""
-        solver, shrink = self._solver, 0.1 ** max(0, halvings)
+    def __getitem__(self, number: int) -> SolverConfig:
+        """The solver of that number, from 0 on."""
+        solver, halvings = self._solver, number
+        if self._mixed and number == 0:
+            solver = replace(solver, name="RK4")
+        elif self._mixed:
+            solver, halvings = replace(solver, name="DP5", adaptive=False), number - 1
+        shrink = 0.1**halvings
         step = self._end_time if solver.step_size == "auto" else float(solver.step_size)
         step, rtol, atol = step * 0.5**halvings, solver.rtol * shrink, solver.atol * shrink
         return replace(solver, step_size=step, rtol=rtol, atol=atol)
@@ -55,7 +65,7 @@ class Ladder:
             at: Where training stands.
             differ: Measures it.
         """
-        while (found := differ(self[at], self[at + 2])) > self.tolerance and at < HIGHEST:
+        while (found := differ(self[at], self[at + 2])) > self.tolerance and at < self.highest:
             at += 1
         return at, found
 

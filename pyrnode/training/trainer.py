@@ -23,7 +23,7 @@ from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder, require_tensorboard
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
-from pyrnode.training.ladder import EVERY, HIGHEST, Ladder
+from pyrnode.training.ladder import EVERY, Ladder
 from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
@@ -230,8 +230,9 @@ class Trainer:
         progress.calm = calm
         if at != before:
             progress.refinement = at
-            step = float(self.solver.step_size)
-            self.journal.log({"step": progress.step, "event": "solver", "step_size": step, "disagreement": found})
+            solver, step = solvers.describe(self.solver), float(self.solver.step_size)
+            record: Record = {"step": progress.step, "event": "solver", "solver": solver, "step_size": step}
+            self.journal.log({**record, "disagreement": found})
 
     def _validate(self) -> None:
         """Scores the validation set with the accurate solver, the one in use, and the training solver against that."""
@@ -255,7 +256,7 @@ class Trainer:
         if self.config.training.snapshots and self.folder is not None:
             self._flow_with(state.validated()).save(self.folder.snapshot(progress.step))
         if found.disagreement > tolerance:
-            if self.ladder.moves and progress.refinement < HIGHEST:
+            if self.ladder.moves and progress.refinement < self.ladder.highest:
                 progress.refinement, progress.calm = progress.refinement + 1, 0
             elif not self.notes:
                 record["note"] = _wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
