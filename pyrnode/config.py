@@ -221,7 +221,7 @@ class PenaltyConfig(Section):
     """The regularisation and the estimator of the divergence (docs/design.md §2; eq. 17 of the paper).
 
     Args:
-        kinetic: ``λ_K`` on ``∫‖f‖²``; ``"auto"`` is 0.01 for thousands of samples, and more for fewer (`settled`).
+        kinetic: ``λ_K`` on ``∫‖f‖²``; ``"auto"`` is 0.01 for thousands of samples, more for fewer (`settled`).
         jacobian: ``λ_J`` on ``∫‖∂f/∂z‖_F²``, likewise.
         total_derivative: Weight of ``∫‖(∂f/∂z) f + ∂f/∂t‖²`` (eq. 7); needs nested differentiation, so it is slow.
         convention: ``"paper"``: summed over the blocks, per data dimension, in nats. ``"ffjord-rnode"``: ½ on the
@@ -240,13 +240,14 @@ class PenaltyConfig(Section):
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     probes: int = 1
 
-    def settled(self, samples: int) -> Self:
-        """The same with numbers, for that many training samples.
+    def settled(self, samples: int, dim: int) -> Self:
+        """The same with numbers, for that many training samples of so many dimensions.
 
-        Among few samples a flow learns the samples themselves, and what holds it back is the penalty: λ = 30/n, between
-        0.01, with which thousands are learned in straight paths, and 1 (docs/training.md has the measurements).
+        The fewer samples a dimension has, the sooner a flow learns the samples themselves, and what holds it back is
+        the penalty: λ = 5 d/n, between 0.01, with which thousands are learned along nearly straight paths, and 1
+        (docs/training.md has the measurements).
         """
-        weight = min(1.0, max(0.01, 30 / samples))
+        weight = min(1.0, max(0.01, 5 * dim / samples))
         auto = {name: weight for name in ("kinetic", "jacobian") if getattr(self, name) == "auto"}
         return self.changed(auto)
 
@@ -259,7 +260,9 @@ class PenaltyConfig(Section):
         """
         for name in ("kinetic", "jacobian"):
             if getattr(self, name) == "auto":
-                raise ConfigError(f"{name} = 'auto' depends on the number of samples: give a number, or `settled(n)`")
+                raise ConfigError(
+                    f"{name} = 'auto' depends on the number of samples: give a number, or `settled(n, d)`"
+                )
         return float(self.kinetic), float(self.jacobian), self.total_derivative
 
     def estimator(self, dim: int) -> Divergence:

@@ -45,7 +45,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         hidden: Widths of the network's hidden layers.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
         blocks: ODE blocks, one after the other.
-        kinetic: ``λ_K``, weight of the kinetic energy; ``"auto"`` is 30/n, between 0.01 and 1.
+        kinetic: ``λ_K``, weight of the kinetic energy; ``"auto"`` is 5 d/n, between 0.01 and 1.
         jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm; likewise.
         solver: Training solver; ``"auto"`` is the cheapest that is right (`SolverConfig`).
         step_size: Its step; ``"auto"`` is the largest that is right.

@@ -411,7 +411,7 @@ def test_a_table_is_whitened_and_held_back_by_its_size() -> None:
     y, _ = result.flow.transform(x)
     variance = torch.linalg.eigvalsh(torch.cov(y.T))  # of all samples, those that are held out among them
     assert 0.7 < float(variance[0]) < float(variance[-1]) < 1.5
-    assert result.flow.config.penalties.weights == (pytest.approx(30 / 96), pytest.approx(30 / 96), 0.0)
+    assert result.flow.config.penalties.weights == (pytest.approx(15 / 96), pytest.approx(15 / 96), 0.0)
     assert result.config.penalties.kinetic == "auto"
 
 

@@ -62,7 +62,7 @@ class Trainer:
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self.flow.engine.check(self.solver)
-        self._settled = replace(config, penalties=config.penalties.settled(len(splits.train)))
+        self._settled = replace(config, penalties=config.penalties.settled(len(splits.train), self.flow.dim))
         self.order = Order(len(splits.train), config.training.batch_size, config.seed)
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config)
