@@ -58,7 +58,7 @@ static void NAME(norm)(const struct work *w, double *size, const vec *error, con
 static void NAME(rate)(struct work *w, vec *rate, vec *q_rate, int probed) {
     const struct job *job = w->job;
     NAME(entered)(w);
-    NAME(evaluate)(w);
+    NAME(evaluate)(w, probed && job->probes);
     memcpy(rate, w->h + w->offset[job->layers], (size_t)(job->widths[0] * ROW_BYTES));
     memset(q_rate, 0, INTEGRALS * ROW_BYTES);
     for (int64_t k = 0; probed && k < job->probes; k++) {

@@ -32,7 +32,7 @@ int NAME(forward)(const struct job *job, long first, long last) {
                 if (job->record)
                     memcpy((char *)job->record + (block * all + at) * d * ROW_BYTES, w.h, (size_t)(d * ROW_BYTES));
                 NAME(tabulated)(&w, at);
-                NAME(evaluate)(&w);
+                NAME(evaluate)(&w, job->probes && job->b[i]);
                 memcpy(w.rates + i * rows, w.h + w.offset[job->layers], (size_t)(d * ROW_BYTES));
                 for (int64_t k = 0; job->b[i] && k < job->probes; k++) {
                     NAME(multiply)(&w, k);

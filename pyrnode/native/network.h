@@ -279,39 +279,45 @@ static void NAME(entered)(const struct work *w) {
 INLINE int64_t NAME(entry)(const struct work *w, int64_t j, int64_t v) { return w->by_lane ? j * VECTORS + v : j; }
 
 /* From the products y of a layer, whose first row is `first` of all: the layer's output, scaled and shifted, and where it
-   is hidden the activation of that with its slope and curvature. */
-INLINE void NAME(finish)(const struct work *w, int activation, int hidden, int scaled, int64_t rows, int64_t first,
+   is hidden the activation of that, with its slope and curvature where they are asked for. */
+INLINE void NAME(finish)(const struct work *w, int activation, int hidden, int sloped, int scaled, int64_t rows, int64_t first,
                          const vec *y, vec *h, vec *slope, vec *curvature) {
     for (int64_t j = 0; j < rows; j++)
         for (int64_t v = 0; v < w->live; v++) {
             int64_t n = j * VECTORS + v, at = NAME(entry)(w, first + j, v);
             vec a = scaled ? y[n] * w->scale[at] + w->shift[at] : y[n] + w->shift[at];
+            vec unread[2];
             if (hidden)
-                NAME(activate)(activation, a, h + n, slope + n, curvature + n);
+                NAME(activate)(activation, a, h + n, sloped ? slope + n : unread, sloped ? curvature + n : unread + 1);
             else
                 h[n] = a;
         }
 }
 
-/* f at the state in h[0], with the entries at hand: into the last layer's rows of h. */
-static void NAME(evaluate)(const struct work *w) {
+/* f at the state in h[0], with the entries at hand: into the last layer's rows of h; the slopes are for what may follow. */
+static void NAME(evaluate)(const struct work *w, int sloped) {
     const struct job *job = w->job;
     int64_t first = 0;
     for (int64_t i = 1; i <= job->layers; i++) {
         int64_t rows = job->widths[i], start = w->offset[i];
         vec *h = w->h + start, *y = w->scale ? w->y + start : h;
         NAME(product)(w, y, job->w[i - 1], w->h + w->offset[i - 1], rows, job->widths[i - 1]);
-#define FINISH(activation, hidden) \
-    NAME(finish)(w, activation, hidden, w->scale != NULL, rows, first, y, h, w->slope + start, w->curvature + start)
+#define FINISH(activation, hidden, sloped) \
+    NAME(finish)(w, activation, hidden, sloped, w->scale != NULL, rows, first, y, h, w->slope + start, w->curvature + start)
         if (i == job->layers)
-            FINISH(ELU, 0);
+            FINISH(ELU, 0, 0);
         else
-            switch (job->activation) {
-            case SOFTPLUS: FINISH(SOFTPLUS, 1); break;
-            case TANH: FINISH(TANH, 1); break;
-            case SILU: FINISH(SILU, 1); break;
-            case GELU: FINISH(GELU, 1); break;
-            default: FINISH(ELU, 1);
+            switch (2 * job->activation + (sloped != 0)) {
+            case 2 * SOFTPLUS: FINISH(SOFTPLUS, 1, 0); break;
+            case 2 * SOFTPLUS + 1: FINISH(SOFTPLUS, 1, 1); break;
+            case 2 * TANH: FINISH(TANH, 1, 0); break;
+            case 2 * TANH + 1: FINISH(TANH, 1, 1); break;
+            case 2 * SILU: FINISH(SILU, 1, 0); break;
+            case 2 * SILU + 1: FINISH(SILU, 1, 1); break;
+            case 2 * GELU: FINISH(GELU, 1, 0); break;
+            case 2 * GELU + 1: FINISH(GELU, 1, 1); break;
+            case 2 * ELU: FINISH(ELU, 1, 0); break;
+            default: FINISH(ELU, 1, 1);
             }
 #undef FINISH
         first += rows;
@@ -490,7 +496,7 @@ static void NAME(step_back)(struct work *w, const vec *states, const double *t, 
             to->at = at + i;
             NAME(tabulated)(w, at + i);
         }
-        NAME(evaluate)(w);
+        NAME(evaluate)(w, 1);
         memset(w->a_bar + w->offset[1], 0, (size_t)(w->offset[layers] - w->offset[1]) * VECTOR_BYTES);
         int probed = job->probes && job->b[i];
         for (int64_t k = 0; probed && k < job->probes; k++) {
