@@ -62,6 +62,7 @@ def engine_step(case: str, engine: str, sensealg: str, memory: str = "auto", *, 
             "memory": memory,
             "flow.network.hidden": hidden,
             "standardize": False,
+            "step_size": 0.25,
             "blocks": 1,
         }
     )

@@ -73,7 +73,7 @@ def _perturb(module: torch.nn.Module) -> None:
 def pyrnode_step(case: str) -> Step:
     """A training step of pyrnode."""
     settings = {"blocks": 1 if case.startswith("mlp") else 2}
-    config = Config().override({**settings, "standardize": False})
+    config = Config().override({**settings, "standardize": False, "step_size": 0.25})
     x = _data(case)
     flow = Flow.build(config, tuple(x.shape[1:]))
     _perturb(flow)

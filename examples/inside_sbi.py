@@ -76,7 +76,7 @@ def main() -> dict[str, float]:
     x = theta @ matrix.T + 0.5 * torch.randn_like(theta)
 
     settings = {"flow.network.hidden": [32, 32], "flow.network.activation": "tanh"}
-    settings |= {"penalties.kinetic": 1e-3, "penalties.jacobian": 1e-3}
+    settings |= {"penalties.kinetic": 1e-3, "penalties.jacobian": 1e-3, "step_size": 0.25}
     builder = rnode(Config().override(settings))
     inference = NPE(prior, density_estimator=builder, show_progress_bars=False)
     estimator = inference.append_simulations(theta, x).train(

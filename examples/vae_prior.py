@@ -37,6 +37,7 @@ class FlowPrior(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         settings = {"flow.network.hidden": [64, 64], "flow.network.activation": "tanh", "flow.standardize": False}
+        settings["step_size"] = 0.25
         self.flow = Flow.build(Config().override(settings), (LATENT,))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:

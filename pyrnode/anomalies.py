@@ -173,10 +173,18 @@ class Written(TypedDict, total=False):
     header: bool | Literal["auto"]
 
 
-def _open(flow: Flow, path: str | Path, size: int, written: Written) -> Chunks:
+def _as_settings(written: Written) -> DataConfig:
+    """The same as settings; `ConfigError` where a name is none of these, or a value does not fit."""
+    for name in written:
+        if name not in Written.__annotations__:
+            raise ConfigError(unknown_name("argument", name, Written.__annotations__))
+    return DataConfig(**written)
+
+
+def _open(flow: Flow, path: str | Path, size: int, config: DataConfig) -> Chunks:
     discrete = flow.levels is not None
     shape, names = flow.event_shape, flow.features
-    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=DataConfig(**written))
+    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=config)
 
 
 def calibrate(
@@ -199,16 +207,18 @@ def calibrate(
             `DataConfig`.
 
     Raises:
+        ConfigError: An argument of `written` is none, or does not fit.
         DataError: The samples do not fit.
         SolverError: A solve failed.
     """
+    config = _as_settings(written)
     check_unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
-        opened = _open(flow, data, chunk, written)
+        opened = _open(flow, data, chunk, config)
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
-        batches = data.batches(torch.arange(len(data)), chunk)
+        batches = data.batches(torch.arange(len(data), device="cpu"), chunk)
         chunks, total = zip(range(0, len(data), chunk), (batch.x for batch in batches), strict=True), len(data)
     else:
         x, _ = flow.admit(data)
@@ -279,13 +289,13 @@ def score_file(
 
     Raises:
         DataError: The file cannot be read, or a row does not fit; it is named.
-        ConfigError: `out` is of an unknown kind.
+        ConfigError: `out` is of an unknown kind, or an argument of `written` is none, or does not fit.
         CheckpointError: `out` cannot be written; what was there before is untouched.
     """
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
     check_unconditional(flow)
-    chunks = _open(flow, data, chunk, written)
+    chunks = _open(flow, data, chunk, _as_settings(written))
     count, impossible, total, below = 0, 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
     bar_of = progress_bar(chunks.rows, "score", unit="sample", show=progress)
     with _writer(Path(out)) as write, bar_of as bar:

@@ -162,7 +162,7 @@ def fit_baselines(train: Tensor, validation: Tensor, *, seed: int = 0) -> dict[s
 def fit_gaussian(train: Tensor, validation: Tensor) -> Gaussian:
     """The Gaussian of largest likelihood, with a ridge ``r·(mean variance)·I`` if that does better on validation."""
     mean, covariance = train.mean(dim=0), torch.cov(train.T, correction=0).reshape(2 * (train.shape[1],))
-    eye = torch.eye(len(mean), dtype=torch.float64) * covariance.diagonal().mean()
+    eye = torch.eye(len(mean), dtype=torch.float64, device="cpu") * covariance.diagonal().mean()
     best: tuple[float, float, Tensor] | None = None
     for ridge in _RIDGES:
         regularised = covariance + ridge * eye
@@ -193,7 +193,9 @@ def fit_mixture(train: Tensor, validation: Tensor, generator: torch.Generator) -
     for components, covariance, ridge in grid:
         if 2 * components > len(fitted):
             continue
-        model = _mixture_model(components, covariance, ridge, int(torch.randint(2**31, (), generator=generator)))
+        model = _mixture_model(
+            components, covariance, ridge, int(torch.randint(2**31, (), generator=generator, device="cpu"))
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             try:
@@ -266,4 +268,4 @@ def _subsample(x: Tensor, limit: int, generator: torch.Generator, notes: list[st
     if len(x) <= limit:
         return x
     notes.append(f"{role} {limit} of {len(x)} samples")
-    return x[torch.randperm(len(x), generator=generator)[:limit]]
+    return x[torch.randperm(len(x), generator=generator, device="cpu")[:limit]]

@@ -375,11 +375,11 @@ class Composition(nn.Module):
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
         dtype, shape = self.reference.dtype, (*lead, self.dim)
-        if seed is None:
-            z = torch.randn(*shape, dtype=dtype)  # no generator argument: where operations are recorded, n is a symbol
+        if seed is None:  # no generator argument: where operations are recorded, n is a symbol
+            z = torch.randn(*shape, dtype=dtype, device="cpu")
         else:
             generator = torch.Generator().manual_seed(whole(seed, "seed", None))
-            z = torch.randn(*shape, dtype=dtype, generator=generator)
+            z = torch.randn(*shape, dtype=dtype, generator=generator, device="cpu")
         if context is not None and len(lead) == 2:
             context = context.repeat_interleave(n, 0)
         return z.flatten(0, -2).to(self.reference.device) * temperature, context, lead

@@ -31,6 +31,15 @@ CHUNK = 500
 EXACT_LIMIT = 64
 """Up to how many dimensions the divergence ``"auto"`` is the exact trace."""
 
+EXACT_TRAINING = 2
+"""The same in training, where an evaluation with one probe is cheaper, and what it scatters is averaged away."""
+
+_STEPS = 4000
+"""Optimiser steps of a run that nothing else bounds."""
+
+ENDLESS = 2**53
+"""Optimiser steps of a run that only time bounds."""
+
 Activation = Literal["softplus", "tanh", "silu", "gelu", "elu"]
 Engine = Literal["auto", "torch", "julia"]
 
@@ -141,12 +150,13 @@ class FlowConfig(Section):
 class SolverConfig(Section):
     """How a block is integrated, under DifferentialEquations.jl's names.
 
-    A bare word where a solver is expected is its name.
+    A bare word where a solver is expected is its name; ``"auto"`` is RK4 with the step ``"auto"``.
 
     Args:
         name: Solver, e.g. ``"RK4"`` or ``"DP5"``; see ``pyrnode solvers``.
-        step_size: Step of a fixed-step solver in units of time; ``"auto"`` starts at 0.5 and halves until stable
-            (the paper's rule). Adaptive solvers ignore it.
+        step_size: Step of a fixed-step solver in units of time. ``"auto"``, in training alone: one step a block, and
+            twice as many whenever the accurate solver disagrees (`TrainingConfig.tolerance`). Adaptive solvers ignore
+            it.
         adaptive: Whether a solver with an error estimate chooses its own steps; false takes its formula along the grid
             of `step_size` (PyTorch).
         rtol, atol: Tolerances of an adaptive solver.
@@ -173,6 +183,10 @@ class SolverConfig(Section):
 
     _bare_word = "name"
 
+    @classmethod
+    def _in_full(cls, word: str) -> dict[str, Any]:
+        return {"name": "RK4", "step_size": "auto"} if word == "auto" else super()._in_full(word)
+
     def _validate(self) -> None:
         at_least(self, 0, "step_size", "rtol", "atol", strict=True)
         at_least(self, 1, "maxiters")
@@ -188,7 +202,8 @@ class PenaltyConfig(Section):
         total_derivative: Weight of ``∫‖(∂f/∂z) f + ∂f/∂t‖²`` (eq. 7); needs nested differentiation, so it is slow.
         convention: ``"paper"``: summed over the blocks, per data dimension, in nats. ``"ffjord-rnode"``: ½ on the
             kinetic term, each block's mean over its own dimensions, added to bits per dimension.
-        divergence: ``"hutchinson"`` estimates with probes; ``"exact"`` takes the full Jacobian.
+        divergence: ``"hutchinson"`` estimates with probes; ``"exact"`` takes the full Jacobian; ``"auto"`` is exact up
+            to `EXACT_TRAINING` dimensions.
         noise: Distribution of the probes.
         probes: Number ``k`` of probes per sample and block.
     """
@@ -197,14 +212,14 @@ class PenaltyConfig(Section):
     jacobian: float = 0.01
     total_derivative: float = 0.0
     convention: Literal["paper", "ffjord-rnode"] = "paper"
-    divergence: Literal["hutchinson", "exact"] = "hutchinson"
+    divergence: Literal["auto", "hutchinson", "exact"] = "hutchinson"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     probes: int = 1
 
-    @property
-    def estimator(self) -> Divergence:
-        """The divergence of training."""
-        return Divergence(self.divergence, self.probes)
+    def estimator(self, dim: int) -> Divergence:
+        """The divergence of training a flow of that many dimensions."""
+        exact = self.divergence == "exact" or (self.divergence == "auto" and dim <= EXACT_TRAINING)
+        return Divergence("exact" if exact else "hutchinson", self.probes)
 
     def _validate(self) -> None:
         at_least(self, 0, "kinetic", "jacobian", "total_derivative")
@@ -216,8 +231,9 @@ class TrainingConfig(Section):
     """The optimisation.
 
     Args:
-        epochs: Passes over the training set.
-        max_steps: Stop after this many optimiser steps, whatever the epochs say.
+        epochs: Passes over the training set; `None` sets no bound.
+        max_steps: Stop after this many optimiser steps, whatever the epochs say. Where epochs, steps and minutes are
+            all `None`, the number of samples decides (`total_steps`).
         batch_size: Samples per step.
         optimizer: Optimiser of `torch.optim`.
         learning_rate: Peak learning rate.
@@ -226,8 +242,12 @@ class TrainingConfig(Section):
         weight_decay: The optimiser's weight decay.
         clip_norm: Bound on the gradient's norm; `None` does not clip.
         ema: Decay of the averaged weights, which are then validated and saved; `None` averages nothing.
-        validate_every: Validation interval in steps; 0 means once an epoch.
-        validation_limit: Validate on at most this many samples.
+        minutes: Train for so long, validations included, or until epochs and steps are done. What comes of it depends
+            on the machine's speed.
+        tolerance: How far the training solver's log-densities may be from the accurate solver's, in nats per dimension,
+            before training takes a finer step, or says that it cannot.
+        validate_every: Validation interval in steps; 0 validates as often as costs a tenth of training.
+        validation_limit: Validate on at most this many samples; `None` takes up to 2,000, fewer of many dimensions.
         patience: Stop after this many validations without improvement; `None` never stops early.
         checkpoint_every: Interval of checkpoints in steps; 0 means once an epoch.
         snapshots: Keep the model of every validation, in ``snapshots/`` of the run's folder.
@@ -236,7 +256,7 @@ class TrainingConfig(Section):
             solver's step before training gives up.
     """
 
-    epochs: int = 100
+    epochs: int | None = None
     max_steps: int | None = None
     batch_size: int = 200
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -246,6 +266,8 @@ class TrainingConfig(Section):
     weight_decay: float = 0.0
     clip_norm: float | None = None
     ema: float | None = None
+    minutes: float | None = None
+    tolerance: float = 0.01
     validate_every: int = 0
     validation_limit: int | None = None
     patience: int | None = None
@@ -256,7 +278,7 @@ class TrainingConfig(Section):
 
     def _validate(self) -> None:
         at_least(self, 1, "epochs", "max_steps", "batch_size", "patience", "validation_limit")
-        at_least(self, 0, "learning_rate", "clip_norm", strict=True)
+        at_least(self, 0, "learning_rate", "clip_norm", "minutes", "tolerance", strict=True)
         at_least(self, 0, "warmup_steps", "weight_decay", "validate_every", "checkpoint_every", "max_restarts")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"ema = {self.ema!r}: expected a decay between 0 and 1")
@@ -267,8 +289,13 @@ class TrainingConfig(Section):
 
     def total_steps(self, samples: int) -> int:
         """Optimiser steps of a whole run on that many training samples."""
-        steps = self.epochs * self.steps_per_epoch(samples)
-        return min(steps, self.max_steps or steps)
+        bounds = (
+            [self.max_steps] if self.epochs is None else [self.epochs * self.steps_per_epoch(samples), self.max_steps]
+        )
+        given = [bound for bound in bounds if bound is not None]
+        if given:
+            return min(given)
+        return ENDLESS if self.minutes is not None else _STEPS
 
 
 @dataclass(frozen=True)
@@ -347,7 +374,7 @@ class Config(Section):
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    solver: SolverConfig = field(default_factory=SolverConfig)
+    solver: SolverConfig = field(default_factory=lambda: SolverConfig(step_size="auto"))
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

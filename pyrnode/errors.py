@@ -44,6 +44,10 @@ class TrainingDivergedError(PyrnodeError, RuntimeError):
     """Training became non-finite and the bounded number of restarts did not help."""
 
 
+class SolverWarning(UserWarning):
+    """The training solver was not right for the dynamics that training arrived at."""
+
+
 class CheckpointError(PyrnodeError, RuntimeError):
     """A checkpoint is missing, truncated, foreign, or of another version."""
 

@@ -6,6 +6,7 @@ It keeps scikit-learn's rules (``check_estimator``), so it goes into pipelines a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -23,15 +24,10 @@ from pyrnode.config import Config
 from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
 from pyrnode.data.frames import columns_of, is_frame, read_frame
-from pyrnode.errors import ConfigError, DataError, PyrnodeError
+from pyrnode.errors import ConfigError, DataError, PyrnodeError, SolverWarning
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
 from pyrnode.training.trainer import Trainer
-
-EXACT_TRAINING = 8
-"""Up to how many features ``divergence="auto"`` trains with the exact trace."""
-
-_VALIDATIONS = 40  # at most about this many in a fit: on small tables an epoch is a single step
 
 
 class UnfittedError(PyrnodeError, NotFittedError):  # type: ignore[misc]
@@ -52,7 +48,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         kinetic: ``λ_K``, weight of the kinetic energy.
         jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm.
         solver: Training solver.
-        step_size: Its step, or ``"auto"``.
+        step_size: Its step; ``"auto"`` is the largest that is right (`SolverConfig`).
         divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 8
             features. In use it is exact up to 64 features, unless `overrides` has ``evaluation.divergence``.
         max_steps: Optimiser steps.
@@ -100,7 +96,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         kinetic: float = 0.01,
         jacobian: float = 0.01,
         solver: str = "RK4",
-        step_size: float | Literal["auto"] = 0.25,
+        step_size: float | Literal["auto"] = "auto",
         divergence: Literal["auto", "exact", "hutchinson"] = "auto",
         max_steps: int = 1000,
         batch_size: int = 200,
@@ -162,6 +158,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             TrainingDivergedError: Training stayed non-finite.
 
         Warns:
+            SolverWarning: The training solver became wrong, and the parameters allow no finer one.
             SupportWarning: The samples have no density, or some are held out and trained on (`pyrnode.data.support`).
         """
         X = self._checked(X, reset=True)
@@ -178,19 +175,20 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rng = check_random_state(self.random_state)
         config = self._config(X.shape, int(rng.randint(2**31 - 1)))
         rows = self._divided(rng.permutation(len(X)), weights)
-        values = torch.tensor(X)
+        values = torch.tensor(X, device="cpu")
         check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
         samples: Samples = TensorSamples(values).carrying(
-            context=given, weight=None if weights is None else torch.tensor(weights)
+            context=given, weight=None if weights is None else torch.tensor(weights, device="cpu")
         )
-        train = samples.take(torch.tensor(rows["train"]))
-        validation = samples.take(torch.tensor(rows["validation"])) if self.validation_fraction else train
+        train = samples.take(torch.tensor(rows["train"], device="cpu"))
+        validation = samples.take(torch.tensor(rows["validation"], device="cpu")) if self.validation_fraction else train
         named = None if names is None else tuple(names)
         splits = Splits(  # nothing looks at the test set
             "X", train, validation, validation, X.shape[1:], features=named, context_features=context_names
         )
         support.warn(splits)
         trainer = Trainer(config, splits, None, progress=bool(self.verbose))
+        trainer.say = lambda note: warnings.warn(note, SolverWarning, stacklevel=6)
         if not trainer.run():
             raise KeyboardInterrupt
         self.flow_, self.history_, self.n_iter_ = trainer.best_flow(), trainer.history, trainer.state.progress.step
@@ -203,9 +201,6 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
         """The settings of the run."""
-        divergence = self.divergence
-        if divergence == "auto":
-            divergence = "exact" if shape[1] <= EXACT_TRAINING else "hutchinson"
         config = Config().override(
             {
                 "flow.network.kind": "mlp",
@@ -214,7 +209,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "flow.blocks": self.blocks,
                 "penalties.kinetic": self.kinetic,
                 "penalties.jacobian": self.jacobian,
-                "penalties.divergence": divergence,
+                "penalties.divergence": self.divergence,
                 "solver.name": self.solver,
                 "solver.step_size": self.step_size,
                 "training.max_steps": self.max_steps,
@@ -228,9 +223,6 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "seed": seed,
             }
         )
-        steps = config.training.max_steps or 1
-        every = max(1, shape[0] // config.training.batch_size, steps // _VALIDATIONS)
-        config = config.override({"training.epochs": steps, "training.validate_every": every})
         config = config.override(dict(self.overrides or {}))
         if config.data != Config().data:
             raise ConfigError(
@@ -285,7 +277,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return _checked_context(columns_of(context, self.flow_.context_features, "context"), n)
 
     def _log_prob(self, X: NDArray[Any], context: Tensor | None) -> NDArray[np.float64]:
-        return log_densities(self.flow_, torch.tensor(X), context)
+        return log_densities(self.flow_, torch.tensor(X, device="cpu"), context)
 
     def score_samples(self, X: ArrayLike, context: ArrayLike | None = None) -> NDArray[np.float64]:
         """Log-density of each sample.
@@ -374,7 +366,7 @@ def _checked_context(context: ArrayLike, n: int | None) -> Tensor:
         raise DataError(str(error)) from error
     if values.ndim == 2 and n is not None and len(values) != n:
         raise DataError(f"context has shape {values.shape}: expected ({n}, m), a row for each sample")
-    return torch.tensor(values)
+    return torch.tensor(values, device="cpu")
 
 
 def _checked_weights(sample_weight: ArrayLike, n: int) -> NDArray[np.float64]:

@@ -176,7 +176,7 @@ def evaluate(
         log_prob, totals = scorer.score(test, count, config.solver, draws, bar)
         other = training_solver or flow.config.solver
         if other.step_size == "auto":
-            other = replace(other, step_size=0.5)
+            other = replace(other, step_size=flow.config.flow.end_time)  # where training would begin
         bar.set_description("evaluate: training solver")
         disagreement = _disagreement(scorer, test, count, other, log_prob, bar, notes)
         if discrete:
@@ -331,7 +331,7 @@ class _Scorer:
         rows, sums = [], {"E": 0.0, "n": 0.0, "nfe": 0.0}
         for draw in range(draws):
             parts = []
-            for number, batch in enumerate(samples.batches(torch.arange(count), self.config.chunk)):
+            for number, batch in enumerate(samples.batches(torch.arange(count, device="cpu"), self.config.chunk)):
                 log_prob, means = self._batch(batch, (draw, number), solver, centre, bar)
                 parts.append(log_prob)
                 for name in sums:

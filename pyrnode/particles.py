@@ -49,7 +49,7 @@ def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Ten
         raise DataError(f"x of shape {tuple(x.shape)}: expected at least one particle")
     lengths = [block.end_time for block in flow.blocks]
     starts = [math.fsum(lengths[:i]) for i in range(len(lengths))]
-    times = torch.linspace(0, math.fsum(lengths), points, dtype=torch.float64)
+    times = torch.linspace(0, math.fsum(lengths), points, dtype=torch.float64, device="cpu")
     states, block, now = [z], 0, 0.0
     for time in times[1:].tolist():
         while True:

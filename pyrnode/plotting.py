@@ -73,8 +73,8 @@ def learning_curves(history: History, *, unit: str) -> Figure:
 
     Args:
         history: Records of steps (``step, nll, E, n, nfe``) and of validations (``step, validation``, and perhaps
-            ``disagreement``, the solver's with half its step), nats per dimension, as in a `TrainingResult`; other
-            keys, and values that are not finite, are passed over.
+            ``disagreement``, the training solver's with the accurate one), nats per dimension, as in a
+            `TrainingResult`; other keys, and values that are not finite, are passed over.
         unit: ``"nats/dim"`` or ``"bits/dim"``.
 
     Raises:
@@ -100,7 +100,7 @@ def learning_curves(history: History, *, unit: str) -> Figure:
         steps, values = curves["disagreement"]
         sizes = np.where(values == 0, np.nan, np.abs(values)) * _UNITS[unit]  # zero has no logarithm: a gap
         panels[2].semilogy(steps, sizes, color=GREY, lw=1.2, marker=".")
-        panels[2].set(ylabel=f"solver against\nhalf its step\n({unit})")
+        panels[2].set(ylabel=f"solver against\nthe accurate one\n({unit})")
     for panel in panels:
         panel.grid(alpha=0.25)
         panel.tick_params(labelbottom=panel is panels[-1])
@@ -359,7 +359,7 @@ def _centres(low: float, high: float, count: int) -> Tensor:
     """Middles of `count` equal cells of ``[low, high]``."""
     if count < 2:
         raise ConfigError(f"resolution = {count!r}: expected at least 2")
-    return low + (torch.arange(count, dtype=torch.float32) + 0.5) * ((high - low) / count)
+    return low + (torch.arange(count, dtype=torch.float32, device="cpu") + 0.5) * ((high - low) / count)
 
 
 def _points(samples: Tensor, d: int) -> Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
@@ -55,15 +55,22 @@ def whole(value: Any, name: str, minimum: int | None = 0, what: str = "whole num
     return number
 
 
+@dataclass(frozen=True)
 class Section:
     """What all sections share: checked construction from a mapping, and conversion back to plain TOML values."""
 
     _bare_word: ClassVar[str | None] = None
     """The setting that a bare word stands for where the section is expected."""
 
+    @classmethod
+    def _in_full(cls, word: str) -> dict[str, Any]:
+        """The settings that a bare word stands for."""
+        assert cls._bare_word is not None
+        return {cls._bare_word: word}
+
     def __post_init__(self) -> None:
-        hints = _hints(type(self))  # type: ignore[arg-type]  # classes are hashable, which mypy does not see
-        for f in fields(self):  # type: ignore[arg-type]
+        hints = _hints(type(self))
+        for f in fields(self):
             object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
         self._validate()
 
@@ -81,7 +88,7 @@ class Section:
             if key not in known:
                 raise ConfigError(unknown_name(f"key in {cls.__name__}", key, known))
         values = dict(table)
-        for f in fields(cls):  # type: ignore[arg-type]
+        for f in fields(cls):
             given, default = values.get(f.name), cast(Any, f.default_factory)
             inner = _sections(cls).get(f.name)
             if inner and (isinstance(given, Mapping) or (isinstance(given, str) and inner._bare_word)):
@@ -103,7 +110,7 @@ class Section:
             return self if value is None else value
         if isinstance(value, str) and self._bare_word is not None:
             try:
-                return type(self).from_dict({**self.to_dict(), self._bare_word: value})
+                return type(self).from_dict({**self.to_dict(), **self._in_full(value)})
             except ConfigError as error:  # which knows the word as `kind`, and its user as the section
                 raise ConfigError(f"{type(self).__name__.lower()} = {value!r}: {error}") from None
         if not isinstance(value, Mapping):
@@ -124,11 +131,15 @@ class Section:
         """
         table = self.to_dict()
         paths = _setting_paths(type(self))
+        given: dict[str, Any] = {}
         for name, value in flatten(values).items():
             path = _setting(name, paths)
             inner = paths[path]
             if inner is not None and inner._bare_word is not None and isinstance(value, str):
-                path = f"{path}.{inner._bare_word}"
+                given = {f"{path}.{key}": v for key, v in inner._in_full(value).items()} | given  # what is named counts
+            else:
+                given[path] = value
+        for path, value in given.items():
             *sections, key = path.split(".")
             target = table
             for section in sections:
@@ -139,7 +150,7 @@ class Section:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for TOML and JSON: settings that are `None` are left out, tuples become lists."""
         table: dict[str, Any] = {}
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Section):
                 table[f.name] = value.to_dict()
@@ -148,18 +159,17 @@ class Section:
         return table
 
 
-@functools.cache  # sections are made at every step of a training, and this evaluates source text
-def _hints(section: type[Section]) -> dict[str, Any]:
-    return get_type_hints(section)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+"""The annotations of a section: kept, since they are source text, and sections are made at every step of training."""
 
 
 def _keys(section: type[Section]) -> list[str]:
-    return [f.name for f in fields(section)]  # type: ignore[arg-type]
+    return [f.name for f in fields(section)]
 
 
 def _sections(section: type[Section]) -> dict[str, type[Section]]:
     """The sections inside a section, by key."""
-    hints = _hints(section)  # type: ignore[arg-type]
+    hints = _hints(section)
     return {k: h for k in _keys(section) if isinstance(h := hints[k], type) and issubclass(h, Section)}
 
 

@@ -379,6 +379,21 @@ def test_bad_targets(tmp_path: Path) -> None:
             score_file(flow, data, tmp_path / "out.csv", chunk=size)
 
 
+def test_an_argument_that_there_is_not_is_an_error_for_files_and_arrays(tmp_path: Path) -> None:
+    flow, x = build(), normal(5)
+    data: Any
+    for data in (x, write(tmp_path / "x.csv", x)):
+        with pytest.raises(ConfigError, match=r"argument 'seperator'; known: decimal, header, sep"):
+            calibrate(flow, data, **{"seperator": ";"})
+        with pytest.raises(ConfigError, match="argument 'limit'"):  # a setting, but not of how a file is written
+            calibrate(flow, data, **{"limit": 10})
+        with pytest.raises(ConfigError, match="sep = "):
+            calibrate(flow, data, sep="#")
+    with pytest.raises(ConfigError, match="argument 'seperator'"):
+        score_file(flow, tmp_path / "x.csv", tmp_path / "out.csv", **{"seperator": ";"})
+    assert not (tmp_path / "out.csv").exists()
+
+
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the solves of whatever has a value above 50."""
     original = Flow.log_prob

@@ -8,21 +8,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import pyrnode
-from pyrnode import cli, julia_setup
+from pyrnode import cli
 from pyrnode.config import Config
 from pyrnode.errors import ConfigError
-from pyrnode.julia_setup import JuliaStatus
 from pyrnode.runs import read_metrics
-from pyrnode.solvers import SolverInfo
 
 TINY = ["--set", "hidden=[4]", "--set", "max_steps=4", "--set", "batch_size=20", "--quiet"]
 
@@ -50,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_line(captured: Any) -> str:
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    return captured.err.rstrip("\n")  # type: ignore[no-any-return]
+    return str(captured.err).rstrip("\n")
 
 
 # -- help ------------------------------------------------------------------------------------------------------------
@@ -150,7 +146,7 @@ def test_options_become_settings(vectors: Path, tmp_path: Path) -> None:
 def test_an_automatic_step_may_be_asked_for(tmp_path: Path) -> None:
     run_to = ["--out", str(tmp_path), "--step-size", "auto", "--no-evaluation", "--set", "samples=100"]
     assert run("train", "moons", *run_to, *TINY) == 0
-    assert pyrnode.load(tmp_path).config.solver.step_size == 0.5
+    assert pyrnode.load(tmp_path).config.solver.step_size == 1.0
 
 
 # -- train, evaluate, sample -----------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def test_train_shows_its_progress_on_standard_error(tmp_path: Path, capsys: pyte
     code = run("train", "moons", "--out", str(tmp_path), "--set", "samples=200", "--no-evaluation", *arguments)
     assert code == 0
     captured = capsys.readouterr()
-    for part in ("loss=", "nats=", "E=", "n=", "nfe=16"):
+    for part in ("loss=", "nats=", "E=", "n=", "nfe=4"):
         assert part in captured.err
     assert captured.out == f"trained, not evaluated\nwritten to {tmp_path}\n"
 
@@ -245,125 +241,7 @@ def test_sample_to_a_grid_of_images(images: Path, tmp_path: Path) -> None:
     assert values.max() <= 16
 
 
-# -- what there is ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(pyrnode.presets()))
-def test_a_preset_is_printed_as_toml_that_gives_it_back(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("presets", name) == 0
-    (tmp_path / "copy.toml").write_text(capsys.readouterr().out)
-    assert Config.preset(str(tmp_path / "copy.toml")) == Config.preset(name)
-    assert run("presets", name, "--json") == 0
-    assert Config.from_dict(json.loads(capsys.readouterr().out)) == Config.preset(name)
-
-
-def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("presets") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(pyrnode.presets())
-    assert run("presets", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == pyrnode.presets()
-
-
-ORDERS = {"Euler": 1, "Midpoint": 2, "Heun": 2, "SSPRK33": 3, "RK4": 4, "BS3": 3, "DP5": 5, "Tsit5": 5, "DP8": 8}
-ABSENT = JuliaStatus(False, "juliacall is not installed", "pip install 'pyrnode[julia]'")
-
-
-def test_solvers_of_pytorch_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("solvers", "--engine", "torch", "--json") == 0
-    table = json.loads(capsys.readouterr().out)
-    assert {row["name"]: row["order"] for row in table["solvers"]} == ORDERS
-    assert {(row["engine"], row["package"]) for row in table["solvers"]} == {("torch", "pyrnode")}
-    assert {"Backprop", "BacksolveAdjoint"} <= set(table["sensitivities"])
-    assert table["missing"] is None
-    assert run("solvers", "--engine", "torch") == 0
-    captured = capsys.readouterr()
-    lines = captured.out.splitlines()
-    assert lines[0].split() == ["solver", "engine", "order", "kind", "package", "description"]
-    assert [line.split()[:3] for line in lines[1:10]] == [[name, "torch", str(order)] for name, order in ORDERS.items()]
-    assert "Julia" not in captured.out + captured.err
-
-
-def test_solvers_of_a_julia_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(julia_setup, "status", lambda: ABSENT)
-    reason = "juliacall is not installed; run: pip install 'pyrnode[julia]'"
-    assert run("solvers") == 0
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1] == f"the solvers of Julia are not listed: {reason}"
-    assert captured.err == ""
-    assert run("solvers", "--json") == 0
-    table = json.loads(capsys.readouterr().out)
-    assert (len(table["solvers"]), table["missing"]) == (len(ORDERS), {"julia": reason})
-    assert run("solvers", "--engine", "julia") == 1
-    assert one_line(capsys.readouterr()) == f"pyrnode: the Julia engine cannot be started: {reason}"
-
-
-def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    moulton = "OrdinaryDiffEqAdamsBashforthMoulton"
-    rows: list[dict[str, Any]] = [
-        {"name": "Rodas5P", "order": 5, "kind": "stiff, adaptive", "package": "OrdinaryDiffEqRosenbrock"},
-        {"name": "VCABM", "order": None, "kind": "multistep, adaptive", "package": moulton},
-    ]
-    rows = [{**row, "description": "from Julia"} for row in rows]
-    infos = [SolverInfo(**row) for row in rows]
-    fake = ModuleType("pyrnode.engines.julia")
-    adjoints = {"BacksolveAdjoint": "backwards", "GaussAdjoint": "by Gauss quadrature"}
-    engine = SimpleNamespace(solvers=lambda: infos, sensitivities=lambda: adjoints)
-    fake.JuliaEngine = lambda: engine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pyrnode.engines.julia", fake)
-    monkeypatch.setattr(julia_setup, "status", lambda: JuliaStatus(True, "Julia 1.10.8"))
-    assert run("solvers", "--json") == 0
-    captured = capsys.readouterr()
-    table = json.loads(captured.out)
-    assert table["solvers"][len(ORDERS) :] == [{**row, "engine": "julia"} for row in rows]
-    assert table["missing"] is None
-    assert list(table["sensitivities"]) == ["Backprop", "BacksolveAdjoint", "GaussAdjoint"]
-    assert table["sensitivities"]["BacksolveAdjoint"].keys() == {"torch", "julia"}
-    assert table["sensitivities"]["GaussAdjoint"] == {"julia": "by Gauss quadrature"}
-    assert captured.err == "starting Julia to ask it, which takes about 15 s\n"
-    assert run("solvers", "--engine", "julia") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == [
-        "Rodas5P",
-        "julia",
-        "5",
-        "stiff,",
-        "adaptive",
-        "OrdinaryDiffEqRosenbrock",
-        "from",
-        "Julia",
-    ]
-    assert lines[2].split()[:3] == ["VCABM", "julia", "multistep,"]
-    assert len({line.index("from Julia") for line in lines[1:3]}) == 1  # columns are columns
-    assert [line.split()[:2] for line in lines[4:]] == [
-        ["sensitivity", "engine"],
-        ["BacksolveAdjoint", "julia"],
-        ["GaussAdjoint", "julia"],
-    ]
-    assert run("solvers", "--engine", "torch") == 0
-    assert "julia" not in capsys.readouterr().out
-
-
-@pytest.mark.needs_julia
-def test_solvers_of_julia_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("solvers", "--engine", "julia", "--json") == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["solvers"]}
-    for name, order in ORDERS.items():
-        assert (rows[name]["order"], rows[name]["engine"]) == (order, "julia")
-    assert len(rows) > 100
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    code = run("doctor", "--json")
-    checks = json.loads(capsys.readouterr().out)
-    assert code == int(any(check["status"] == "problem" for check in checks))
-    assert any("torch" in json.dumps(check) for check in checks)
-    assert run("doctor") == code
-    assert torch.__version__.split("+")[0] in capsys.readouterr().out
+# -- demo ------------------------------------------------------------------------------------------------------------
 
 
 def test_demo_runs_both_and_prints_the_comparison(

@@ -262,15 +262,15 @@ def test_bad_weights(weights: np.ndarray, message: str) -> None:
 
 
 def test_the_best_weights_on_held_out_samples_are_kept() -> None:
-    model = RNODEDensity(hidden=(32, 32), max_steps=120, learning_rate=0.02, kinetic=0, jacobian=0, random_state=0)
+    model = RNODEDensity(hidden=(32, 32), max_steps=400, learning_rate=0.02, kinetic=0, jacobian=0, random_state=0)
     model.set_params(patience=5).fit(gaussian(30, seed=6))
     values = [record["validation"] for record in model.history_ if "validation" in record]
-    assert model.n_iter_ < 120
+    assert model.n_iter_ < 400
     assert len(values) - 1 - int(np.argmin(values)) == 5  # stopped after five without improvement
     order = np.random.RandomState(0)
     order.randint(2**31 - 1)
     held_out = gaussian(30, seed=6)[order.permutation(30)[:3]]
-    assert -model.score(held_out) / 3 / 2 == pytest.approx(min(values), abs=1e-3)
+    assert -model.score(held_out) / 3 / 2 == pytest.approx(min(values), abs=1e-6)
 
 
 def test_calibration_samples_are_not_trained_on() -> None:

@@ -24,7 +24,7 @@ import pyrnode
 from pyrnode import export
 from pyrnode.cli import main
 from pyrnode.composition import base_log_prob
-from pyrnode.config import Config, Divergence
+from pyrnode.config import Config, Divergence, SolverConfig
 from pyrnode.dynamics import MLP, ModuleDynamics
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.engines.plain import SMOOTH, LayeredRates, ModuleRates
@@ -189,7 +189,7 @@ def test_estimate_uses_the_stored_probes_for_every_sample() -> None:
     def draw(z: Tensor) -> Probes:
         return Probes(module.get_buffer(f"noise_{next(noise)}").unsqueeze(1).expand(3, *z.shape), 1 / 3)
 
-    solver = copy.copy(flow.config.solver)
+    solver = SolverConfig(step_size=0.25)
     expected = flow.solve(x, draw, solver)
     assert solver.name == "RK4"
     assert solver.step_size == 0.25

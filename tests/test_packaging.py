@@ -146,6 +146,21 @@ def test_public_api_is_documented() -> None:
     assert undocumented == []
 
 
+def test_the_tests_that_the_guide_names_are_there() -> None:
+    """What is promised under kill, fault, damage and attack; ``::name`` alone is of the file named before."""
+    text, missing, named, path = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), [], 0, ""
+    for file, name in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
+        path = file or path
+        if not path:
+            continue
+        there = ROOT / "tests" / path
+        if not there.is_file() or (name and f"def {name}(" not in there.read_text(encoding="utf-8")):
+            missing.append(f"{path}::{name}")
+        named += 1
+    assert missing == []
+    assert named >= 10
+
+
 # -- the layout ------------------------------------------------------------------------------------------------------
 
 LAYERS = (

@@ -148,3 +148,39 @@ def test_autocast_does_not_move_a_flow() -> None:
         assert torch.equal(a, b)
     for a, b in zip(flow.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+FLOAT32, FLOAT64 = torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("data", "context", "expected"),
+    [
+        (FLOAT32, None, FLOAT32),
+        (FLOAT64, None, FLOAT64),
+        (FLOAT32, FLOAT32, FLOAT32),
+        (FLOAT32, FLOAT64, FLOAT64),
+        (FLOAT32, torch.int64, FLOAT64),
+    ],
+    ids=str,
+)
+def test_training_keeps_the_finest_type_of_data_and_contexts(
+    data: torch.dtype, context: torch.dtype | None, expected: torch.dtype, tmp_path: Path
+) -> None:
+    x, c = torch.randn(100, 2).to(data), None if context is None else (10 * torch.randn(100, 1)).to(context)
+    settings = {**SMALL, "max_steps": 1, "evaluate": False, "progress": False}
+    flow = pyrnode.train(x, context=c, out=tmp_path / "run", **settings).flow
+    for found in (flow, pyrnode.load(tmp_path / "run")):
+        assert found.data_dtype == expected
+        assert found.sample(2, None if c is None else c[0], seed=0).dtype == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_halves_are_computed_with_as_the_numbers_that_they_are(kind: torch.dtype) -> None:
+    """Spread pixels, which every type holds exactly: transforms in half precision moved their density."""
+    settings = {"engine": "torch", "flow.network.hidden": [4], "scales": 1, "alpha": 0.01}
+    flow = Flow.build(Config().override(settings), (1, 4, 4), levels=16)
+    x = (torch.randint(0, 16, (5, 1, 4, 4)) + 0.5).to(kind)
+    assert torch.equal(flow.log_prob(x), flow.log_prob(x.float()))
+    assert torch.equal(flow.encode(x), flow.encode(x.float()))

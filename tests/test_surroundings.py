@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +179,43 @@ def test_inference_mode_with_a_module_of_the_users_own(solver: str) -> None:
     expected = flow.log_prob(x, solver=solver).detach()
     with torch.inference_mode():
         assert torch.equal(flow.log_prob(x * 1, solver=solver), expected)
+
+
+# -- by construction -------------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "arange",
+    "linspace",
+    "eye",
+    "randperm",
+    "randint",
+}
+WHOLE = {"arange", "randperm", "randint"}
+"""Whose type follows from whole numbers."""
+
+ON_META = {"transforms.py", "nested.py", "plain.py", "exported.py", "composition.py", "devices.py"}
+"""Files that make buffers of modules, which are built on the meta device before a file's are loaded."""
+
+
+def test_every_tensor_that_the_package_makes_names_its_device_and_its_type() -> None:
+    unnamed = []
+    for path in sorted(Path(pyrnode.__file__).parent.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in MAKERS):
+                continue
+            if ast.unparse(call.func.value) != "torch":
+                continue
+            named = {keyword.arg for keyword in call.keywords}
+            needed = {"device"} - ({"device"} if path.name in ON_META else set())
+            array = call.func.attr == "tensor" and isinstance(call.args[0], (ast.Name, ast.Subscript))
+            needed |= set() if array or call.func.attr in WHOLE or path.name == "devices.py" else {"dtype"}
+            if not needed <= named:
+                unnamed.append(f"{path.name}:{call.lineno}: {ast.unparse(call)}")
+    assert unnamed == []

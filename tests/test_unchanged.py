@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pyrnode
-from pyrnode import Divergence, native
+from pyrnode import Config, Divergence, native
 
 KEPT: dict[str, Any] = json.loads(Path(__file__).with_name("unchanged.json").read_text())
 
-COMMON = {"engine": "torch", "device": "cpu"}
+COMMON = {"engine": "torch", "device": "cpu", "step_size": 0.25}
 
 
 def machine() -> str:
@@ -129,7 +129,15 @@ def test_ways_of_training(name: str, settings: dict[str, Any]) -> None:
 
 def test_images_and_their_files(tmp_path: Path) -> None:
     out = tmp_path / "digits"
-    settings = {**COMMON, "max_steps": 6, "hidden": [8, 8], "batch_size": 20, "validate_every": 3, "flip": True}
+    settings = {
+        **COMMON,
+        "max_steps": 6,
+        "hidden": [8, 8],
+        "batch_size": 20,
+        "validate_every": 3,
+        "flip": True,
+        "step_size": 0.5,
+    }
     settings |= {"validation_limit": 40, "test_limit": 30, "draws": 2, "checkpoint_every": 3}
     result = pyrnode.train("digits", preset="digits", out=out, progress=False, **settings)
     flow, pixels = result.flow, pyrnode.data.load("digits").test.tensor()
@@ -153,7 +161,7 @@ def test_conditional() -> None:
     c = torch.rand(300, 2, generator=generator) * 5
     x = torch.cat((c, 1 - c), 1)[:, 1:] + 0.1 * torch.randn(300, 3, generator=generator)
     settings = {**COMMON, "max_steps": 12, "hidden": [8], "batch_size": 40, "validate_every": 6}
-    result = pyrnode.train(x, context=c, progress=False, **settings)
+    result = pyrnode.train(x, context=c, preset=Config(), progress=False, **settings)
     check("cond.weights", *result.flow.state_dict().values())
     check("cond.history", numbers(result.history))
     check("cond.logp", result.flow.log_prob(x[:9], c[:9]))

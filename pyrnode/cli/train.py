@@ -75,7 +75,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     named = {"solver": args.solver, "step_size": args.step_size, "epochs": args.epochs, "data.dir": args.data_dir}
-    named |= {"engine": args.engine, "device": args.device, "seed": args.seed}
+    named |= {"minutes": args.minutes, "engine": args.engine, "device": args.device, "seed": args.seed}
     try:
         result = pyrnode.train(
             args.data,
@@ -130,7 +130,7 @@ def sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy or .csv file")
     if out.suffix == ".csv" and len(flow.event_shape) != 1:
         raise ConfigError(f"--out {out}: this flow's samples are images; name a .png or .npy file")
-    context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64)
+    context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64, device="cpu")
     samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
@@ -170,6 +170,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
     parser.add_argument("--epochs", type=int, help="passes over the training set")
+    parser.add_argument("--minutes", type=float, help="train for so long, or until epochs and steps are done")
     parser.add_argument("--solver", help="training solver (see: pyrnode solvers)")
     parser.add_argument("--step-size", type=_step_size, help="its step, or auto")
     engine_argument(parser)

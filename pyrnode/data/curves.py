@@ -60,9 +60,9 @@ class Curves(Density):
         return max(1, _CHUNK // len(self._nodes))
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
-        curves = self._points(self._parameter(torch.rand(n, generator=generator, dtype=torch.float64)))
-        which = torch.randint(len(curves), (n,), generator=generator)
-        points = curves[which, torch.arange(n)]
+        curves = self._points(self._parameter(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")))
+        which = torch.randint(len(curves), (n,), generator=generator, device="cpu")
+        points = curves[which, torch.arange(n, device="cpu")]
         return points + self.std * normal(points.shape, generator)
 
     def _log_prob(self, x: Tensor) -> Tensor:
@@ -115,7 +115,9 @@ class Spirals(Curves):
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
         points = super()._sample(n, generator)
-        return points + self._side * (torch.rand(points.shape, generator=generator, dtype=torch.float64) - 0.5)
+        return points + self._side * (
+            torch.rand(points.shape, generator=generator, dtype=torch.float64, device="cpu") - 0.5
+        )
 
     def _prob(self, x: Tensor) -> Tensor:
         u, v = self._offsets(x)

@@ -104,7 +104,7 @@ class Density(ABC):
         """``−∫ p log p`` by the trapezoidal rule, which converges exponentially for smooth densities on all of R^d."""
         margin, step = 6 * self.scale, self.scale / 3
         axes = [
-            torch.arange(low - margin, high + margin, step, dtype=torch.float64)
+            torch.arange(low - margin, high + margin, step, dtype=torch.float64, device="cpu")
             for low, high in zip(self.bounds[::2], self.bounds[1::2], strict=True)
         ]
         grid = torch.cartesian_prod(*axes).reshape(-1, len(axes))
@@ -113,7 +113,7 @@ class Density(ABC):
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard normal draws in double precision."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def gauss_legendre(low: float, high: float, *, panels: int) -> tuple[Tensor, Tensor]:

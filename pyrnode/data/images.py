@@ -89,7 +89,9 @@ def labels(name: str, folder: Path, config: DataConfig) -> Splits:
         return Source(name, TensorSamples(torch.from_numpy(load_digits().target)[:, None]), ()).split(config)
     if name not in ("mnist", "fashion-mnist", "cifar10"):
         raise DataError(unknown_name("data set with classes", name, ("digits", "mnist", "fashion-mnist", "cifar10")))
-    train, test = (torch.as_tensor(_torchvision_set(name, folder, train=p).targets)[:, None] for p in (True, False))
+    train, test = (
+        torch.as_tensor(_torchvision_set(name, folder, train=p).targets, device="cpu")[:, None] for p in (True, False)
+    )
     return Source(name, TensorSamples(train), (), test=TensorSamples(test)).split(config)
 
 
@@ -101,7 +103,7 @@ def _digits() -> Tensor:
 
 def _torchvision(name: str, folder: Path, *, train: bool) -> Tensor:
     """Its images, ``(n, C, H, W)`` uint8."""
-    values = torch.as_tensor(_torchvision_set(name, folder, train=train).data)
+    values = torch.as_tensor(_torchvision_set(name, folder, train=train).data, device="cpu")
     if name == "cifar10":
         return values.permute(0, 3, 1, 2).contiguous()
     return values if values.ndim == 4 else values.unsqueeze(1)

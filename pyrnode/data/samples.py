@@ -121,11 +121,11 @@ class Samples(ABC):
 
     def first(self, count: int) -> Batch:
         """The first samples, at most `count`, as one batch."""
-        return next(self.batches(torch.arange(min(count, len(self))), count))
+        return next(self.batches(torch.arange(min(count, len(self)), device="cpu"), count))
 
     def tensor(self) -> Tensor:
         """All samples in memory, ``(n, *event_shape)``."""
-        return torch.cat([batch.x for batch in self.batches(torch.arange(len(self)), 1024)])
+        return torch.cat([batch.x for batch in self.batches(torch.arange(len(self), device="cpu"), 1024)])
 
 
 class TensorSamples(Samples):
@@ -183,7 +183,7 @@ class DatasetSamples(Samples):
         size = len(cast(Sized, dataset))
         if size == 0:
             raise DataError(f"{type(dataset).__name__} is empty")
-        self._indices = torch.arange(size) if indices is None else indices
+        self._indices = torch.arange(size, device="cpu") if indices is None else indices
         first = item_tensor(dataset[0], "item 0", levels)
         self._items = _Items(dataset, tuple(first.shape), first.dtype, levels)
         self._levels = levels
@@ -393,7 +393,7 @@ class Source:
             raise DataError(
                 f"{self.name}: validation = {config.validation} and test = {config.test} leave no training sample"
             )
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.split_seed))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.split_seed), device="cpu")
         test, validation, train = order.tensor_split([n_test, n_test + n_validation])
         train = train[: config.limit]
         samples = self.samples.carrying(context=self.context)

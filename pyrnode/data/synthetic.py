@@ -50,7 +50,7 @@ class GaussianMixture(Density):
         return self.std
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
-        centres = self.means[torch.randint(len(self.means), (n,), generator=generator)]
+        centres = self.means[torch.randint(len(self.means), (n,), generator=generator, device="cpu")]
         return centres + self.std * normal(centres.shape, generator)
 
     def _log_prob(self, x: Tensor) -> Tensor:
@@ -76,15 +76,15 @@ class Circles(Density):
         self, name: str, description: str, bounds: tuple[float, ...], *, radii: tuple[float, ...], std: float
     ) -> None:
         super().__init__(name, description, bounds)
-        self.radii, self.std = torch.tensor(radii, dtype=torch.float64), std
+        self.radii, self.std = torch.tensor(radii, dtype=torch.float64, device="cpu"), std
 
     @property
     def scale(self) -> float:
         return self.std
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
-        radius = self.radii[torch.randint(len(self.radii), (n,), generator=generator)]
-        angle = 2 * math.pi * torch.rand(n, generator=generator, dtype=torch.float64)
+        radius = self.radii[torch.randint(len(self.radii), (n,), generator=generator, device="cpu")]
+        angle = 2 * math.pi * torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
         points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
         return points + self.std * normal(points.shape, generator)
 
@@ -114,10 +114,10 @@ class Checkerboard(Density):
         return 2.0
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
-        column = torch.randint(4, (n,), generator=generator)
-        row = 2 * torch.randint(2, (n,), generator=generator) + column % 2
+        column = torch.randint(4, (n,), generator=generator, device="cpu")
+        row = 2 * torch.randint(2, (n,), generator=generator, device="cpu") + column % 2
         corner = torch.stack([column, row], dim=1).to(torch.float64)
-        return 2 * (corner + torch.rand(n, 2, generator=generator, dtype=torch.float64)) - 4
+        return 2 * (corner + torch.rand(n, 2, generator=generator, dtype=torch.float64, device="cpu")) - 4
 
     def _log_prob(self, x: Tensor) -> Tensor:
         square = ((x + 4) / 2).floor()
@@ -148,7 +148,7 @@ class Pinwheel(Density):
         return self.tangential_std
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
-        blade = torch.randint(self.blades, (n,), generator=generator)
+        blade = torch.randint(self.blades, (n,), generator=generator, device="cpu")
         noise = normal((n, 2), generator)
         s = torch.stack([1 + self.radial_std * noise[:, 0], self.tangential_std * noise[:, 1]], dim=1)
         radius = torch.linalg.vector_norm(s, dim=1)
@@ -170,7 +170,7 @@ class Pinwheel(Density):
     def _entropy(self) -> float:
         """The twist keeps areas, so the entropy is that of the untwisted blades, by quadrature, plus the scaling's."""
         step = self.tangential_std / 3
-        axis = torch.arange(-3.6, 3.6, step, dtype=torch.float64)
+        axis = torch.arange(-3.6, 3.6, step, dtype=torch.float64, device="cpu")
         s = torch.cartesian_prod(axis, axis)
         radius = torch.linalg.vector_norm(s, dim=1)
         twisted = 2 * _rotate(s, self._twist(radius))
@@ -183,7 +183,7 @@ def _rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def _ring_of_means(count: int, radius: float) -> Tensor:
-    angle = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count
+    angle = 2 * math.pi * torch.arange(count, dtype=torch.float64, device="cpu") / count
     return radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
@@ -212,7 +212,7 @@ DENSITIES: dict[str, Density] = {
             "two-bumps",
             "two Gaussians (1-D, as in Figure 1 of the paper)",
             (-4.0, 4.0),
-            means=torch.tensor([[-1.5], [1.5]], dtype=torch.float32),
+            means=torch.tensor([[-1.5], [1.5]], dtype=torch.float32, device="cpu"),
             std=0.5,
         ),
     )

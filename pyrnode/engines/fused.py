@@ -124,7 +124,7 @@ class CompiledGrid(CompiledSolve):
         bound, solver = case.bound, case.solver
         tableau, steps = solvers.method(solver.name).tableau, grid(case.t_span, float(solver.step_size))
         self.steps = len(steps)
-        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=case.dtype)
+        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=case.dtype, device="cpu")
         entries = [layer.at(self.times) for layer in bound.layers]
         shift = torch.cat([shift.expand(len(self.times), -1) for _, shift in entries], 1)
         scales = [scale for scale, _ in entries if scale is not None]

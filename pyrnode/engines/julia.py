@@ -408,10 +408,10 @@ def self_test() -> str:
     from pyrnode.engines.pytorch import TorchEngine
 
     generator = torch.Generator().manual_seed(0)
-    dynamics, z0 = MLP(2, (8,)).double(), torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    dynamics, z0 = MLP(2, (8,)).double(), torch.randn(4, 2, generator=generator, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for p in dynamics.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu"))
     probes = Probes.draw(z0, 1, generator=generator)
     found = []
     for engine in (TorchEngine(), JuliaEngine()):

@@ -38,7 +38,7 @@ class TorchEngine(Engine):
     def __init__(self) -> None:
         # glibc hands freed blocks back to the system until it has once seen a larger one freed; the page faults of
         # getting them again cost up to a fifth of a training step. This block is never touched.
-        torch.empty(31 * 2**20, dtype=torch.uint8)
+        torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
     def check(self, solver: SolverConfig) -> None:
         solvers.method(solver.name)

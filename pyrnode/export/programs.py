@@ -57,7 +57,7 @@ class Sample(nn.Module):
         self.flow = flow
 
     def forward(self, n: int, context: Tensor | None = None) -> Tensor:
-        return self.flow.inverse(torch.randn(n, self.flow.dim, dtype=self.flow.reference.dtype), context)
+        return self.flow.inverse(torch.randn(n, self.flow.dim, dtype=self.flow.reference.dtype, device="cpu"), context)
 
 
 Inputs = tuple[Tensor | int, ...]

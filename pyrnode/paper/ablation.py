@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 METHODS = ("none", "kinetic", "jacobian", "rnode")
 _PANELS = {"n": "Jacobian n = ∫‖∂f/∂z‖² per dim", "E": "kinetic energy E = ∫‖f‖² per dim"}
 RESOLVED = 0.01
-"""Nats per dimension by which half a step may change the score of a solver that resolves the dynamics."""
+"""Nats per dimension by which the accurate solver may change the score of one that resolves the dynamics."""
 
-_HALF = "half a step changes (nats/dim)"
+_ACCURATE = "accurate solve changes (nats/dim)"
 _TAIL = 0.1  # share of the steps at the end over which E and n are averaged
 
 
@@ -37,7 +37,7 @@ def instability(run: Run) -> str:
 
 
 def unresolved(run: Run) -> int | None:
-    """The first validation from which on half a step changes the score by more than `RESOLVED`; `None` if none."""
+    """The first validation from which on the accurate solve differs by more than `RESOLVED`; `None` if none."""
     first = None
     for record in run.history:
         if "disagreement" in record:
@@ -58,7 +58,7 @@ def _measure(study: Study) -> Finding:
                 "n": float(np.mean([r["n"] for r in tail])),
                 "E": float(np.mean([r["E"] for r in tail])),
                 "best validation (bits/dim)": min((r["validation_bits"] for r in validations), default=float("nan")),
-                _HALF: validations[-1]["disagreement"] if validations else float("nan"),
+                _ACCURATE: validations[-1]["disagreement"] if validations else float("nan"),
                 "unresolved from step": unresolved(run) or "never",
                 "instability": instability(run) or "none seen",
             }
@@ -104,8 +104,9 @@ def _measure(study: Study) -> Finding:
             Claim(
                 "With penalties, the fixed step still resolves the dynamics that training arrives at.",
                 "",
-                f"half a step changes the score by {both[_HALF]:.1e} nats/dim with both, by {none[_HALF]:.1e} without",
-                "holds" if both[_HALF] <= RESOLVED else "does not hold",
+                f"the accurate solve changes the score by {both[_ACCURATE]:.1e} nats/dim with both, "
+                f"by {none[_ACCURATE]:.1e} without",
+                "holds" if both[_ACCURATE] <= RESOLVED else "does not hold",
                 f"Beyond {RESOLVED:g} the result is no longer the ODE's, and the training likelihood means nothing. "
                 f"Without penalties: from step {none['unresolved from step']}.",
             ),

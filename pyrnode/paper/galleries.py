@@ -35,7 +35,7 @@ def _measure(study: Study) -> Finding:
         levels = splits.levels or 256
         real = splits.test.tensor()[: SIDE * SIDE]
         base = torch.randn(
-            PAIRS, runs["rnode"].flow.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float32
+            PAIRS, runs["rnode"].flow.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu"
         )
         grids: dict[str, Tensor] = {"data": real}
         pairs: dict[str, Tensor] = {}

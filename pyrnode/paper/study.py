@@ -289,5 +289,5 @@ def hours(seconds: float) -> str:
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
     """Mean, and standard deviation over seeds (0 for one)."""
-    x = torch.tensor(list(values), dtype=torch.float64)
+    x = torch.tensor(list(values), dtype=torch.float64, device="cpu")
     return float(x.mean()), float(x.std()) if len(x) > 1 else 0.0

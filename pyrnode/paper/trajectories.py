@@ -112,7 +112,7 @@ def _draw(runs: dict[str, Run], paths: dict[str, tuple[Tensor, Tensor]]) -> Figu
     for row, (method, label) in zip(grid, METHODS.items(), strict=True):
         times, states = paths[method]
         flow, limit = runs[method].flow, float(states.abs().max()) * 1.05
-        z = torch.linspace(-limit, limit, 301, dtype=torch.float32)
+        z = torch.linspace(-limit, limit, 301, dtype=torch.float32, device="cpu")
         row[0].fill_betweenx(z, _pulled_back(flow, z), color=COLOURS[method], alpha=0.35, lw=0)
         row[0].invert_xaxis()
         row[2].fill_betweenx(z, torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), color="0.6", lw=0)

@@ -38,7 +38,8 @@ class TrainingResult:
         config: The resolved settings.
         out: Folder of the run; `None` if nothing was written.
         interrupted: Whether Ctrl-C ended training early, or a signal that a handler of the caller's took note of.
-        notes: What went wrong after training, which costs no result; what the report lacks, its own notes say.
+        notes: That the training solver was wrong, and when; and what went wrong after training, which costs no result.
+            What the report lacks, its own notes say.
     """
 
     flow: Flow
@@ -67,8 +68,8 @@ def train(
     """Trains a regularised neural ODE on data.
 
     Settings are those of `Config`, by name: ``epochs=3``, ``kinetic=0.1``, ``engine="julia"``, ``seed=1``,
-    ``solver="Midpoint"``. Whatever is not given comes from the preset; without one, from the defaults of `Config` (RK4
-    with step 0.25, λ_K = λ_J = 0.01, Adam 1e-3: the paper's), or from the preset that is made for the named data set.
+    ``solver="Midpoint"``. Whatever is not given comes from the preset; without one, from the one that is made for
+    the named data set, from ``"table"`` for vectors, and from the defaults of `Config` for images.
 
     Ctrl-C saves after the present step and ends training; a second one ends it at once. SIGTERM saves likewise, and is
     then handed to whoever would have had it without this function: by default, the process ends. So is SIGINT, where
@@ -111,8 +112,10 @@ def train(
         settings["solver"] = _with_options(solver)
     if isinstance(data, (str, Path)):
         settings["data.name"] = str(data)
-    config = _resolve(folder, resume, preset, settings)
+    config, settled = _resolve(folder, resume, preset, settings)
     splits = load(data, config=config.data, context=context)
+    if not settled and len(splits.event_shape) == 1:
+        config = _anchored(Config.preset("table").override(settings))
     notes = list[str]()
     with evaluation.extra("the remarks on the data's support", notes):
         for remark in support.remarks(splits):
@@ -129,13 +132,14 @@ def train(
         if evaluate and not interrupted:
             with evaluation.extra("the report", notes):
                 report = evaluation.evaluate(best, splits, progress=progress)
+                report.notes.extend(trainer.notes)
                 if folder is not None:
                     with progress_bar(None, "report and pictures", unit="", show=progress, uncounted=True):
                         reports.write_report(folder, best, splits, report, trainer.history)
         for note in notes:
             tqdm.write(note, file=sys.stderr)
     out = None if folder is None else folder.path
-    return TrainingResult(best, trainer.history, report, config, out, interrupted, notes)
+    return TrainingResult(best, trainer.history, report, config, out, interrupted, trainer.notes + notes)
 
 
 def _start(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
@@ -159,8 +163,14 @@ def _with_options(solver: Mapping[str, Any]) -> dict[str, Any]:
 _MADE_FOR = {"digits": "digits", "mnist": "mnist-cpu", "cifar10": "finlay2020-cifar10"}
 
 
-def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None, given: Mapping[str, Any]) -> Config:
-    """The settings of a run: the stored ones for a resumed one, else preset and overrides."""
+def _resolve(
+    folder: RunFolder | None, resume: bool, preset: str | Config | None, given: Mapping[str, Any]
+) -> tuple[Config, bool]:
+    """The settings of a run: the stored ones for a resumed one, else preset and overrides.
+
+    Returns:
+        The settings, and whether they hold whatever the data turns out to be.
+    """
     stored = folder.stored_config() if folder is not None else None
     if folder is not None:
         _check_free(folder, resume)
@@ -172,11 +182,11 @@ def _resolve(folder: RunFolder | None, resume: bool, preset: str | Config | None
         asked = _anchored(_preset(preset, stored).override(given))
         if changed := differences(lasting(stored), lasting(asked)):
             raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
-        return asked
+        return asked, True
     if preset is None:
         name = str(given.get("data.name", ""))
         preset = "toy" if name in DENSITIES else _MADE_FOR.get(name)
-    return _anchored(_preset(preset, Config()).override(given))
+    return _anchored(_preset(preset, Config()).override(given)), preset is not None
 
 
 def _anchored(config: Config) -> Config:

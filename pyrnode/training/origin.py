@@ -76,7 +76,7 @@ def _values(samples: Samples) -> list[Tensor]:
     """
     if isinstance(samples, TensorSamples):
         return [samples.tensor()]
-    rows = torch.linspace(0, len(samples) - 1, min(_LOOKED_AT, len(samples))).long()
+    rows = torch.linspace(0, len(samples) - 1, min(_LOOKED_AT, len(samples)), dtype=torch.float64, device="cpu").long()
     with torch.random.fork_rng(devices=[]):
         first, again = (torch.cat([batch.x for batch in samples.batches(rows, 1)]) for _ in range(2))
     return [first if torch.equal(first, again) else first.new_zeros(0)]

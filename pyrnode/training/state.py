@@ -45,20 +45,25 @@ class Progress:
     step: int = 0  # optimiser steps done
     restarts: int = 0
     refinement: int = 0  # how often the solver's step was halved
+    calm: int = 0  # how often in a row twice that step was right with a margin
     best: float = math.inf  # lowest validation value, nats per dimension
     best_step: int = 0
     stale: int = 0  # validations since then
     seconds: float = 0.0  # spent in optimiser steps, without validations and the final save
+    elapsed: float = 0.0  # spent in all
+    work: float = 0.0  # evaluations of the dynamics in optimiser steps, summed over the samples
+    checked: float = 0.0  # the same in validations
+    checking: float = 0.0  # the same in the last one
 
     def check(self) -> None:
         """Raises `CheckpointError` where a counter, read from a file, is none."""
-        for name in ("step", "restarts", "refinement", "best_step", "stale"):
+        for name in ("step", "restarts", "refinement", "calm", "best_step", "stale"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**62:
                 raise CheckpointError(f"{name} = {value!r}: expected a count")
         if self.refinement > 1000:
             raise CheckpointError(f"refinement = {self.refinement}: no solver's step is halved so often")
-        for name in ("best", "seconds"):
+        for name in ("best", "seconds", "elapsed", "work", "checked", "checking"):
             value = getattr(self, name)
             if type(value) not in (int, float) or math.isnan(value):
                 raise CheckpointError(f"{name} = {value!r}: expected a number")
@@ -212,6 +217,6 @@ class State:
                 raise CheckpointError(f"the optimiser's memory is of a parameter {number}, of {len(parameters)}")
             alike = {name: parameters[number] for name in _MEMORY[self._training.optimizer]}
             steps = {name: value for name, value in found.items() if name == "step"}
-            files.check_tensors(steps, {"step": torch.zeros(())}, types=False)
+            files.check_tensors(steps, {"step": torch.zeros((), dtype=torch.float32, device="cpu")}, types=False)
             files.check_tensors({name: value for name, value in found.items() if name != "step"}, alike)
         return slots

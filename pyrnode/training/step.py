@@ -51,14 +51,19 @@ def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator(seed, "order", epoch), device="cpu")
 
 
-def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
-    """Linear warm-up, then constant or a half cosine to zero at the last of `total` steps."""
+def learning_rate(training: TrainingConfig, step: int, done: float) -> float:
+    """Linear warm-up, then constant or a half cosine to zero.
+
+    Args:
+        training: Settings.
+        step: Steps done.
+        done: Share of the run that is done after the warm-up, in [0, 1].
+    """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
     if training.schedule == "constant":
         return training.learning_rate
-    left = (step - training.warmup_steps) / max(1, total - training.warmup_steps)
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * left))
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, step: int) -> tuple[Objective, Passage]:
@@ -70,7 +75,7 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
         x = torch.where(flipped.to(x.device)[:, None, None, None], x.flip(-1), x)
     passage = flow.solve(
         x,
-        flow.draw(penalties.estimator, random, noise=penalties.noise),
+        flow.draw(penalties.estimator(flow.dim), random, noise=penalties.noise),
         solver,
         context=context,
         generator=random,

@@ -14,24 +14,24 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyrnode import files
+from pyrnode import files, solvers
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
-from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
-from pyrnode.progress import progress_bar
 from pyrnode.runs import Record, RunFolder, require_tensorboard
+from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
+from pyrnode.training.ladder import EVERY, HIGHEST, Ladder
 from pyrnode.training.origin import Origin
+from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
 from pyrnode.training.step import Order, differentiate, learning_rate, loss
-from pyrnode.training.validation import Validation
-from pyrnode.transforms import Chain, Standardize
+from pyrnode.training.validation import Validation, price
 
-_MAX_REFINEMENT = 6
-_STEP_TOLERANCE = 0.01  # nats per dimension by which a solver and half its step may differ with step_size="auto"
+_SAVED = 50
+"""Steps between checkpoints at least, unless their interval is given."""
 
 
 class Trainer:
@@ -57,45 +57,24 @@ class Trainer:
         _check_outputs(config, folder, dynamics)
         self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
         self.device = resolve_device(config.device)
-        self._data_dtype = _data_dtype(splits)
-        self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
-        self.flow = self._built(config, *_standardised(config, splits)).to(self.device)
+        self.blueprint = Blueprint(splits, dynamics)
+        self.flow = self.blueprint.fitted(config).to(self.device)
         self.state = State(self.flow, config.training)
+        self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self.flow.engine.check(self.solver)
         self.order = Order(len(splits.train), config.training.batch_size, config.seed)
+        self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config)
         self.journal = Journal(folder, tensorboard=config.training.tensorboard)
+        self._price = price(config.penalties.estimator(self.flow.dim), self.flow.dim)
         self._snapshot = self.state.capture()
         self._stop = False
-
-    def _built(self, config: Config, transform: Chain | None = None, context_transform: Chain | None = None) -> Flow:
-        """An untrained flow for the data."""
-        splits = self.splits
-        return Flow.build(
-            config,
-            splits.event_shape,
-            levels=splits.levels,
-            transform=transform,
-            context_dim=splits.context_dim,
-            context_transform=context_transform,
-            data_dtype=self._data_dtype,
-            features=splits.features,
-            context_features=splits.context_features,
-            dynamics=self.make,
-        )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.config.training.total_steps(self.order.samples)
+        self.say: Callable[[str], None] = lambda note: tqdm.write(f"note: {note}", file=sys.stderr)
 
     @property
     def solver(self) -> SolverConfig:
-        """The training solver at its present refinement (`step_size="auto"` starts at 0.5)."""
-        solver, halvings = self.config.solver, self.state.progress.refinement
-        step = 0.5 if solver.step_size == "auto" else float(solver.step_size)
-        shrink = 0.1**halvings  # an adaptive solver is refined through its tolerances
-        return replace(solver, step_size=step * 0.5**halvings, rtol=solver.rtol * shrink, atol=solver.atol * shrink)
+        """The training solver at its present refinement."""
+        return self.ladder[self.state.progress.refinement]
 
     @property
     def history(self) -> list[Record]:
@@ -104,9 +83,14 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or validation has stopped improving."""
+        """Whether all steps are done, the time is up, or validation has stopped improving."""
         patience, progress = self.config.training.patience, self.state.progress
-        return progress.step >= self.total_steps or (patience is not None and progress.stale >= patience)
+        return self.span.ended(progress) or (patience is not None and progress.stale >= patience)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the run, though it succeeds."""
+        return [record["note"] for record in self.history if "note" in record]
 
     def best_flow(self) -> Flow:
         """A flow with the weights that were best on validation, or the present ones before the first validation.
@@ -116,7 +100,7 @@ class Trainer:
         return self._flow_with(self.state.chosen())
 
     def _flow_with(self, weights: Weights) -> Flow:
-        flow = self._built(replace(self.config, solver=self.solver))
+        flow = self.blueprint.build(replace(self.config, solver=self.solver))
         flow.load_state_dict(weights)
         return flow.to(self.device).eval()
 
@@ -124,33 +108,34 @@ class Trainer:
 
     def run(self) -> bool:
         """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
-        done = self.state.progress.step
+        done = self.state.progress
         with (
             signals_call(self._stop_soon),  # outermost: what it hands on may end the process
-            self.journal.open(done),
-            progress_bar(self.total_steps, "train", unit="step", show=self.progress, initial=done) as bar,
+            self.journal.open(done.step),
+            self.span.bar(done, show=self.progress) as bar,
         ):
             self.validation.tick = lambda n: bar.set_description(f"validate {n}/{self.validation.size}", refresh=False)
             return self._loop(bar)
 
     def _loop(self, bar: Any) -> bool:
-        validate_every = self.config.training.validate_every or self.order.steps_per_epoch
-        clock, first = time.perf_counter(), self.state.progress.step
+        clock = mark = time.perf_counter()
+        first = self.state.progress.step
         batches = self._batches()
         while not self.finished:
             try:
+                if self.state.progress.step == 0:
+                    self._adjust(down=False)  # dynamics of the user's own may begin anywhere
                 record = self._step(next(batches))
                 if record is None:
                     return False
                 progress, now = self.state.progress, time.perf_counter()
-                progress.seconds, clock = progress.seconds + now - clock, now
+                progress.seconds, progress.elapsed = progress.seconds + now - clock, progress.elapsed + now - mark
+                mark = now
                 self.journal.log({**record, "seconds": round(progress.seconds, 3)})
-                bar.update()
-                shown = beside_the_bar(
-                    record, best=progress.best, dim=self.flow.dim, discrete=self.splits.levels is not None
-                )
-                bar.set_postfix(shown, refresh=progress.step <= first + 3)  # the time left, at once
-                if progress.step % validate_every == 0 or progress.step == self.total_steps:
+                self._show(bar, record, at_once=progress.step <= first + 3)  # the time left
+                if progress.step % EVERY == 0:
+                    self._adjust(down=True)
+                if self.span.due(progress):
                     bar.set_description("validate")
                     self._validate()
                 if self.finished:
@@ -161,8 +146,15 @@ class Trainer:
             except (SolverError, NotFiniteError) as error:
                 self._recover(error)
                 batches = self._batches()
-                bar.n, clock = self.state.progress.step, time.perf_counter()
+                bar.n, clock = self.span.count(self.state.progress), time.perf_counter()
         return not self._stop
+
+    def _show(self, bar: Any, record: Record, *, at_once: bool) -> None:
+        progress = self.state.progress
+        bar.update(self.span.count(progress) - bar.n)
+        discrete = self.splits.levels is not None
+        shown = beside_the_bar(record, best=progress.best, dim=self.flow.dim, discrete=discrete)
+        bar.set_postfix(shown, refresh=at_once)
 
     def _batches(self) -> Iterator[Batch]:
         """Raw batches from the present step on."""
@@ -176,19 +168,20 @@ class Trainer:
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
         result, passage = loss(self.flow, batch, self.config, self.solver, step)
-        rate = learning_rate(training, step, self.total_steps)
+        rate = learning_rate(training, step, self.span.done(state.progress))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         if not bool(torch.isfinite(result.loss)):
             parts = f"nll {float(result.nll):g}, E {float(result.E):g}, n {float(result.n):g}"
             raise NotFiniteError(f"the loss is not finite ({parts}), though the state after every block is")
         norm = differentiate(result.loss, self.flow, state.optimizer, clip_norm=training.clip_norm)
-        if self._stop or (step and step % (training.checkpoint_every or self.order.steps_per_epoch) == 0):
+        if self._stop or (step and step % (training.checkpoint_every or max(_SAVED, self.order.steps_per_epoch)) == 0):
             self._save()
             if self._stop:
                 return None
         state.optimizer.step()
         state.progress.step = step + 1
+        state.progress.work += len(batch) * self._price * (passage.nfe + 2 * passage.nfe_backward)
         state.add_to_average(step)
         return {
             "step": step + 1,
@@ -224,42 +217,49 @@ class Trainer:
         self._write(self.state.capture())
         tqdm.write(f"{cause}\n  went back to step {good}, with half the solver's step ({restarts})", file=sys.stderr)
 
+    def _adjust(self, *, down: bool) -> None:
+        """Takes a finer solver where the present one is wrong, or a cheaper one where that has long been right too."""
+        if not self.ladder.moves:
+            return
+        progress, differ = self.state.progress, self.validation.differ
+        before, calm = progress.refinement, 0
+        at, found = self.ladder.climb(before, differ)
+        if at == before and down:
+            at, calm = self.ladder.descend(before, progress.calm, progress.restarts, differ)
+        progress.calm = calm
+        if at != before:
+            progress.refinement = at
+            step = float(self.solver.step_size)
+            self.journal.log({"step": progress.step, "event": "solver", "step_size": step, "disagreement": found})
+
     def _validate(self) -> None:
-        """Scores the validation set with the training solver, and that solver against half its step."""
-        state, progress = self.state, self.state.progress
+        """Scores the validation set with the accurate solver, the one in use, and the training solver against that."""
+        state, progress, tolerance = self.state, self.state.progress, self.config.training.tolerance
         with state.averaged():
-            disagreement = self.validation.disagreement(self.solver)
-            if self.config.solver.step_size == "auto":
-                disagreement = self._refine(disagreement)
-            value = self.validation.value(self.solver)
-        if not math.isfinite(value):
-            raise NotFiniteError(f"the validation value is {value}")
-        better = value < progress.best
+            found = self.validation.score(self.solver)
+        progress.checked, progress.checking = progress.checked + found.cost, found.cost
+        record: Record = {
+            "step": progress.step,
+            **found.record(),
+            "step_size": float(self.solver.step_size),
+            "seconds": round(progress.seconds, 3),
+        }
+        if not math.isfinite(found.value):
+            record["event"] = "the accurate solver failed"
+        better = found.value < progress.best
         progress.stale = 0 if better else progress.stale + 1
         if better:
-            progress.best, progress.best_step = value, progress.step
+            progress.best, progress.best_step = found.value, progress.step
             state.best = state.validated()
         if self.config.training.snapshots and self.folder is not None:
             self._flow_with(state.validated()).save(self.folder.snapshot(progress.step))
-        self.journal.log(
-            {
-                "step": progress.step,
-                "validation": value,
-                "validation_bits": value / math.log(2),
-                "disagreement": disagreement,
-                "step_size": float(self.solver.step_size),
-                "seconds": round(progress.seconds, 3),
-            }
-        )
-
-    def _refine(self, disagreement: float) -> float:
-        """Halves the step until the solver agrees with half its step; returns the disagreement that is left."""
-        progress = self.state.progress
-        while disagreement > _STEP_TOLERANCE and progress.refinement < _MAX_REFINEMENT:
-            progress.refinement += 1
-            progress.best = math.inf  # what the coarser solver scored is not comparable
-            disagreement = self.validation.disagreement(self.solver)
-        return disagreement
+        if found.disagreement > tolerance:
+            if self.ladder.moves and progress.refinement < HIGHEST:
+                progress.refinement, progress.calm = progress.refinement + 1, 0
+            elif not self.notes:
+                record["note"] = _wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
+                self.say(record["note"])
+        self.journal.log(record)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ class Trainer:
         if self.folder is None:
             return
         self.journal.flush()
-        if self.make is None:
+        if self.blueprint.make is None:
             self.best_flow().save(self.folder.model)
         snapshot.write(self.folder.checkpoint, self.origin)
 
@@ -311,6 +311,14 @@ class Trainer:
         self._stop = True
 
 
+def _wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str:
+    return (
+        f"at step {step} the training solver, {solver}, is {disagreement:.2g} nats per dimension from the accurate one "
+        f"(tolerance {tolerance:g}): the loss is no longer the density's. The best model is chosen by the accurate "
+        "solver all the same. Remedies: solver='auto', a smaller step_size, larger penalties (kinetic, jacobian)"
+    )
+
+
 def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -> None:
     """Raises `ConfigError` where what is to be written has no place, or cannot be written."""
     if config.training.tensorboard:
@@ -320,32 +328,3 @@ def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -
     if config.training.snapshots and (folder is None or dynamics is not None):
         need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
         raise ConfigError(f"training.snapshots = true needs {need}")
-
-
-def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain | None]:
-    """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
-    train, transform, context_transform = splits.train, None, None
-    if config.flow.standardize and splits.levels is None:
-        transform = Chain([Standardize.fit(train.tensor(), train.weight)])
-    if config.flow.standardize and train.context is not None:
-        context_transform = Chain([Standardize.fit_context(train.context)])
-    return transform, context_transform
-
-
-def _data_dtype(splits: Splits) -> torch.dtype | None:
-    """The type that holds continuous data and contexts; `None` where there are neither."""
-    first = splits.train.first(1)
-    given = [first.x] if splits.levels is None else []
-    given += [] if first.context is None else [first.context]
-    types = {x.dtype if x.is_floating_point() else torch.float64 for x in given}
-    return torch.float64 if torch.float64 in types else next(iter(types), None)
-
-
-def _wrapped(
-    dynamics: Callable[[tuple[int, ...]], nn.Module], context_dim: int
-) -> Callable[[tuple[int, ...]], Dynamics]:
-    def make(shape: tuple[int, ...]) -> Dynamics:
-        module = dynamics(shape)
-        return module if isinstance(module, Dynamics) else ModuleDynamics(module, shape, context_dim)
-
-    return make

@@ -1,0 +1,104 @@
+"""The comparison of densities: how tables are divided, runs kept, and a peer's configuration is chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import density, tables
+
+
+def _line(table: str, model: str, configuration: str, seed: int, **numbers: Any) -> dict[str, Any]:
+    run = {"table": table, "model": model, "configuration": configuration, "seed": seed, "budget": 60.0}
+    return {**run, "clock": "wall", "settings": {}, **numbers}
+
+
+def test_a_table_is_divided_by_groups_and_standardised_by_its_training_rows() -> None:
+    random = np.random.default_rng(0)
+    group = np.repeat(np.arange(500), 4)
+    values = np.stack([group, 3 + 7 * random.standard_normal(2_000)], axis=1).astype(float)
+    table = tables.divide("t", values, group, np.random.default_rng(1))
+    again = tables.divide("t", values, group, np.random.default_rng(1))
+    parts = (table.train, table.validation, table.test)
+    assert [len(part) for part in parts] == [1_600, 200, 200]
+    first = [set(np.round(part[:, 0], 9)) for part in parts]
+    assert len(set.union(*first)) == sum(map(len, first)) == 500
+    np.testing.assert_allclose(table.train.mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(table.train.std(axis=0), 1, atol=1e-12)
+    np.testing.assert_array_equal(table.test, again.test)
+
+
+def test_rounded_values_are_spread_over_what_they_were_rounded_from() -> None:
+    source = tables.Source(None, np.random.default_rng(0))
+    exact = np.random.default_rng(1).uniform(3, 4, 4_000)
+    spread = source.spread(exact.round(1), 0.1)
+    np.testing.assert_array_equal(spread.round(1), exact.round(1))
+    assert len(np.unique(spread)) == 4_000
+
+
+def test_clock_times_are_minutes() -> None:
+    np.testing.assert_array_equal(tables.minutes([517, 2400, 1, 1530]), [317, 1440, 1, 930])
+
+
+def test_a_table_without_its_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert density.table_files(["patches"], tmp_path, tmp_path) == {}
+    assert f"patches: not made (cifar10-jpeg is not in {tmp_path})" in capsys.readouterr().out
+
+
+def test_the_report_chooses_a_peers_configuration_by_validation() -> None:
+    lines = [
+        *(_line("a", "nsf", "small", seed, validation=-1.0, nats=-1.0) for seed in (0, 1)),
+        *(_line("a", "nsf", "large", seed, validation=-0.5, nats=nats) for seed, nats in ((0, -3.0), (1, -2.0))),
+        *(_line("a", "pyrnode", "defaults", seed, validation=-9.0, nats=-2.75) for seed in (0, 1)),
+        _line("b", "pyrnode", "fast", 0, validation=0.0, nats=1.5),
+        _line("b", "maf", "small", 0, failed="ValueError: no"),
+    ]
+    assert density.report(lines).splitlines() == [
+        "60 s of training:",
+        "",
+        "| table | nsf | pyrnode defaults | pyrnode fast |",
+        "|---|---|---|---|",
+        "| a | **−2.50 ± 0.50** | −2.75 ± 0.00 |  |",
+        "| b |  |  | **1.50** |",
+        "",
+        "Chosen by validation: a: nsf large.",
+        "",
+        "Failed: b, maf:small, seed 0, 60 s: ValueError: no.",
+    ]
+
+
+@pytest.mark.slow
+def test_runs_are_scored_kept_and_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+    normal = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance)
+    values = normal.sample((5_000,)).numpy()
+    table = tables.divide("normal", values, np.arange(len(values)), np.random.default_rng(0))
+    table.save(tmp_path / "normal.npz")
+    truth = float(-normal.entropy() + np.log(values.std(axis=0)).sum())  # in standardised units
+    monkeypatch.setattr(density, "find_spec", lambda package: None)
+    out = tmp_path / "out.jsonl"
+    command = ["--out", str(out), "--tables", str(tmp_path / "normal.npz"), "--seeds", "1", "--seconds", "2"]
+    command += ["--clock", "cpu", "--models", "pyrnode", "nsf", "mixture"]
+    command += ["--ours", 'quick={"learning_rate": 0.01, "hidden": [16]}', "--ours", 'wrong={"learning_rate": -1}']
+    density.main(command)
+    said = capsys.readouterr().out
+    assert "nsf: skipped (pip install zuko)" in said
+    found = {line["configuration"]: line for line in density.read(out)}
+    assert list(found) == ["quick", "wrong", "searched"]
+    for label, within in (("quick", 0.15), ("searched", 0.1)):
+        assert found[label]["nats"] == pytest.approx(truth, abs=within)
+        assert found[label]["seconds"] < 3
+    assert found["quick"]["steps"] > 10
+    assert "learning_rate = -1" in found["wrong"]["failed"]
+    before = out.read_text(encoding="utf-8")
+    density.main(command[:-2])  # without the wrong settings: nothing is left to do
+    assert out.read_text(encoding="utf-8") == before
+    assert "| normal |" in capsys.readouterr().out
+    assert all(json.loads(line) for line in before.splitlines())
