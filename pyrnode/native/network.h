@@ -371,9 +371,15 @@ struct gradients {
     int64_t at;
 };
 
-INLINE REAL NAME(row_sum)(const struct work *w, const vec *x, const vec *y) {
+INLINE REAL NAME(row_sum)(const struct work *w, const vec *x) {
     vec total = NAME(all)(0);
-    for (int64_t v = 0; v < w->live; v++) total += y ? x[v] * y[v] : x[v];
+    for (int64_t v = 0; v < w->live; v++) total += x[v];
+    return NAME(lane_sum)(total);
+}
+
+INLINE REAL NAME(row_product)(const struct work *w, const vec *x, const vec *y) {
+    vec total = NAME(all)(0);
+    for (int64_t v = 0; v < w->live; v++) total += x[v] * y[v];
     return NAME(lane_sum)(total);
 }
 
@@ -381,7 +387,7 @@ INLINE REAL NAME(row_sum)(const struct work *w, const vec *x, const vec *y) {
 INLINE void NAME(pull_scale)(const struct work *w, const struct gradients *to, int64_t j, const vec *x, const vec *y) {
     if (!w->by_lane) {
         const struct job *job = w->job;
-        to->entries[(job->steps * job->stages + to->at) * w->sum + j] += NAME(row_sum)(w, x, y);
+        to->entries[(job->steps * job->stages + to->at) * w->sum + j] += NAME(row_product)(w, x, y);
         return;
     }
     vec gate[VECTORS];
@@ -389,18 +395,18 @@ INLINE void NAME(pull_scale)(const struct work *w, const struct gradients *to, i
         vec s = w->scale[j * VECTORS + v];
         gate[v] = x[v] * y[v] * s * (1 - s);
     }
-    to->entries[2 * w->sum + j] += NAME(row_sum)(w, gate, w->time);
-    to->entries[3 * w->sum + j] += NAME(row_sum)(w, gate, NULL);
+    to->entries[2 * w->sum + j] += NAME(row_product)(w, gate, w->time);
+    to->entries[3 * w->sum + j] += NAME(row_sum)(w, gate);
 }
 
 /* Adds those that come of the shift's in row j. */
 INLINE void NAME(pull_shift)(const struct work *w, const struct gradients *to, int64_t j, const vec *bar) {
     if (!w->by_lane) {
-        to->entries[to->at * w->sum + j] += NAME(row_sum)(w, bar, NULL);
+        to->entries[to->at * w->sum + j] += NAME(row_sum)(w, bar);
         return;
     }
-    to->entries[j] += NAME(row_sum)(w, bar, w->scale ? w->scale + j * VECTORS : NULL);
-    if (w->job->terms > 1) to->entries[w->sum + j] += NAME(row_sum)(w, bar, w->time);
+    to->entries[j] += w->scale ? NAME(row_product)(w, bar, w->scale + j * VECTORS) : NAME(row_sum)(w, bar);
+    if (w->job->terms > 1) to->entries[w->sum + j] += NAME(row_product)(w, bar, w->time);
     if (!w->scale) return;
     vec bias[VECTORS];
     for (int v = 0; v < VECTORS; v++) bias[v] = NAME(all)(((const REAL *)w->job->entries)[j]);
