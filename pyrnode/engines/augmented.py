@@ -79,6 +79,11 @@ class Augmented:
         """Number of the probes."""
         return 0 if self.probes is None else len(self.probes.eps)
 
+    @property
+    def apart(self) -> bool:
+        """With more than two probes: as many products cost more than what is evaluated again."""
+        return self.count > 2
+
     def no_integrals(self, z: Tensor) -> Tensor:
         """The integrals (l, E, n, D) at the start, ``(batch, 4)``; no columns without probes."""
         return z.new_zeros(len(z), 0 if self.probes is None else 4)

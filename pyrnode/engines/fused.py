@@ -197,7 +197,7 @@ class CompiledSteps(CompiledSolve):
         if found is None or not _finite(*found):
             return None
         attempts, accepted = self.solve.counts.double().unbind(1)
-        nfe = 2 + self.stages * attempts
+        nfe = 1 + self.stages * attempts
         rejected = float((attempts - accepted).mean())
         return *found, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
 

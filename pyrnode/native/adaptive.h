@@ -39,17 +39,11 @@ static void NAME(add_squares)(const struct work *w, vec *total, const vec *error
         }
 }
 
-/* The norm of an error of the state and the integrals, for each lane: their root mean square. */
-static void NAME(norm)(const struct work *w, double *size, const vec *error, const vec *q_error, const vec *old,
-                       const vec *q_old, const vec *new, const vec *q_new) {
-    const struct job *job = w->job;
-    vec total[VECTORS];
-    memset(total, 0, sizeof total);
-    NAME(add_squares)(w, total, error, old, new, job->widths[0]);
-    NAME(add_squares)(w, total, q_error, q_old, q_new, job->controlled);
-    REAL count = (REAL)(job->widths[0] + job->controlled);
+/* The norm that comes of such a sum, for each lane: the root of the mean over the state and the integrals in control. */
+static void NAME(norm)(const struct work *w, double *size, const vec *total) {
+    REAL count = (REAL)(w->job->widths[0] + w->job->controlled);
     for (int64_t i = 0; i < w->live * WIDTH; i++) {
-        REAL mean = ((REAL *)total)[i] / count;
+        REAL mean = ((const REAL *)total)[i] / count;
         size[i] = SINGLE ? (double)sqrtf((float)mean) : sqrt(mean);
     }
 }
@@ -67,37 +61,28 @@ static void NAME(rate)(struct work *w, vec *rate, vec *q_rate, int probed) {
     }
 }
 
-/* For threads.c: the rates at the start and the first steps' lengths of blocks `first` to `last`, by Hairer's rule (Solving
-   ODEs I, II.4). */
+/* For threads.c: the rates at the start and the first steps' lengths of blocks `first` to `last`: the state would change by
+   as much as itself. */
 int NAME(start)(const struct job *job, long first, long last) {
     struct work w;
     if (NAME(open)(&w, job)) return 1;
-    int64_t d = job->widths[0], rows = d * VECTORS;
-    double span = fabs(job->t1 - job->t0), t[LANES], h[LANES], d0[LANES], d1[LANES], d2[LANES];
-    vec *q = w.integrals, *ahead = w.rates + rows, *q_ahead = w.q_rates + INTEGRALS * VECTORS;
+    int64_t d = job->widths[0];
+    double span = fabs(job->t1 - job->t0), t[LANES], h[LANES] = {0}, size[LANES], speed[LANES];
+    for (int i = 0; i < LANES; i++) t[i] = job->t0;
     for (int64_t block = first; block < last; block++) {
         int64_t start = block * LANES, count = NAME(load)(&w, block, job->z0);
-        for (int i = 0; i < LANES; i++) t[i] = job->t0, h[i] = 0;
-        NAME(reach)(&w, t, h, 1);
+        vec total[2][VECTORS];
+        NAME(reach)(&w, t, h, 0);
         memcpy(w.h, w.state, (size_t)(d * ROW_BYTES));
         NAME(rate)(&w, w.rates, w.q_rates, 1);
-        NAME(norm)(&w, d0, w.state, q, w.state, q, w.state, q);
-        NAME(norm)(&w, d1, w.rates, w.q_rates, w.state, q, w.state, q);
+        memset(total, 0, sizeof total);
+        NAME(add_squares)(&w, total[0], w.state, w.state, w.state, d);
+        NAME(add_squares)(&w, total[1], w.rates, w.state, w.state, d);
+        NAME(norm)(&w, size, total[0]);
+        NAME(norm)(&w, speed, total[1]);
         for (int64_t i = 0; i < count; i++) {
-            double small = d0[i] < 1e-5 || d1[i] < 1e-5 ? 1e-6 : 0.01 * d0[i] / fmax(d1[i], 1e-300);
-            h[i] = copysign(fmin(small, span), job->t1 - job->t0);
-        }
-        NAME(scaled)(w.length, h, 1);
-        for (int64_t n = 0; n < rows; n++) w.h[n] += w.rates[n] * w.length[n % VECTORS];
-        NAME(reach)(&w, t, h, 1);
-        NAME(rate)(&w, ahead, q_ahead, 1);
-        for (int64_t n = 0; n < rows; n++) ahead[n] -= w.rates[n];
-        for (int64_t n = 0; n < INTEGRALS * VECTORS; n++) q_ahead[n] -= w.q_rates[n];
-        NAME(norm)(&w, d2, ahead, q_ahead, w.state, q, w.state, q);
-        for (int64_t i = 0; i < count; i++) {
-            double small = fabs(h[i]), bent = d2[i] / small, steepest = d1[i] > bent ? d1[i] : bent; /* a NaN stays one */
-            double next = steepest <= 1e-15 ? fmax(small * 1e-3, 1e-6) : pow(0.01 / steepest, 1 / job->order);
-            next = isnan(next) ? span * 1e-6 : fmin(fmin(100 * small, next), span);
+            double next = (size[i] < 1 ? 1 : size[i]) / speed[i]; /* a NaN stays one */
+            next = isnan(next) ? span * 1e-6 : fmin(next, span);
             job->first[start + i] = copysign(next, job->t1 - job->t0);
             NAME(take)(w.rates, i, (REAL *)job->rate + (start + i) * d, d);
             NAME(take)(w.q_rates, i, (REAL *)job->q_rate + (start + i) * INTEGRALS, INTEGRALS);
@@ -136,7 +121,14 @@ static void NAME(close_up)(const struct work *w, struct lanes *on, int64_t lane)
     on->t[lane] = on->t[from], on->h[lane] = on->h[from], on->grow[lane] = on->grow[from];
 }
 
-/* One step for every lane: the new state is left in h[0], its rates behind those of the stages; the size of the error. */
+/* The norm of the error from that of its estimates; two are combined as in Hairer's DOP853. */
+INLINE double NAME(both)(const struct job *job, const double *fifth, const double *third) {
+    double square = *fifth * *fifth;
+    return job->e3 ? square / fmax(sqrt(square + 0.01 * *third * *third), 1e-300) : *fifth;
+}
+
+/* One step for every lane: the new state is left in h[0], its rates behind those of the stages; the size of the error, of
+   the state's alone where that rejects the step. */
 static void NAME(attempt)(struct work *w, const struct lanes *on, const double *h, vec *q_new, double *size) {
     const struct job *job = w->job;
     int64_t d = job->widths[0], s = job->stages, rows = d * VECTORS, q_rows = INTEGRALS * VECTORS;
@@ -150,17 +142,21 @@ static void NAME(attempt)(struct work *w, const struct lanes *on, const double *
         NAME(rate)(w, w->rates + i * rows, w->q_rates + i * q_rows, probed);
     }
     NAME(combine)(w, q_new, w->integrals, w->q_rates, INTEGRALS, job->b, s);
-    double third[LANES];
-    vec q_error[INTEGRALS * VECTORS];
+    double alone[2][LANES] = {0}, all[2][LANES] = {0};
+    vec q_error[INTEGRALS * VECTORS], total[VECTORS];
     for (int estimate = 0; estimate < (job->e3 ? 2 : 1); estimate++) {
         const double *e = estimate ? job->e3 : job->e;
         NAME(combine)(w, w->bars, NULL, w->rates, d, e, s + 1);
         NAME(combine)(w, q_error, NULL, w->q_rates, INTEGRALS, e, s + 1);
-        NAME(norm)(w, estimate ? third : size, w->bars, q_error, w->state, w->integrals, w->h, q_new);
+        memset(total, 0, sizeof total);
+        NAME(add_squares)(w, total, w->bars, w->state, w->h, d);
+        NAME(norm)(w, alone[estimate], total);
+        NAME(add_squares)(w, total, q_error, w->integrals, q_new, job->controlled);
+        NAME(norm)(w, all[estimate], total);
     }
-    for (int64_t i = 0; job->e3 && i < on->count; i++) { /* as in Hairer's DOP853 */
-        double fifth = size[i] * size[i];
-        size[i] = fifth / fmax(sqrt(fifth + 0.01 * third[i] * third[i]), 1e-300);
+    for (int64_t i = 0; i < on->count; i++) {
+        size[i] = NAME(both)(job, &alone[0][i], &alone[1][i]);
+        if (size[i] <= 1) size[i] = NAME(both)(job, &all[0][i], &all[1][i]);
     }
 }
 

@@ -160,7 +160,7 @@ struct work {
     int64_t *offset, sum; /* of the layers' widths: a row of the tables */
     int64_t live;         /* vectors of a row that hold samples; the others are passed over */
     vec *h, *y, *slope, *curvature, *r, *g, *p, *a_bar;
-    vec *shift, *scale;   /* of all layers (sum): by row and by lane, or by row alone; no scale where it is 1 */
+    vec *shift, *scale;   /* of all layers (sum), the scale by lane or not; no scale where it is 1, no shift by lane */
     int by_lane;
     REAL *scratch; /* of the widest layer, transposed */
     vec *eps;      /* the probe in use */
@@ -264,15 +264,11 @@ static void NAME(tabulated)(const struct work *w, int64_t at) {
     }
 }
 
-/* Those at each sample's own time: s = σ(t u + g), or 1, and b s + t v. */
+/* The scales at each sample's own time, s = σ(t u + g); where there are none nothing is left to do. */
 static void NAME(entered)(const struct work *w) {
-    const REAL *b = w->job->entries, *v = b + w->sum, *u = v + w->sum, *g = u + w->sum;
-    for (int64_t j = 0; j < w->sum; j++)
-        for (int64_t i = 0; i < w->live; i++) {
-            vec shift = NAME(all)(b[j]);
-            if (w->scale) w->scale[j * VECTORS + i] = NAME(sigmoid)(w->time[i] * u[j] + g[j]), shift *= w->scale[j * VECTORS + i];
-            w->shift[j * VECTORS + i] = w->job->terms > 1 ? shift + w->time[i] * v[j] : shift;
-        }
+    const REAL *u = (const REAL *)w->job->entries + 2 * w->sum, *g = u + w->sum;
+    for (int64_t j = 0; w->scale && j < w->sum; j++)
+        for (int64_t i = 0; i < w->live; i++) w->scale[j * VECTORS + i] = NAME(sigmoid)(w->time[i] * u[j] + g[j]);
 }
 
 /* Where the entry of row j and vector v is. */
@@ -282,10 +278,14 @@ INLINE int64_t NAME(entry)(const struct work *w, int64_t j, int64_t v) { return 
    is hidden the activation of that, with its slope and curvature where they are asked for. */
 INLINE void NAME(finish)(const struct work *w, int activation, int hidden, int sloped, int scaled, int64_t rows, int64_t first,
                          const vec *y, vec *h, vec *slope, vec *curvature) {
+    const REAL *b = w->by_lane ? (const REAL *)w->job->entries + first : NULL, *later = w->job->terms > 1 ? b + w->sum : NULL;
     for (int64_t j = 0; j < rows; j++)
         for (int64_t v = 0; v < w->live; v++) {
             int64_t n = j * VECTORS + v, at = NAME(entry)(w, first + j, v);
-            vec a = scaled ? y[n] * w->scale[at] + w->shift[at] : y[n] + w->shift[at];
+            vec shift = w->by_lane ? NAME(all)(b[j]) : w->shift[first + j];
+            if (w->by_lane && scaled) shift *= w->scale[at];
+            if (later) shift += w->time[v] * later[j]; /* b s + t v */
+            vec a = scaled ? y[n] * w->scale[at] + shift : y[n] + shift;
             vec unread[2];
             if (hidden)
                 NAME(activate)(activation, a, h + n, sloped ? slope + n : unread, sloped ? curvature + n : unread + 1);
