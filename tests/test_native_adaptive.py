@@ -157,7 +157,7 @@ def test_twice_through_one_graph() -> None:
 
 @pytest.mark.parametrize("method", ["DP5", "BS3"])
 def test_the_statistics_are_those_of_the_operations(method: str) -> None:
-    dynamics, z0, stats = make(), 2 * states(100), []
+    dynamics, z0, stats = make(), 8 * states(100), []
     solver = replace(DP5, name=method, rtol=1e-3, atol=1e-3)
     for s in (solver, by_operations(solver)):
         solved = solution(dynamics, z0, s)
