@@ -31,10 +31,12 @@ class Probes(NamedTuple):
     Attributes:
         eps: ``(k, batch, *event)``; of probes that all samples share, ``(k, 1, *event)`` (the plain engine's alone).
         weight: Weight of each probe in the sums: 1/k for an estimate, 1 for the d unit vectors (exact).
+        axes: Whether they are the unit vectors, in their order, for every sample.
     """
 
     eps: Tensor
     weight: float
+    axes: bool = False
 
     @staticmethod
     def draw(z: Tensor, k: int = 1, *, noise: str = "gaussian", generator: torch.Generator | None = None) -> Probes:
@@ -50,7 +52,7 @@ class Probes(NamedTuple):
     @staticmethod
     def exact(z: Tensor) -> Probes:
         """The unit vectors: sums over them are the trace and the squared Frobenius norm themselves."""
-        return Probes(Probes.unit(z).eps.expand(-1, *z.shape), 1.0)
+        return Probes(Probes.unit(z).eps.expand(-1, *z.shape), 1.0, axes=True)
 
     @staticmethod
     def unit(z: Tensor) -> Probes:

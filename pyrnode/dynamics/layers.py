@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -203,6 +204,8 @@ class TimeEntry(ABC):
     """
 
     context_parts = 1
+    terms: tuple[str, ...]
+    """The parameters by which time enters a dense layer, in the order of `native.adaptive`: b, v, u and g."""
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         self.linear = linear
@@ -220,12 +223,18 @@ class TimeEntry(ABC):
         """
 
     @abstractmethod
+    def add(self, bars: Iterable[Tensor]) -> None:
+        """Adds gradients of the `terms` of a dense layer, ``(out,)`` each."""
+
+    @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
         """The accumulated gradients by parameter name."""
 
 
 class NoTime(TimeEntry):
     """``a = W h + b + c``."""
+
+    terms = ("bias",)
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
@@ -240,6 +249,10 @@ class NoTime(TimeEntry):
         self.bias_bar.add_(gathered.sum(0))
         return None if c is None else gathered
 
+    def add(self, bars: Iterable[Tensor]) -> None:
+        (bias_bar,) = bars
+        self.bias_bar.add_(bias_bar)
+
     def gradients(self) -> dict[str, Tensor]:
         return {"bias": self.bias_bar}
 
@@ -250,6 +263,8 @@ class ConcatTime(TimeEntry):
     Because that channel is constant, m does not depend on the state: it is a vector (dense) or a map with its own
     border (convolution), found once per solve, and the layer never sees the extra channel.
     """
+
+    terms = ("bias", "time_weight")
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
@@ -268,13 +283,20 @@ class ConcatTime(TimeEntry):
     def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None) -> Tensor | None:
         total = _batch_sum(a_bar)
         timed = torch.tensordot(t, a_bar, 1) if isinstance(t, Tensor) else total
-        by = 1.0 if isinstance(t, Tensor) else t
-        if self.shift_bar is None or self.time_bar is None:
-            self.shift_bar, self.time_bar = total, timed * by
-        else:
-            self.shift_bar.add_(total)
-            self.time_bar.add_(timed, alpha=by)
+        self._add(total, timed, 1.0 if isinstance(t, Tensor) else t)
         return None if c is None else self.linear.gather(a_bar)
+
+    def _add(self, shift_bar: Tensor, time_bar: Tensor, by: float) -> None:
+        """Adds to the gradients; to the response's so many times."""
+        if self.shift_bar is None or self.time_bar is None:
+            self.shift_bar, self.time_bar = shift_bar, time_bar * by
+        else:
+            self.shift_bar.add_(shift_bar)
+            self.time_bar.add_(time_bar, alpha=by)
+
+    def add(self, bars: Iterable[Tensor]) -> None:
+        shift_bar, time_bar = bars
+        self._add(shift_bar, time_bar, 1.0)
 
     def gradients(self) -> dict[str, Tensor]:
         bias, weight = self.parameters["bias"], self.parameters["time_weight"]
@@ -290,6 +312,7 @@ class ConcatSquashTime(TimeEntry):
     """A gate and a shift by time: ``a = (W h + b) σ(t u + g + c') + t v + c`` (FFJORD's ``concatsquash``)."""
 
     context_parts = 2  # c, of the shift, and c', of the gate
+    terms = ("bias", "time_shift", "gate_weight", "gate_bias")
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
@@ -323,6 +346,10 @@ class ConcatSquashTime(TimeEntry):
         ):
             self.bars[name].add_(bar.sum(0))
         return None if c is None else torch.cat((shift_bar, gate_bar), 1)
+
+    def add(self, bars: Iterable[Tensor]) -> None:
+        for name, bar in zip(self.terms, bars, strict=True):
+            self.bars[name].add_(bar)
 
     def gradients(self) -> dict[str, Tensor]:
         return self.bars

@@ -57,7 +57,7 @@ class Augmented:
         self.dynamics, self.context, self.total_derivative = dynamics, context, total_derivative
         self._bound: BoundDynamics | None = None
         self._context_bar: Tensor | None = None
-        self.probes = None if probes is None else Probes(self.bound.layout(probes.eps), probes.weight)
+        self.probes = None if probes is None else probes._replace(eps=self.bound.layout(probes.eps))
 
     @property
     def bound(self) -> BoundDynamics:
@@ -78,6 +78,11 @@ class Augmented:
     def count(self) -> int:
         """Number of the probes."""
         return 0 if self.probes is None else len(self.probes.eps)
+
+    @property
+    def apart(self) -> bool:
+        """With more than two probes: as many products cost more than what is evaluated again."""
+        return self.count > 2
 
     def no_integrals(self, z: Tensor) -> Tensor:
         """The integrals (l, E, n, D) at the start, ``(batch, 4)``; no columns without probes."""
@@ -196,9 +201,13 @@ def integrate(
     method = solvers.method(solver.name)
     if not solvers.adaptive(solver):
         return integrate_fixed(system, y, q, t_span, solvers.step_size(solver), method, on_step=on_step)
-    controlled = min(q.shape[1], 4 if solver.error_control == "all" else 1)
-    norm = ErrorNorm(solver.rtol, solver.atol, controlled)
+    norm = ErrorNorm(solver.rtol, solver.atol, controlled(solver, q.shape[1]))
     return integrate_adaptive(system, y, q, t_span, method, norm, maxiters=solver.maxiters, on_step=on_step)
+
+
+def controlled(solver: SolverConfig, integrals: int) -> int:
+    """How many of that many integrals an adaptive step answers for."""
+    return min(integrals, 4 if solver.error_control == "all" else 1)
 
 
 def cast_time(t: Time, z: Tensor) -> Time:

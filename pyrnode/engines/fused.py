@@ -1,15 +1,17 @@
-"""Solves that a compiled kernel does whole: fixed steps of a multilayer perceptron on the CPU.
+"""Solves that a compiled kernel does whole: a multilayer perceptron's on the CPU, of fixed steps or adaptive ones.
 
-The steps, stages and products are those of backprop.py; a block of samples goes through all of them before the next one
-begins, so that it stays in the cache, and Python is asked twice a solve instead of hundreds of times.
+The steps, stages and products are those of runge_kutta.py and backprop.py; a block of samples goes through all of them
+before the next one begins, so that it stays in the cache, and Python is asked a few times a solve instead of hundreds.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +20,11 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import BoundDynamics
 from pyrnode.dynamics.layered import BoundLayers
-from pyrnode.engines.augmented import Augmented
+from pyrnode.engines.augmented import Augmented, controlled
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.engines.torch_solve import TorchSolve
-from pyrnode.native import mlp
+from pyrnode.native import adaptive, mlp
 from pyrnode.probes import Probes
 
 
@@ -30,7 +32,8 @@ from pyrnode.probes import Probes
 class Fused(TorchSolve):
     """The kernel's own forward and reverse solve.
 
-    Where its result is not finite, the solve is done again by torch's operations, which find the step and name it.
+    Where it has no result, or one that is not finite, the solve is done again by torch's operations, which find the
+    step and name it.
     """
 
     compiled: CompiledSolve
@@ -58,39 +61,76 @@ def compiled_solve(
     bound = system.bound
     if not isinstance(bound, BoundLayers) or bound.images or system.context is not None or z0.device.type != "cpu":
         return None
-    if solvers.adaptive(solver) or isinstance(solver.step_size, str) or solver.memory != "auto":
+    adapts = solvers.adaptive(solver)
+    if solver.memory != "auto" or (not adapts and isinstance(solver.step_size, str)):
         return None
     types = {p.dtype for layer in bound.layers for p in (layer.linear.weight, *layer.parameters.values())}
     library = mlp.library(z0.dtype)
     if types != {z0.dtype} or library is None:
         return None
-    return CompiledSolve(library, bound, system.probes, t_span, solver, z0.dtype)
+    directions = None if system.probes is None else _directions(system.probes)
+    return (CompiledSteps if adapts else CompiledGrid)(_Case(library, bound, directions, t_span, solver, z0.dtype))
 
 
-class CompiledSolve:
-    """A solve with the parameters that `bound` is bound to, in numbers of the type `dtype`."""
+def _directions(probes: Probes) -> mlp.Directions:
+    return mlp.Directions(None if probes.axes else probes.eps, len(probes.eps), probes.weight)
 
-    def __init__(
-        self,
-        library: CDLL,
-        bound: BoundLayers,
-        probes: Probes | None,
-        t_span: tuple[float, float],
-        solver: SolverConfig,
-        dtype: torch.dtype,
-    ) -> None:
-        tableau, steps = solvers.method(solver.name).tableau, grid(t_span, float(solver.step_size))
+
+class _Case(NamedTuple):
+    """What is solved: with the parameters that `bound` is bound to, in numbers of the type `dtype`."""
+
+    library: CDLL
+    bound: BoundLayers
+    directions: mlp.Directions | None
+    t_span: tuple[float, float]
+    solver: SolverConfig
+    dtype: torch.dtype
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those of the layers, ``(out, in)``."""
+        return [layer.linear.weight for layer in self.bound.layers]
+
+
+class CompiledSolve(ABC):
+    """A solve by a kernel, forward and backward."""
+
+    def __init__(self, case: _Case) -> None:
+        self.directions = case.directions
+        self.widths = [len(weight) for weight in case.weights]
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> float:
+        """Evaluations of the dynamics per sample that the backward pass makes."""
+
+    @abstractmethod
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor, Stats] | None:
+        """State and integrals at the end time; `None` where they are not finite, or the solve is stuck.
+
+        With `record` it keeps what `backward` starts from.
+        """
+
+    @abstractmethod
+    def backward(self, bound: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """The cotangent of the start state; the parameters' gradients go into `bound`, bound to the same ones."""
+
+
+class CompiledGrid(CompiledSolve):
+    """Along a grid."""
+
+    def __init__(self, case: _Case) -> None:
+        super().__init__(case)
+        bound, solver = case.bound, case.solver
+        tableau, steps = solvers.method(solver.name).tableau, grid(case.t_span, float(solver.step_size))
         self.steps = len(steps)
-        self.eps = None if probes is None else probes.eps
-        self.weight = 1.0 if probes is None else probes.weight
-        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=dtype, device="cpu")
+        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=case.dtype, device="cpu")
         entries = [layer.at(self.times) for layer in bound.layers]
-        self.widths = [len(layer.linear.weight) for layer in bound.layers]
         shift = torch.cat([shift.expand(len(self.times), -1) for _, shift in entries], 1)
         scales = [scale for scale, _ in entries if scale is not None]
         self.solve = mlp.Solve(
-            library,
-            [layer.linear.weight for layer in bound.layers],
+            case.library,
+            case.weights,
             shift,
             torch.cat(scales, 1) if scales else None,
             bound.activation,
@@ -99,26 +139,76 @@ class CompiledSolve:
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the dynamics, forward; the backward pass makes as many."""
         return len(self.times)
 
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor, Stats] | None:
-        """State and integrals at the end time; `None` where they are not finite.
-
-        With `record` it keeps what `backward` starts from.
-        """
-        z, q = self.solve.forward(z0, self.eps, self.weight, record=record)
-        if not math.isfinite(float(z.sum() + q.sum())):
+        z, q = self.solve.forward(z0, self.directions, record=record)
+        if not _finite(z, q):
             return None
         return z, q, Stats(nfe=self.evaluations, nfe_max=self.evaluations, accepted=self.steps)
 
     def backward(self, bound: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """The cotangent of the start state; the parameters' gradients go into `bound`, bound to the same ones."""
         assert isinstance(bound, BoundLayers)
-        z0_bar, w_bars, shift_bar, scale_bar = self.solve.backward(z_bar, q_bar, self.eps, self.weight)
+        z0_bar, w_bars, shift_bar, scale_bar = self.solve.backward(z_bar, q_bar, self.directions)
         shift_bars = shift_bar.split(self.widths, 1)
         scale_bars = [None] * len(self.widths) if scale_bar is None else scale_bar.split(self.widths, 1)
         for layer, w_bar, b_bar, s_bar in zip(bound.layers, w_bars, shift_bars, scale_bars, strict=True):
             layer.linear.gradient = w_bar
             layer.accumulate(self.times, None, b_bar, s_bar)  # a stage for a sample: each has its own time
         return z0_bar
+
+
+class CompiledSteps(CompiledSolve):
+    """By steps that each sample chooses by its own error."""
+
+    def __init__(self, case: _Case) -> None:
+        super().__init__(case)
+        method, solver = solvers.method(case.solver.name), case.solver
+        tableau = method.tableau
+        assert tableau.e is not None
+        self.stages = len(tableau.b)
+        entries = [torch.stack([layer.parameters[n].flatten() for n in layer.terms]) for layer in case.bound.layers]
+        self.solve = adaptive.AdaptiveSolve(
+            case.library,
+            case.weights,
+            torch.cat(entries, 1),
+            case.bound.activation,
+            adaptive.Control(
+                tableau.a,
+                tableau.b,
+                tableau.c,
+                tableau.e,
+                tableau.e3,
+                method.order,
+                case.t_span,
+                solver.rtol,
+                solver.atol,
+                controlled(solver, 0 if case.directions is None else 4),
+                solver.maxiters,
+            ),
+        )
+
+    @property
+    def evaluations(self) -> float:
+        return self.stages * float(self.solve.counts[:, 1].double().mean())
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor, Stats] | None:
+        found = self.solve.forward(z0, self.directions, record=record)
+        if found is None or not _finite(*found):
+            return None
+        attempts, accepted = self.solve.counts.double().unbind(1)
+        nfe = 1 + self.stages * attempts
+        rejected = float((attempts - accepted).mean())
+        return *found, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
+
+    def backward(self, bound: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        assert isinstance(bound, BoundLayers)
+        z0_bar, w_bars, entry_bars = self.solve.backward(z_bar, q_bar, self.directions)
+        for layer, w_bar, bars in zip(bound.layers, w_bars, entry_bars.split(self.widths, 1), strict=True):
+            layer.linear.gradient = w_bar
+            layer.add(bars)
+        return z0_bar
+
+
+def _finite(z: Tensor, q: Tensor) -> bool:
+    return math.isfinite(float(z.sum() + q.sum()))

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.base import STUCK, Stats, not_finite_at_start, stuck, unstable
 from pyrnode.errors import SolverError
-from pyrnode.solvers import Method
+from pyrnode.solvers import Method, Tableau
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0  # of the step-size controller, as in Hairer and in SciPy
 
@@ -31,7 +31,15 @@ class Rate(NamedTuple):
 
 
 class System(Protocol):
-    """The right-hand side, for the samples `rows` of the batch (`None`: for all of them)."""
+    """The right-hand side, for the samples `rows` of the batch (`None`: for all of them).
+
+    Attributes:
+        apart: Whether integrands cost so much more than the state's rate that they are asked for only where the state
+            lets a step stand, though that evaluates it again.
+    """
+
+    @property
+    def apart(self) -> bool: ...
 
     def rate(self, t: Time, y: Tensor, rows: Tensor | None, /) -> Rate:
         """That of the state and of the integrals."""
@@ -42,6 +50,8 @@ class System(Protocol):
 
 class StateOnly(ABC):
     """A `System` without integrals."""
+
+    apart = False
 
     @abstractmethod
     def state_rate(self, t: Time, y: Tensor, rows: Tensor | None) -> Tensor:
@@ -193,15 +203,18 @@ class ErrorNorm:
     atol: float
     controlled: int
 
-    def __call__(self, error: Rate, old: Rate, new: Rate) -> Tensor:
-        """Norm of `error` for each sample, ``(batch,)``."""
-        dims, m = tuple(range(1, error.y.ndim)), self.controlled
-        scaled = error.y / (self.atol + self.rtol * torch.maximum(old.y.abs(), new.y.abs()))
-        total = scaled.square().sum(dims)
-        if m:
-            sizes = torch.maximum(old.q[:, :m].abs(), new.q[:, :m].abs())
-            total = total + (error.q[:, :m] / (self.atol + self.rtol * sizes)).square().sum(1)
-        return (total / (error.y[0].numel() + m)).sqrt().double()
+    def state(self, error: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """The state's share: the sum of its squares for each sample, ``(batch,)``."""
+        scaled = error / (self.atol + self.rtol * torch.maximum(old.abs(), new.abs()))
+        return scaled.square().sum(tuple(range(1, error.ndim)))
+
+    def integrals(self, error: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """The integrals' share."""
+        return self.state(*(x[:, : self.controlled] for x in (error, old, new)))
+
+    def mean(self, shares: Tensor, y: Tensor) -> Tensor:
+        """The norm, of the sum of shares, for states like `y`."""
+        return (shares / (y[0].numel() + self.controlled)).sqrt().double()
 
 
 @dataclass
@@ -241,7 +254,7 @@ def integrate_adaptive(
     """
     t0, t1 = t_span
     smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
-    front = _start(system, y, q, t_span, method, norm)
+    front = _start(system, y, q, t_span, norm)
     y_end, q_end = torch.empty_like(y), torch.empty_like(q)
     attempts = torch.zeros(len(y), dtype=torch.float64, device=y.device)
     accepted = torch.zeros_like(attempts)
@@ -251,8 +264,8 @@ def integrate_adaptive(
         left = t1 - front.t
         last = front.h.abs() >= left.abs() * (1 - 1e-10)
         h = torch.where(last, left, front.h)
-        new, error, stages = _attempt(system, front, h, method)
-        size = _error_size(error, front, new, norm)
+        tried = _attempt(system, front, h, method.tableau, norm)
+        size, stages = tried.size, tried.stages[:-1]
         ok = size <= 1  # a NaN is not: the step is taken again, shorter
         attempts[front.index] += 1
         accepted[front.index] += ok
@@ -264,15 +277,15 @@ def integrate_adaptive(
         front.h = h * _factor(size, method.order, front.grow)
         front.grow = torch.where(ok, _GROW, 1.0)  # no growth right after a rejected step
         front.t = torch.where(ok, front.t + h, front.t)
-        front.y, front.q = _choose(ok, new[0].y, front.y), _choose(ok, new[0].q, front.q)
-        front.rate = Rate(_choose(ok, new[1].y, front.rate.y), _choose(ok, new[1].q, front.rate.q))
+        front.y, front.q = _choose(ok, tried.stages[-1], front.y), _choose(ok, tried.q, front.q)
+        front.rate = Rate(*(_choose(ok, new, old) for new, old in zip(tried.rate, front.rate, strict=True)))
         done = ok & last
         if bool(done.any()):
             y_end[front.index[done]], q_end[front.index[done]] = front.y[done], front.q[done]
             front.keep(~done)
         if len(front.index) and float(front.h.abs().min()) < smallest:
             raise _stuck(front, "DtLessThanMin", maxiters, len(y))
-    nfe = 2 + len(method.tableau.b) * attempts
+    nfe = 1 + len(method.tableau.b) * attempts
     rejected = float((attempts - accepted).mean())
     return y_end, q_end, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
 
@@ -287,58 +300,82 @@ def _factor(size: Tensor, order: int, grow: Tensor) -> Tensor:
     return torch.minimum(factor.clamp(min=_SHRINK), grow)
 
 
-def _start(
-    system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], method: Method, norm: ErrorNorm
-) -> _Front:
-    """All samples at the start, with a first step by Hairer's rule (Solving ODEs I, II.4)."""
+def _start(system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], norm: ErrorNorm) -> _Front:
+    """All samples at the start, with a first step in which the state would change by as much as itself.
+
+    Hairer's rule (Solving ODEs I, II.4) costs one more evaluation, and its step is as much too short at order 5 as the
+    tolerance is tight, whatever the dynamics; one that is too long costs the state's evaluations alone.
+    """
     t0, t1 = t_span
-    direction, span = math.copysign(1.0, t1 - t0), abs(t1 - t0)
     index = torch.arange(len(y), device=y.device)
     rate = system.rate(t0, y, None)
     if bad := _not_finite(rate.y, rate.q):
         raise not_finite_at_start(t0, bad, len(y))
-    state = Rate(y, q)
-    d0 = norm(state, state, state)
-    d1 = norm(rate, state, state)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1.clamp(min=1e-300)).clamp(max=span)
-    t = torch.full_like(h0, t0)
-    step = torch.as_tensor(per_sample(h0 * direction, y))
-    ahead = system.rate((t + h0 * direction).to(y.dtype), torch.addcmul(y, rate.y, step), None)
-    d2 = norm(Rate(ahead.y - rate.y, ahead.q - rate.q), state, state) / h0
-    steepest = torch.maximum(d1, d2)
-    flat = torch.clamp(h0 * 1e-3, min=1e-6)
-    h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest.clamp(min=1e-300)) ** (1 / method.order))
-    h = torch.minimum(100 * h0, h1).clamp(max=span).nan_to_num(span * 1e-6)
-    return _Front(index, t, h * direction, y, q, Rate(rate.y, rate.q), torch.full_like(h, _GROW))
+    size, speed = (norm.mean(norm.state(x, y, y), y) for x in (y, rate.y))
+    h = (size.clamp(min=1) / speed).clamp(max=abs(t1 - t0)).nan_to_num(abs(t1 - t0) * 1e-6)
+    t = torch.full_like(h, t0)
+    return _Front(index, t, h * math.copysign(1.0, t1 - t0), y, q, rate, torch.full_like(h, _GROW))
 
 
-def _attempt(
-    system: System, front: _Front, h: Tensor, method: Method
-) -> tuple[tuple[Rate, Rate], list[Rate], list[Tensor]]:
-    """One step for every active sample: the new state with its rate, the error estimates, and the stages."""
-    tableau, m = method.tableau, front.q.shape[1]
-    rates, stages = [front.rate], [front.y]
-    for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
-        stage = combine(front.y, [k.y for k in rates], row, h)
-        rates.append(system.rate((front.t + c * h).to(stage.dtype), stage, front.index))
-        stages.append(stage)
-    y = combine(front.y, [k.y for k in rates], tableau.b, h)
-    q = combine(front.q, [k.q for k in rates], tableau.b, h) if m else front.q
-    new = Rate(y, q)
-    rates.append(system.rate((front.t + h).to(y.dtype), y, front.index))
-    zero_y, zero_q = torch.zeros_like(y), torch.zeros_like(q)
-    errors = [
-        Rate(combine(zero_y, [k.y for k in rates], e, h), combine(zero_q, [k.q for k in rates], e, h) if m else zero_q)
-        for e in (tableau.e, tableau.e3)
-        if e is not None
+class _Attempt(NamedTuple):
+    """What comes of one step of every active sample.
+
+    Attributes:
+        size: Of the error.
+        stages: States at the stages, and the new one.
+        q: The new integrals, where the state lets the step stand.
+        rate: That of the new state, and there that of the integrals.
+    """
+
+    size: Tensor
+    stages: list[Tensor]
+    q: Tensor
+    rate: Rate
+
+
+def _attempt(system: System, front: _Front, h: Tensor, tableau: Tableau, norm: ErrorNorm) -> _Attempt:
+    """One step for every active sample; the state alone may reject it, before the integrals are asked."""
+    last, estimates = len(tableau.b), [e for e in (tableau.e, tableau.e3) if e is not None]
+    times, stages, f, none = [front.t], [front.y], [front.rate.y], torch.zeros_like(front.q)
+    g = [front.rate.q, *[none] * last]
+    weighted = [i for i in range(1, last + 1) if _weighs(tableau, i)] if front.q.shape[1] else []
+    for i, (c, row) in enumerate(zip((*tableau.c[1:], 1.0), (*tableau.a[1:], tableau.b), strict=True), 1):
+        stages.append(combine(front.y, f, row, h))
+        times.append((front.t + c * h).to(front.y.dtype))
+        if i in weighted and not system.apart:
+            rate = system.rate(times[i], stages[i], front.index)
+            f.append(rate.y)
+            g[i] = rate.q
+        else:
+            f.append(system.state_rate(times[i], stages[i], front.index))
+    y, zero = stages[-1], torch.zeros_like(front.y)
+    shares = [norm.state(combine(zero, f, e, h), front.y, y) for e in estimates]
+    size = _size([norm.mean(share, y) for share in shares])
+    stands = size <= 1
+    if not weighted or not bool(stands.any()):
+        return _Attempt(size, stages, front.q, Rate(f[-1], none))
+    if system.apart:
+        everyone, rows = bool(stands.all()), front.index[stands]
+        for i in weighted:
+            t, z = (times[i], stages[i]) if everyone else (times[i][stands], stages[i][stands])
+            integrands = system.rate(t, z, rows).q
+            g[i] = integrands if everyone else none.index_put((stands,), integrands)
+    q = combine(front.q, g, tableau.b, h)
+    shares = [
+        share + norm.integrals(combine(none, g, e, h), front.q, q) for share, e in zip(shares, estimates, strict=True)
     ]
-    return (new, rates[-1]), errors, stages
+    size = torch.where(stands, _size([norm.mean(share, y) for share in shares]), size)
+    return _Attempt(size, stages, q, Rate(f[-1], g[-1]))
 
 
-def _error_size(errors: list[Rate], front: _Front, new: tuple[Rate, Rate], norm: ErrorNorm) -> Tensor:
-    """Norm of the error estimate; with two estimates combined as in Hairer's DOP853."""
-    old = Rate(front.y, front.q)
-    sizes = [norm(error, old, new[0]) for error in errors]
+def _weighs(tableau: Tableau, stage: int) -> bool:
+    """Whether a stage counts in the integrals or in their error; the new state is the next step's first stage."""
+    weights = [row for row in (tableau.b, tableau.e, tableau.e3) if row is not None]
+    return stage == len(tableau.b) or any(stage < len(row) and row[stage] for row in weights)
+
+
+def _size(sizes: list[Tensor]) -> Tensor:
+    """The norm of the error from that of its estimates; two are combined as in Hairer's DOP853."""
     if len(sizes) == 1:
         return sizes[0]
     fifth, third = sizes

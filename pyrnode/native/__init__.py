@@ -96,9 +96,9 @@ def enabled() -> bool:
 def _load(name: str) -> _Loaded | str:
     """The loaded library, or why there is none; asked once a process."""
     try:
-        sources = {
-            file: resources.files(__package__).joinpath(file).read_bytes() for file in (f"{name}.c", "vectors.h")
-        }
+        folder = resources.files(__package__)
+        headers = sorted(file.name for file in folder.iterdir() if file.name.endswith(".h"))
+        sources = {file: folder.joinpath(file).read_bytes() for file in (f"{name}.c", *headers)}
         made_of = [*sources.values(), " ".join(_FLAGS).encode()]
         return _find(name, sources, bytes(1).join(made_of))
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:

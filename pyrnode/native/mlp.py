@@ -1,10 +1,11 @@
-"""The compiled solves of a multilayer perceptron (mlp.c) for tensors."""
+"""The compiled solves of a multilayer perceptron (mlp.c): along a grid; adaptive ones are in adaptive.py."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,23 +28,117 @@ _DOUBLES = ctypes.POINTER(ctypes.c_double)
 _ARRAYS = ctypes.POINTER(ctypes.c_void_p)
 
 
+class Shared(ctypes.Structure):
+    """What the threads of one call write to: the next unit, whether a sample is stuck, and the memory of the steps."""
+
+    _fields_ = (("next", ctypes.c_int64), ("failed", ctypes.c_int64), ("chunks", ctypes.c_void_p))
+
+
 class _Job(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "layers", "activation", "stages", "steps", "probes")),
+        *((name, ctypes.c_int64) for name in ("batch", "layers", "activation", "stages", "probes")),
         ("weight", ctypes.c_double),
         ("widths", _INTEGERS),
-        *((name, _DOUBLES) for name in ("a", "b", "h")),
+        *((name, _DOUBLES) for name in ("a", "b", "c")),
         *((name, _ARRAYS) for name in ("w", "wt")),
-        *((name, ctypes.c_void_p) for name in ("shift", "scale", "z0", "eps")),
-        *((name, ctypes.c_void_p) for name in ("z1", "q", "record", "z1_bar", "q_bar", "z0_bar")),
+        *((name, ctypes.c_void_p) for name in ("z0", "eps", "z1", "q", "z1_bar", "q_bar", "z0_bar")),
         ("bars", _ARRAYS),
-        ("parts", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("parts", "steps")),
+        ("h", _DOUBLES),
+        *((name, ctypes.c_void_p) for name in ("shift", "scale", "record")),
+        ("terms", ctypes.c_int64),
+        ("entries", ctypes.c_void_p),
+        *((name, _DOUBLES) for name in ("e", "e3")),
+        *((name, ctypes.c_double) for name in ("t0", "t1", "rtol", "atol", "order")),
+        *((name, ctypes.c_int64) for name in ("controlled", "most")),
+        *((name, ctypes.c_void_p) for name in ("first", "rate", "q_rate", "counts", "ends", "ranking")),
+        ("shared", ctypes.POINTER(Shared)),
     )
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels, if there are some for numbers of this type on this machine."""
     return native.library("mlp") if dtype in _SUFFIX else None
+
+
+class Directions(NamedTuple):
+    """In which directions the Jacobian is probed.
+
+    Attributes:
+        eps: Probes ``(number, batch, d)``; `None` for the unit vectors.
+        number: How many there are.
+        weight: Weight of each in the sums.
+    """
+
+    eps: Tensor | None
+    number: int
+    weight: float
+
+
+class Network:
+    """A multilayer perceptron with one set of parameters, and its gradients; all tensors are of one type.
+
+    Args:
+        library: `library` of that type.
+        weights: ``(out, in)`` of every layer.
+        activation: One of `ACTIVATIONS`.
+        a, b: The Runge-Kutta method's tableau.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        weights: list[Tensor],
+        activation: str,
+        a: Sequence[Sequence[float]],
+        b: Sequence[float],
+    ) -> None:
+        self.library = library
+        self.weights = [weight.contiguous() for weight in weights]
+        self.transposed = [weight.t().contiguous() for weight in weights]
+        self.activation, self.a, self.b = ACTIVATIONS.index(activation), a, b
+
+    def pull(
+        self, name: str, z1_bar: Tensor, directions: Directions | None, entries: int, fields: dict[str, Any]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Calls a C function that pulls cotangents back; gives those of the weights and of that many entries."""
+        unit = _PADDING_BYTES // z1_bar.element_size()
+        columns = [-(-weight.shape[1] // unit) * unit for weight in self.weights]
+        sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
+        kinds = [sum(sizes), entries]
+        kinds.append(-sum(kinds) % unit)  # so that each part's begins at a whole vector, which is how it is written
+        parts = _parts(blocks(z1_bar), sum(kinds) * z1_bar.element_size())
+        bars = z1_bar.new_zeros(parts, sum(kinds))
+        rows = (ctypes.c_void_p * parts)(*(bar.data_ptr() for bar in bars))
+        self._run(name, z1_bar, directions, parts, fields | {"bars": rows, "parts": parts})
+        w_bar, entry_bar, _ = _total(bars).split(kinds)
+        w_bars = [
+            bar.view(len(weight), -1)[:, : weight.shape[1]]
+            for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
+        ]
+        return w_bars, entry_bar
+
+    def _run(self, name: str, z: Tensor, directions: Directions | None, units: int, fields: dict[str, Any]) -> None:
+        """Calls a C function for its units of work; `fields` are those of the job that not all functions have."""
+        stages, layers = len(self.b), len(self.weights)
+        count, weight = (0, 1.0) if directions is None else (directions.number, directions.weight)
+        eps = None if directions is None or directions.eps is None else directions.eps.contiguous()
+        job = _Job(
+            batch=len(z),
+            layers=layers,
+            activation=self.activation,
+            stages=stages,
+            probes=count,
+            weight=weight,
+            widths=(ctypes.c_int64 * (layers + 1))(z.shape[1], *(len(weight) for weight in self.weights)),
+            a=doubles([row[j] if j < len(row) else 0.0 for row in self.a for j in range(stages)]),
+            b=doubles(self.b),
+            w=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.weights)),
+            wt=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.transposed)),
+            eps=_pointer(eps),
+            **{key: _pointer(field) if isinstance(field, Tensor) else field for key, field in fields.items()},
+        )
+        ranges(function(self.library, f"{name}_{_SUFFIX[z.dtype]}"), job, units)
 
 
 @dataclass(frozen=True)
@@ -60,15 +155,13 @@ class Grid:
         return len(self.b) * len(self.h)
 
 
-class Solve:
-    """Forward and reverse solves of the augmented system, over one set of parameters; all tensors are of one type.
+class Solve(Network):
+    """Forward and reverse solves along a grid.
 
     Args:
-        library: `library` of that type.
-        weights: ``(out, in)`` of every layer.
+        library, weights, activation: As of a `Network`.
         shift: What is added in every layer, at every stage: ``(stages, Σ out)``.
         scale: What W h is multiplied by first, of the same shape; `None` for 1.
-        activation: One of `ACTIVATIONS`.
         grid: Method and steps.
     """
 
@@ -81,95 +174,50 @@ class Solve:
         activation: str,
         grid: Grid,
     ) -> None:
-        self._library = library
-        self.weights = [weight.contiguous() for weight in weights]
-        self.transposed = [weight.t().contiguous() for weight in weights]
+        super().__init__(library, weights, activation, grid.a, grid.b)
         self.shift = shift.contiguous()
         self.scale = None if scale is None else scale.contiguous()
-        self.activation, self.grid = ACTIVATIONS.index(activation), grid
+        self.grid = grid
         self.record: Tensor | None = None
 
-    def forward(self, z0: Tensor, eps: Tensor | None, weight: float, *, record: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, z0: Tensor, directions: Directions | None, *, record: bool) -> tuple[Tensor, Tensor]:
         """The state at the end time ``(batch, d)``, and l, E, n and 0 ``(batch, 4)`` (no columns without probes).
 
         Args:
             z0: State at the start, ``(batch, d)``.
-            eps: Probes, ``(k, batch, d)``.
-            weight: Weight of each probe in the sums.
+            directions: Probes.
             record: Keep the stages' states, which `backward` starts from.
         """
         z0 = z0.contiguous()
-        z1, q = torch.empty_like(z0), z0.new_zeros(len(z0), 0 if eps is None else 4)
+        z1, q = torch.empty_like(z0), z0.new_zeros(len(z0), 4 if directions else 0)
         if record:
             lanes = _ROW_BYTES // z0.element_size()
-            self.record = z0.new_empty(_blocks(z0), self.grid.stages, z0.shape[1], lanes)
-        self._run("forward", z0, eps, weight, {"z0": z0, "z1": z1, "q": q, "record": self.record}, _blocks(z0))
+            self.record = z0.new_empty(blocks(z0), self.grid.stages, z0.shape[1], lanes)
+        self._run("forward", z0, directions, blocks(z0), self._fields | {"z0": z0, "z1": z1, "q": q})
         return z1, q
 
     def backward(
-        self, z1_bar: Tensor, q_bar: Tensor, eps: Tensor | None, weight: float
+        self, z1_bar: Tensor, q_bar: Tensor, directions: Directions | None
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         """Cotangents of the start state, the weights, the shifts and the scales, given those of `forward`'s results."""
         z1_bar, q_bar = z1_bar.contiguous(), q_bar.contiguous()
         z0_bar = torch.empty_like(z1_bar)
-        unit = _PADDING_BYTES // z0_bar.element_size()
-        columns = [-(-weight.shape[1] // unit) * unit for weight in self.weights]
-        sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
-        kinds = [sum(sizes), self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
-        kinds.append(-sum(kinds) % unit)  # so that each part's begins at a whole vector, which is how it is written
-        parts = _parts(_blocks(z1_bar), sum(kinds) * z0_bar.element_size())
-        bars = self.shift.new_zeros(parts, sum(kinds))
-        arrays = {"record": self.record, "z1_bar": z1_bar, "q_bar": q_bar, "z0_bar": z0_bar}
-        self._run("backward", z1_bar, eps, weight, arrays, parts, bars)
-        w_bar, b_bar, s_bar, _ = _total(bars).split(kinds)
-        w_bars = [
-            bar.view(len(weight), -1)[:, : weight.shape[1]]
-            for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
-        ]
+        sizes = [self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
+        fields = self._fields | {"z1_bar": z1_bar, "q_bar": q_bar, "z0_bar": z0_bar}
+        w_bars, bars = self.pull("backward", z1_bar, directions, sum(sizes), fields)
+        b_bar, s_bar = bars.split(sizes)
         scale_bar = None if self.scale is None else s_bar.view_as(self.scale)
         return z0_bar, w_bars, b_bar.view_as(self.shift), scale_bar
 
-    def _run(
-        self,
-        name: str,
-        z: Tensor,
-        eps: Tensor | None,
-        weight: float,
-        arrays: dict[str, Tensor | None],
-        units: int,
-        bars: Tensor | None = None,
-    ) -> None:
-        """Calls the C function for its units of work; `bars` are gradients, a row for each part of the batch."""
-        rows = [] if bars is None else [bar.data_ptr() for bar in bars]
-        stages = len(self.grid.b)
-        eps = None if eps is None else eps.contiguous()
-        a = [row[j] if j < len(row) else 0.0 for row in self.grid.a for j in range(stages)]
-        layers = len(self.weights)
-        job = _Job(
-            batch=len(z),
-            layers=layers,
-            activation=self.activation,
-            stages=stages,
-            steps=len(self.grid.h),
-            probes=0 if eps is None else len(eps),
-            weight=weight,
-            widths=(ctypes.c_int64 * (layers + 1))(z.shape[1], *(len(weight) for weight in self.weights)),
-            a=(ctypes.c_double * len(a))(*a),
-            b=(ctypes.c_double * stages)(*self.grid.b),
-            h=(ctypes.c_double * len(self.grid.h))(*self.grid.h),
-            w=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.weights)),
-            wt=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.transposed)),
-            shift=self.shift.data_ptr(),
-            scale=_pointer(self.scale),
-            eps=_pointer(eps),
-            bars=(ctypes.c_void_p * len(rows))(*rows),
-            parts=len(rows),
-            **{key: _pointer(array) for key, array in arrays.items()},
-        )
-        ranges(function(self._library, f"{name}_{_SUFFIX[z.dtype]}"), job, units)
+    @property
+    def _fields(self) -> dict[str, Any]:
+        h = self.grid.h
+        tables = {"shift": self.shift, "scale": self.scale, "record": self.record}
+        return {"steps": len(h), "h": doubles(h), **tables}
 
 
-def _blocks(z: Tensor) -> int:
+def blocks(z: Tensor) -> int:
+    """Number of the blocks of samples that go through a solve side by side."""
     lanes = _ROW_BYTES // z.element_size()
     return -(-len(z) // lanes)
 
@@ -190,6 +238,11 @@ def _total(bars: Tensor) -> Tensor:
         bars[:half] += bars[-half:]
         bars = bars[:-half]
     return bars[0]
+
+
+def doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    """Numbers as C has them."""
+    return (ctypes.c_double * len(values))(*values)
 
 
 def _pointer(array: Tensor | None) -> int | None:
