@@ -104,6 +104,67 @@ def test_auto_is_a_word_for_a_solver() -> None:
         assert Config.preset(name).solver == SolverConfig(name="RK4", step_size=0.25)
 
 
+# -- what training reports and what it hands back ---------------------------------------------------------------------
+
+
+def _tables() -> dict[str, Tensor]:
+    """A sheet that is nearly singular, heavy tails, and a comb."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=g, dtype=torch.double)
+    sheet = torch.stack((x[:, 0], x[:, 1], x[:, 0] * x[:, 1] + 1e-3 * x[:, 2]), 1)
+    return {
+        "sheet": sheet,
+        "tails": x * torch.randn(400, 1, generator=g, dtype=torch.double).abs().reciprocal(),
+        "comb": (4 * x[:, :2]).round() + 0.05 * torch.randn(400, 2, generator=g, dtype=torch.double),
+    }
+
+
+def _settings(seed: int) -> dict[str, Any]:
+    """Some settings, good or bad."""
+    random = np.random.default_rng(seed)
+    solver: list[Any] = [
+        "auto",
+        "Euler",
+        "Midpoint",
+        {"name": "RK4", "step_size": 1.0},
+        {"name": "RK4", "step_size": "auto"},
+    ]
+    return {
+        "solver": solver[random.integers(len(solver))],
+        "learning_rate": float(10 ** random.uniform(-3, -1)),
+        "kinetic": float(random.choice([0.0, 0.01, 1.0])),
+        "jacobian": float(random.choice([0.0, 0.01, 1.0])),
+        "activation": str(random.choice(["tanh", "softplus", "silu"])),
+        "noise": str(random.choice(["gaussian", "rademacher"])),
+        "standardize": str(random.choice(["auto", "whiten", "scale"])),
+        "batch_size": int(random.choice([8, 64])),
+        "seed": seed,
+    }
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("julia", marks=pytest.mark.needs_julia)])
+@pytest.mark.parametrize("name", _tables())
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_settings_the_reported_score_is_the_density_that_is_handed_back(
+    engine: str, name: str, seed: int
+) -> None:
+    """And where the training solver was wrong, and nothing was its own to choose, that is said."""
+    x = _tables()[name]
+    settings = {**_settings(seed), "engine": engine, "hidden": [12], "max_steps": 60, "warmup_steps": 0}
+    result = pyrnode.train(x, **settings, evaluate=False, progress=False)
+    reported = validations(result.history)
+    held_out = load(x, config=result.config.data).validation.tensor()
+    with torch.no_grad():
+        found = -float(result.flow.log_prob(held_out).double().mean()) / x.shape[1]
+    best = min(record["validation"] for record in reported)
+    assert found == pytest.approx(best, abs=2e-4)
+    wrong = [record for record in reported if not record.get("disagreement", math.inf) <= 0.01]
+    if result.config.solver.step_size == "auto":
+        assert not result.notes or "step 0.015625, is" in result.notes[0]  # there is no finer one
+    else:
+        assert bool(wrong) == bool(result.notes)
+
+
 # -- in training -----------------------------------------------------------------------------------------------------
 
 
