@@ -184,7 +184,8 @@ def test_weights_count_as_repeated_samples(convention: str) -> None:
     X, rng = gaussian(40, seed=5) * [1, 30], np.random.default_rng(0)
     weights = rng.integers(0, 5, 40)
     assert (weights == 0).any()
-    settings = FULL_BATCH | {"overrides": {"convention": convention}, "kinetic": 0.1, "jacobian": 0.2}
+    settings = FULL_BATCH | {"dtype": "float64", "kinetic": 0.1, "jacobian": 0.2}
+    settings["overrides"] = {"convention": convention, "flow.standardize": "whiten"}
     weighted = RNODEDensity(**settings).fit(X, sample_weight=weights)
     repeated = RNODEDensity(**settings).fit(X.repeat(weights, axis=0))
     plain = RNODEDensity(**settings).fit(X)
@@ -216,6 +217,7 @@ def test_each_batch_has_the_weights_of_its_own_samples() -> None:
     """At a learning rate of nothing the flow stays the standardised normal, whose batch losses are known."""
     X, weights = gaussian(60, seed=9) * [1, 3] + 1, np.random.default_rng(2).uniform(0.1, 5, 60)
     settings = {"hidden": (4,), "max_steps": 6, "batch_size": 20, "validation_fraction": 0, "random_state": 0}
+    settings |= {"dtype": "float64", "overrides": {"flow.standardize": "scale"}}
     model = RNODEDensity(**settings, learning_rate=1e-14).fit(X, sample_weight=weights)
     random = np.random.RandomState(0)
     seed, order = random.randint(2**31 - 1), random.permutation(60)
@@ -230,8 +232,8 @@ def test_each_batch_has_the_weights_of_its_own_samples() -> None:
 
 def test_validation_is_weighted_too() -> None:
     X, weights = gaussian(60), np.random.default_rng(1).uniform(0.1, 5, 60)
-    model = RNODEDensity(hidden=(4,), max_steps=1, validation_fraction=0.5, batch_size=5, random_state=0)
-    model.fit(X, sample_weight=weights)
+    settings = {"hidden": (4,), "max_steps": 1, "validation_fraction": 0.5, "batch_size": 5, "random_state": 0}
+    model = RNODEDensity(**settings, dtype="float64").fit(X, sample_weight=weights)
     order = np.random.RandomState(0)
     order.randint(2**31 - 1)
     held_out = order.permutation(60)[:30]
