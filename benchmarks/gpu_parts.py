@@ -257,8 +257,7 @@ def steps(setup: Setup) -> Planned:
 def _step_row(setup: Setup, step: clock.Step, side: str, variant: str, batch: int) -> Row:
     step()
     peak = clock.device_mib(step, setup.device) if setup.device.type == "cuda" else None
-    count = 2 if setup.tiny else 7
-    ms = clock.median(step, setup.device, steps=count)
+    ms = clock.median(step, setup.device, steps=1 if setup.tiny else 7, warm=0 if setup.tiny else 1)
     return {"side": side, "variant": variant, "batch": batch, "ms": round(ms, 2), "peak_MiB": peak and round(peak)}
 
 

@@ -86,7 +86,7 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on a device, from pinned memory where it has that: the program does not wait for the copy."""
-    if device.type == "cuda" and x.device.type == "cpu":
+    """`x` on a device, from pinned memory where that can be: the program does not wait for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu" and not x.requires_grad:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -305,6 +305,20 @@ def test_a_step_of_the_papers_network_is_12000_launches_at_most() -> None:
     assert total(counts.waits) == 1, counts.report()
 
 
+def test_the_benchmark_of_speed_times_a_step_that_does_not_wait(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = pytest.importorskip("benchmarks.speed")  # which needs torchdiffeq, and a GPU's machine may have none
+    monkeypatch.setitem(speed.CASES, "mlp-4", 4)
+    timed = speed.pyrnode_step("mlp-4", DEVICE)
+    for _ in range(2):
+        device.reset()
+        timed()
+        counts = device.reset()
+    assert not counts.waits, counts.report()
+    assert not counts.uploads, counts.report()
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
