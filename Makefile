@@ -4,7 +4,7 @@ PYTHON ?= python3.11 python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint types wheel-smoke bench docs format clean
+.PHONY: venv demo test lint types wheel-smoke bench gpu docs format clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := venv
 
@@ -53,6 +53,12 @@ types: .venv/installed-dev
 
 bench: .venv/installed-test
 	$(BIN)/python -m benchmarks.speed
+
+# On a machine with a GPU, with the Python that has its torch: `make gpu GPU_PYTHON=python3 ARGS="--seconds 540"` goes on
+# where it was cut. Nothing is installed.
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 docs: .venv/created
 	$(PIP_INSTALL) --editable '.[docs]'

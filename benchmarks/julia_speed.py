@@ -27,7 +27,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.speed import Step, _milliseconds, _perturb
+from benchmarks.clock import Step, milliseconds
+from benchmarks.speed import CPU, _perturb
 from pyrnode import julia_setup
 from pyrnode.config import Config, Divergence
 from pyrnode.engines import Engine
@@ -91,7 +92,7 @@ def engines(case: str, turns: int) -> dict[str, float]:
     for _ in range(turns):
         for side, step in steps.items():
             step()
-            times[side] += [_milliseconds(step) for _ in range(STEPS[case])]
+            times[side] += [milliseconds(step, CPU) for _ in range(STEPS[case])]
     return {side: statistics.median(values) for side, values in times.items()}
 
 

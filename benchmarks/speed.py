@@ -2,11 +2,13 @@
 
     python -m benchmarks.speed                 all cases, a table
     python -m benchmarks.speed --json out.json --cases mlp-512 mnist-8
+    python -m benchmarks.speed --device cuda --cases mnist-32 mnist-200
 
 Both sides have the same network, batch, time grid (RK4, step 0.25, one block after the other), one Gaussian probe and
 both penalties, and compute the loss and the gradient of every parameter. Steps alternate between the two sides in one
 process, and the ratio is the median over the pairs; peak memory is the growth of the resident set over five steps, each
-side in a fresh process of its own. README.md says what the numbers mean.
+side in a fresh process of its own. On a GPU times are those of its events, and memory is the device's. README.md says
+what the numbers mean.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.clock import Step, device_mib, milliseconds
 from benchmarks.reference import ReferenceImageFlow, ReferenceMLPFlow
 from pyrnode.config import Config, Divergence
+from pyrnode.devices import resolve_device
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
+from pyrnode.precision import own_precision
 from pyrnode.runs import versions
 
-CASES = {"mlp-512": 512, "mnist-8": 8, "mnist-32": 32}
-PAIRS = {"mlp-512": 60, "mnist-8": 7, "mnist-32": 3}
+CASES = {"mlp-512": 512, "mnist-8": 8, "mnist-32": 32, "mnist-200": 200}
+PAIRS = {"mlp-512": 60, "mnist-8": 7, "mnist-32": 3, "mnist-200": 3}
 SIDES = ("pyrnode", "adjoint", "backprop")
-
-Step = Callable[[], object]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -70,29 +72,31 @@ def _perturb(module: torch.nn.Module) -> None:
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
 
 
-def pyrnode_step(case: str) -> Step:
+def pyrnode_step(case: str, device: torch.device = CPU) -> Step:
     """A training step of pyrnode."""
     settings = {"blocks": 1 if case.startswith("mlp") else 2}
     config = Config().override({**settings, "standardize": "none", "step_size": 0.25})
-    x = _data(case)
+    x = _data(case).to(device)
     flow = Flow.build(config, tuple(x.shape[1:]))
     _perturb(flow)
-    draw = flow.draw(Divergence("hutchinson"), torch.Generator().manual_seed(2))
+    flow.to(device)
+    draw = flow.draw(Divergence("hutchinson"), torch.Generator(device).manual_seed(2))
 
     def step() -> None:
         flow.zero_grad()
-        objective(flow.solve(x, draw, config.solver), config.penalties).loss.backward()
+        objective(flow.solve(x, draw, config.solver, verified=False), config.penalties).loss.backward()
 
     return step
 
 
-def reference_step(case: str, gradients: str) -> Step:
+def reference_step(case: str, gradients: str, device: torch.device = CPU) -> Step:
     """A training step of the standard construction; `gradients` is ``"adjoint"`` or ``"backprop"``."""
     options: dict[str, Any] = {"gradients": gradients, "step_size": 0.25}
-    x = _data(case)
+    x = _data(case).to(device)
     flow = ReferenceMLPFlow(2, **options) if case.startswith("mlp") else ReferenceImageFlow(**options)
     _perturb(flow)
-    generator = torch.Generator().manual_seed(2)
+    flow.to(device)
+    generator = torch.Generator(device).manual_seed(2)
 
     def step() -> None:
         flow.zero_grad()
@@ -101,19 +105,13 @@ def reference_step(case: str, gradients: str) -> Step:
     return step
 
 
-def _make(case: str, side: str) -> Step:
-    return pyrnode_step(case) if side == "pyrnode" else reference_step(case, side)
-
-
-def _milliseconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
+def _make(case: str, side: str, device: torch.device) -> Step:
+    return pyrnode_step(case, device) if side == "pyrnode" else reference_step(case, side, device)
 
 
 def memory(case: str, side: str) -> float:
     """Growth of the resident set over five steps, MiB; to be called once in a fresh process."""
-    step = _make(case, side)
+    step = _make(case, side, CPU)
     torch.nn.functional.conv2d(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3))  # the libraries' own start-up
     before = _peak()
     for _ in range(5):
@@ -129,11 +127,16 @@ def _peak() -> float:
     raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
 
 
-def throughput(batch: int) -> float:
-    """Multiply-adds per second ×2 of a 64-channel 3×3 convolution on 28×28 images, channels last (FLOP/s)."""
-    x = torch.randn(batch, 64, 28, 28).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
-    seconds = [_milliseconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1)) / 1e3 for _ in range(60)]
+def throughput(batch: int, device: torch.device) -> float:
+    """Multiply-adds per second ×2 of a 64-channel 3×3 convolution on 28×28 images, channels last (FLOP/s).
+
+    In IEEE float32, as a solve computes.
+    """
+    x = torch.randn(batch, 64, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    with own_precision(x):
+        times = [milliseconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1), device) for _ in range(60)]
+    seconds = [1e-3 * time for time in times]
     return 2 * x.numel() * 64 * 9 / statistics.median(seconds[10:])
 
 
@@ -149,19 +152,22 @@ def arithmetic(case: str) -> float:
     return 2.0 * per_sample * 6 * 16 * CASES[case]
 
 
-def measure(case: str, pairs: int) -> list[Result]:
+def measure(case: str, pairs: int, device: torch.device) -> list[Result]:
     """Times all sides of a case, one step of each in turn."""
-    steps = {side: _make(case, side) for side in SIDES}
+    steps = {side: _make(case, side, device) for side in SIDES}
     for step in steps.values():
         step()
     table: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(pairs):
         for side, step in steps.items():
-            table[side].append(_milliseconds(step))
+            table[side].append(milliseconds(step, device))
     attained = None
     if case.startswith("mnist"):
-        attained = arithmetic(case) / (statistics.median(table["pyrnode"]) / 1e3) / throughput(CASES[case])
-    peak = {side: _in_fresh_process(case, side) for side in SIDES}
+        attained = arithmetic(case) / (statistics.median(table["pyrnode"]) / 1e3) / throughput(CASES[case], device)
+    if device.type == "cuda":
+        peak = {side: device_mib(step, device) for side, step in steps.items()}
+    else:
+        peak = {side: _in_fresh_process(case, side) for side in SIDES}
     results = []
     for side in SIDES[1:]:
         ratios = sorted(b / a for a, b in zip(table["pyrnode"], table[side], strict=True))
@@ -181,7 +187,8 @@ def _in_fresh_process(case: str, side: str) -> float:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: on a CPU all but mnist-200")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument("--pairs", type=int, help="steps of each side (default: by case)")
     parser.add_argument("--json", type=Path, help="also write the results there")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
@@ -189,14 +196,17 @@ def main() -> None:
     if args.memory:
         print(memory(*args.memory))
         return
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; pyrnode against torchdiffeq + nested autograd"
-    )
+    device = resolve_device(args.device)
+    where = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, {where}; pyrnode against torchdiffeq + nested autograd")
     names = f"{'case':<10}{'against':<10}{'pyrnode':>10}{'theirs':>10}{'ratio (min-max)':>20}"
     print(f"{names}{'peak memory, MiB':>22}{'attained':>10}")
     results = []
-    for case in args.cases:
-        for r in measure(case, args.pairs or PAIRS[case]):
+    usual = [case for case in CASES if device.type != "cpu" or CASES[case] != 200]
+    for case in args.cases or usual:
+        for r in measure(case, args.pairs or PAIRS[case], device):
             results.append(r)
             attained = "" if r.attained is None else f"{r.attained:.0%}"
             ratio = f"{r.ratio:.2f} ({r.ratio_low:.2f}-{r.ratio_high:.2f})"
@@ -204,7 +214,7 @@ def main() -> None:
             times = f"{r.pyrnode_ms:>8.1f}ms{r.reference_ms:>8.1f}ms"
             print(f"{r.case:<10}{r.reference:<10}{times}{ratio:>20}{mib:>22}{attained:>10}", flush=True)
     if args.json:
-        document = {"versions": versions(Config()), "results": [asdict(r) for r in results]}
+        document = {"device": where, "versions": versions(Config()), "results": [asdict(r) for r in results]}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     assert all(math.isfinite(r.ratio) for r in results)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from pyrnode.config import CHUNK, Divergence, SolverConfig
 from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.data.frames import Names, columns_of
+from pyrnode.devices import upload
 from pyrnode.engines import Engine, Solution
 from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.parts import Block, FactorOut, Squeeze
+from pyrnode.precision import in_own_precision
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
 from pyrnode.settings import whole
-from pyrnode.tracing import holds, in_own_precision, recording
+from pyrnode.tracing import holds, recording
 from pyrnode.transforms import Chain
 
 
@@ -65,6 +68,10 @@ class Passage:
         """An integral summed over the blocks, ``(batch,)``."""
         return torch.stack([getattr(block, name) for block in self.blocks]).sum(0)
 
+    def verify(self) -> None:
+        """Raises `SolverError`, naming block and step, where a solve that has not looked for itself is not finite."""
+        _verify(self.blocks)
+
     @property
     def nfe(self) -> float:
         """Evaluations of the dynamics per sample, all blocks together."""
@@ -74,6 +81,15 @@ class Passage:
     def nfe_backward(self) -> float:
         """The same in the backward pass, once it has run."""
         return sum(block.stats.nfe_backward for block in self.blocks)
+
+
+def _verify(solutions: list[Solution]) -> None:
+    """Looks at all solves that have not looked for themselves, waiting for their device once."""
+    left = [(solution.total, solution.verify) for solution in solutions if solution.verify is not None]
+    if not left or math.isfinite(float(torch.stack([total for total, _ in left]).sum())):
+        return
+    for _, verify in left:
+        verify()
 
 
 def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -106,6 +122,16 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
         remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
         raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
+
+
+@contextmanager
+def _naming(index: int, event_shape: tuple[int, ...]) -> Iterator[None]:
+    """Errors of a solve say which block's it was."""
+    try:
+        yield
+    except SolverError as error:
+        message = f"block {index} ({tuple(event_shape)}): {error}"
+        raise SolverError(message, status=error.status, block=index) from error
 
 
 class Composition(nn.Module):
@@ -229,17 +255,19 @@ class Composition(nn.Module):
         if not holds(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{what} has NaN or infinite values, first in sample {bad}")
-        if self.levels is not None and what == "input":
-            check_spread(x, self.levels, strict=False)
+        if what == "input":
+            if self.levels is not None:
+                check_spread(x, self.levels, strict=False)
+            self.transform.check(x)
         return self._converted(x, what)
 
     def _converted(self, x: Tensor, what: str) -> Tensor:
         """`x` on the flow's device, in the finer of its type and the flow's; integers as float64, unless discrete."""
-        reference = self.reference
-        if x.is_floating_point():
-            return x.to(reference.device, torch.promote_types(x.dtype, reference.dtype))
-        discrete = self.levels is not None and what == "input"
-        return x.to(reference.device, x.dtype if discrete else torch.float64)
+        dtype = torch.promote_types(x.dtype, self.reference.dtype)
+        if not x.is_floating_point():
+            discrete = self.levels is not None and what == "input"
+            dtype = x.dtype if discrete else torch.float64
+        return upload(x, self.reference.device).to(dtype)
 
     # -- the passage -------------------------------------------------------------------------------------------------
 
@@ -257,6 +285,7 @@ class Composition(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         total_derivative: bool = False,
+        verified: bool = True,
     ) -> Passage:
         """Passes samples through transform and blocks.
 
@@ -267,9 +296,10 @@ class Composition(nn.Module):
             context: What `condition` gives.
             generator: Where the noise that dequantises integers comes from.
             total_derivative: Also integrate D.
+            verified: False leaves it to the caller to look whether solves of fixed steps are finite, which waits for
+                a device (`Passage.verify`).
 
         Raises:
-            DataError: Values outside the grey levels.
             SolverError: A block's solve failed; the message names it.
         """
         y, log_det = self.transformed(x, generator)
@@ -285,6 +315,8 @@ class Composition(nn.Module):
                 outs.append(out)
             else:
                 z = part(z)
+        if verified:
+            _verify(solutions)
         return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions)
 
     def transformed(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -309,16 +341,18 @@ class Composition(nn.Module):
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
         state = outs.pop()
-        index = len(self.blocks)
+        index, solutions = len(self.blocks), list[Solution]()
         for part in reversed(self.parts):
             if isinstance(part, Block):
                 index -= 1
-                state = self._integrate(index, state, None, (part.end_time, 0.0), solver, context).z
+                solutions.append(self._integrate(index, state, None, (part.end_time, 0.0), solver, context))
+                state = solutions[-1].z
             elif isinstance(part, FactorOut):
                 state = part.inverse(state, outs.pop())
             else:
                 assert isinstance(part, Squeeze)
                 state = part.inverse(state)
+        _verify(solutions)
         return state
 
     def _integrate(
@@ -333,13 +367,13 @@ class Composition(nn.Module):
     ) -> Solution:
         """One block."""
         dynamics = self.blocks[index].dynamics
-        try:
-            return self.engine.integrate(
+        with _naming(index, dynamics.event_shape):
+            solution = self.engine.integrate(
                 dynamics, z, probes, span, solver or self.solver, context=context, total_derivative=total_derivative
             )
-        except SolverError as error:
-            message = f"block {index} ({tuple(dynamics.event_shape)}): {error}"
-            raise SolverError(message, status=error.status, block=index) from error
+        if solution.verify is not None:
+            solution.verify = _naming(index, dynamics.event_shape)(solution.verify)
+        return solution
 
     def _latent_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of what is factored out, in order, and of the last state."""

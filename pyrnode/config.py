@@ -299,6 +299,7 @@ class TrainingConfig(Section):
         validation_limit: Validate on at most this many samples; `None` takes up to 2,000, fewer of many dimensions.
         patience: Stop after this many validations without improvement; `None` never stops early.
         checkpoint_every: Interval of checkpoints in steps; 0 means once an epoch.
+        checkpoint_minutes: A checkpoint is written at the latest so long after the last one, however long a step takes.
         snapshots: Keep the model of every validation, in ``snapshots/`` of the run's folder.
         tensorboard: Write the metrics for TensorBoard too, to ``tensorboard/`` in the run's folder.
         max_restarts: How often a non-finite step is answered by restoring the last good state and halving the
@@ -321,13 +322,14 @@ class TrainingConfig(Section):
     validation_limit: int | None = None
     patience: int | None = None
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
     snapshots: bool = False
     tensorboard: bool = False
     max_restarts: int = 3
 
     def _validate(self) -> None:
         at_least(self, 1, "epochs", "max_steps", "batch_size", "patience", "validation_limit")
-        at_least(self, 0, "learning_rate", "clip_norm", "minutes", "tolerance", strict=True)
+        at_least(self, 0, "learning_rate", "clip_norm", "minutes", "tolerance", "checkpoint_minutes", strict=True)
         at_least(self, 0, "warmup_steps", "weight_decay", "validate_every", "checkpoint_every", "max_restarts")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"ema = {self.ema!r}: expected a decay between 0 and 1")

@@ -55,7 +55,10 @@ def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Ten
         while True:
             span = (now - starts[block], min(time - starts[block], lengths[block]))
             if span[1] - span[0] > 1e-9 * lengths[block]:
-                z = flow.engine.integrate(flow.blocks[block].dynamics, z, None, span, flow.solver).z
+                solution = flow.engine.integrate(flow.blocks[block].dynamics, z, None, span, flow.solver)
+                if solution.verify is not None:
+                    solution.verify()
+                z = solution.z
                 now = starts[block] + span[1]
             if block + 1 == len(lengths) or time <= starts[block + 1] * (1 + 1e-12):
                 break

@@ -35,7 +35,16 @@ _STEP = re.compile("[0-9]{8,18}")  # the name of a snapshot
 
 _FREE = {"device", "engine"} | {
     f"training.{key}"
-    for key in ("epochs", "max_steps", "patience", "checkpoint_every", "max_restarts", "snapshots", "tensorboard")
+    for key in (
+        "epochs",
+        "max_steps",
+        "patience",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "max_restarts",
+        "snapshots",
+        "tensorboard",
+    )
 }
 
 

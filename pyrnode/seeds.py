@@ -24,9 +24,9 @@ def derive(seed: int, *purpose: object) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
-def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose."""
-    return torch.Generator("cpu").manual_seed(derive(seed, *purpose))
+def generator(seed: int, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of a device for one purpose; those of two kinds of devices give other numbers."""
+    return torch.Generator(device).manual_seed(derive(seed, *purpose))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.errors import ConfigError, DataError
-from pyrnode.tracing import holds
+from pyrnode.tracing import holds, recording
 
 
 class Transform(nn.Module, ABC):
@@ -23,6 +23,9 @@ class Transform(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """``y`` and ``log |det ∂y/∂x|`` in nats, ``(batch,)``; `generator` where the transform is random."""
+
+    def check(self, x: Tensor) -> None:
+        """Raises `DataError` where values have no place in its domain; it reads them, `forward` does not."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
@@ -65,18 +68,24 @@ class Dequantize(Transform):
             raise ConfigError(f"levels = {levels!r}: expected at least 2")
         self.levels, self.dtype = levels, dtype
 
+    def check(self, x: Tensor) -> None:
+        if recording() or not x.numel():
+            return
+        if x.is_floating_point():
+            if not holds(((x >= 0) & (x <= self.levels)).all()):
+                raise DataError(
+                    f"dequantised values {float(x.min()):g} to {float(x.max()):g}: expected 0 to {self.levels}"
+                )
+            return
+        low, high = int(x.min()), int(x.max())
+        if low < 0 or high >= self.levels:
+            raise DataError(f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})")
+
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
-            low, high = int(x.min()), int(x.max())
-            if low < 0 or high >= self.levels:
-                raise DataError(
-                    f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})"
-                )
             device = x.device if generator is None else generator.device
             noise = torch.rand(x.shape, generator=generator, dtype=self.dtype, device=device)
             x = x.to(self.dtype) + noise.to(x.device)
-        elif not holds(((x >= 0) & (x <= self.levels)).all()):
-            raise DataError(f"dequantised values {float(x.min()):g} to {float(x.max()):g}: expected 0 to {self.levels}")
         return x / self.levels, _zeros(x) - math.prod(x.shape[1:]) * math.log(self.levels)
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -280,6 +289,11 @@ class Chain(Transform):
             x, term = transform(x, generator)
             log_det = term if log_det is None else log_det + term
         return x, _zeros(x) if log_det is None else log_det
+
+    def check(self, x: Tensor) -> None:
+        for transform in self.transforms[:1]:
+            assert isinstance(transform, Transform)
+            transform.check(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         for transform in reversed(self.transforms):

@@ -32,6 +32,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--device``."""
+    parser.addoption("--device", help="run test_device.py on this device, such as cuda, and not on the pretended one")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     """Seeds the global generators, so that no test depends on the tests before it."""

@@ -87,6 +87,7 @@ BAD = [
     ("minutes", 0, "more than 0"),
     ("tolerance", 0, "more than 0"),
     ("checkpoint_every", -1, "at least 0"),
+    ("checkpoint_minutes", 0.0, "more than 0"),
     ("max_restarts", -1, "at least 0"),
     ("tensorboard", "yes", "expected bool"),
     ("snapshots", 1, "expected bool"),

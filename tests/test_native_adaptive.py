@@ -200,7 +200,7 @@ def test_what_goes_wrong_is_named_as_by_the_operations(
 
 @pytest.mark.parametrize("time", TIMES)
 def test_flows_of_two_blocks_use_it_both_ways(time: str, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config().override({"blocks": 2, "hidden": [8, 8], "time": time, "dtype": "float64", "standardize": False})
+    config = Config().override({"blocks": 2, "hidden": [8, 8], "time": time, "dtype": "float64", "standardize": "none"})
     flow, x = Flow.build(config, (3,)), states(90)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

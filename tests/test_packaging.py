@@ -195,6 +195,7 @@ LAYERS = (
         "devices",
         "seeds",
         "tracing",
+        "precision",
         "progress",
         "version",
         "errors",

@@ -253,6 +253,22 @@ def test_the_best_step_on_validation_is_kept(monkeypatch: pytest.MonkeyPatch, tm
             assert torch.equal(value, weights[1][name])
 
 
+@pytest.mark.parametrize(("minutes", "at"), [(1e-12, [1, 2, 3, 4]), (1e6, [4])])
+def test_a_checkpoint_is_written_when_the_last_one_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, minutes: float, at: list[int]
+) -> None:
+    saved: list[int] = []
+    save = Trainer._save
+
+    def spy(self: Trainer) -> None:
+        saved.append(self.state.progress.step)
+        save(self)
+
+    monkeypatch.setattr(Trainer, "_save", spy)
+    assert trainer(max_steps=4, checkpoint_minutes=minutes, checkpoint_every=0, validate_every=4).run()
+    assert saved == at
+
+
 def test_patience_ends_training(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([3.0, 1.0, 2.0, 1.0, math.pi, 0.0])
     monkeypatch.setattr(Validation, "score", lambda self, solver: Outcome(next(values), 0.1, 0.0, 1.0))

@@ -179,4 +179,4 @@ def test_constant_feature_is_named() -> None:
 )
 def test_values_outside_the_levels(pixels: list[list[float]], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Dequantize(17)(torch.tensor(pixels))
+        Dequantize(17).check(torch.tensor(pixels))

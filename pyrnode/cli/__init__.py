@@ -19,6 +19,7 @@ from pyrnode.cli import export, score, train
 from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
+    device_argument,
     engine_argument,
     interrupted,
     json_argument,
@@ -89,7 +90,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    return demo.demo(args.out, progress=not args.quiet)
+    return demo.demo(args.out, device=args.device, progress=not args.quiet)
 
 
 def _reproduce(args: argparse.Namespace) -> int:
@@ -146,13 +147,14 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/reproduce", help="folder to write to (default runs/reproduce)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     engine_argument(parser)
-    parser.add_argument("--device", help="torch device, or auto")
+    device_argument(parser)
     data_dir_argument(parser)
     output_arguments(parser)
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="folder to write to (default runs/demo)")
+    device_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

@@ -10,14 +10,14 @@ import torch
 
 import pyrnode
 from pyrnode import solvers
-from pyrnode.cli.output import engine_argument, json_argument, print_json
+from pyrnode.cli.output import device_argument, engine_argument, json_argument, print_json
 from pyrnode.export import TorchFlow, exported
 from pyrnode.flow import Flow
 
 
 def export(args: argparse.Namespace) -> int:
     """Writes a trained flow to a file for other programs, and says how far file and flow are from the truth."""
-    flow = pyrnode.load(args.run, engine=args.engine)
+    flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     solver = _given({"name": args.solver, "step_size": args.step_size, "rtol": args.rtol, "atol": args.atol})
     divergence = _given({"kind": args.divergence, "probes": args.probes, "seed": args.seed})
     module = flow.to_torch(solver, divergence=divergence)
@@ -67,6 +67,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of the probes (default 0)")
     parser.add_argument("--dtype", choices=["float32", "float64"], help="convert to this type first")
     engine_argument(parser)
+    device_argument(parser)
     json_argument(parser)
 
 

@@ -48,6 +48,11 @@ def engine_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=["auto", "torch", "julia"])
 
 
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    """``--device``."""
+    parser.add_argument("--device", help="torch device to compute on, or auto: CUDA where there is one")
+
+
 def data_dir_argument(parser: argparse.ArgumentParser) -> None:
     """``--data-dir``."""
     parser.add_argument("--data-dir", help="folder of downloaded data sets (default: $PYRNODE_DATA)")

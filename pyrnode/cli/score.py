@@ -7,7 +7,7 @@ from typing import Any
 
 import pyrnode
 from pyrnode.anomalies import CHUNK, Calibration, calibrate, calibration_path, check_unconditional, score_file
-from pyrnode.cli.output import engine_argument, output_arguments, print_json
+from pyrnode.cli.output import device_argument, engine_argument, output_arguments, print_json
 from pyrnode.errors import DataError
 from pyrnode.flow import Flow
 
@@ -39,7 +39,7 @@ def _dialect(args: argparse.Namespace) -> dict[str, Any]:
 
 def score(args: argparse.Namespace) -> int:
     """Writes the anomaly scores of a file's samples."""
-    flow = pyrnode.load(args.run, engine=args.engine)
+    flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     check_unconditional(flow)
     calibration = _calibration(flow, args)
     settings = {"chunk": args.chunk, "progress": not args.quiet, **_dialect(args)}
@@ -69,4 +69,5 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decimal", default="auto", help="its decimal mark (default: recognised)")
     parser.add_argument("--header", choices=["auto", "yes", "no"], default="auto", help="whether it begins with names")
     engine_argument(parser)
+    device_argument(parser)
     output_arguments(parser)

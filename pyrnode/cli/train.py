@@ -22,6 +22,7 @@ from pyrnode import plotting
 from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
+    device_argument,
     engine_argument,
     interrupted,
     output_arguments,
@@ -107,7 +108,7 @@ def _splits(flow: pyrnode.Flow, args: argparse.Namespace) -> Any:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Scores a trained flow on a test set."""
-    flow = pyrnode.load(args.run, engine=args.engine)
+    flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     if flow.context_dim:
         raise ConfigError(
             f"{args.run} is conditional on {flow.context_dim} features, and the command line takes no contexts to "
@@ -125,13 +126,13 @@ def sample(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix not in (".png", ".npy", ".csv"):
         raise ConfigError(f"--out {out}: expected a .png (images), .npy or .csv (tables) file")
-    flow = pyrnode.load(args.run, engine=args.engine)
+    flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy or .csv file")
     if out.suffix == ".csv" and len(flow.event_shape) != 1:
         raise ConfigError(f"--out {out}: this flow's samples are images; name a .png or .npy file")
     context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64, device="cpu")
-    samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature)
+    samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature).cpu()
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
     elif out.suffix == ".csv":
@@ -174,7 +175,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", help="training solver (see: pyrnode solvers)")
     parser.add_argument("--step-size", type=_step_size, help="its step, or auto")
     engine_argument(parser)
-    parser.add_argument("--device", help="torch device, or auto")
+    device_argument(parser)
     parser.add_argument("--seed", type=int)
     data_dir_argument(parser)
     parser.add_argument("--no-evaluation", action="store_true", help="do not score the result on the test set")
@@ -188,6 +189,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     data_dir_argument(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="evaluation setting")
     engine_argument(parser)
+    device_argument(parser)
     output_arguments(parser)
 
 
@@ -200,3 +202,4 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the base (default 1)")
     engine_argument(parser)
+    device_argument(parser)

@@ -318,10 +318,10 @@ class ConcatSquashTime(TimeEntry):
         super().__init__(linear, parameters)
         self.bars = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
-    def _gate(self, t: Time, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gate ``(out,)`` or ``(batch, out)``, and t itself, ``()`` or ``(batch, 1)``."""
+    def _gate(self, t: Time, c: Tensor | None) -> tuple[Tensor, Time]:
+        """The gate ``(out,)`` or ``(batch, out)``, and t itself, a number or ``(batch, 1)``."""
         p = self.parameters
-        time = t.unsqueeze(1) if isinstance(t, Tensor) else p["bias"].new_tensor(t)
+        time = t.unsqueeze(1) if isinstance(t, Tensor) else t
         gate = time * p["gate_weight"] + p["gate_bias"]
         return torch.sigmoid(gate if c is None else gate + c.chunk(2, 1)[1]), time
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
+from pyrnode.devices import piece_limit
 from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.base import Stats
@@ -27,7 +28,7 @@ from pyrnode.engines.runge_kutta import (
 from pyrnode.probes import Probes
 
 _PIECE = 20 * 2**20
-"""Bytes of intermediates beyond which an evaluation goes through in pieces of the batch: they stay in the caches."""
+"""Bytes of intermediates beyond which a CPU evaluates in pieces of the batch: they stay in the caches."""
 
 
 class Held(NamedTuple):
@@ -50,6 +51,8 @@ class Augmented:
         context: Embedded, detached from autograd's graph.
         total_derivative: Whether there is a ``D'``.
     """
+
+    _piece: int | None = None  # the limit of `_pieces`, once it is known
 
     def __init__(
         self, dynamics: Dynamics, probes: Probes | None, context: Tensor | None, *, total_derivative: bool
@@ -116,9 +119,11 @@ class Augmented:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _pieces(self, z: Tensor) -> list[slice]:
-        """Slices of the batch whose intermediates have at most `_PIECE` bytes."""
+        """Slices of the batch whose intermediates stay in a CPU's caches, or go into a device's memory."""
+        if self._piece is None:
+            self._piece = piece_limit(z, _PIECE)
         each = self.bound.tape_bytes(z[:1], self.count)
-        size = max(1, min(len(z), _PIECE // each) if each else len(z))
+        size = max(1, min(len(z), self._piece // each) if each else len(z))
         return [slice(start, start + size) for start in range(0, len(z), size)] or [slice(0, 0)]
 
     def integrands(self, at: Linearization, eps: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrnode.devices import constants
 from pyrnode.dynamics.base import Linearization
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.augmented import Augmented, cast_time, integrate
@@ -108,9 +109,11 @@ class Stored(Checkpointed):
         split, tableau, probes = self.system.bound.split(), self.tableau, self.system.probes
         assert split is not None
         z = step.stages[0]
-        times = z.new_tensor([step.t + c * step.h for c in tableau.c]).repeat_interleave(len(z))
+        times = constants(tuple(step.t + c * step.h for c in tableau.c), z.dtype, z.device)
+        times = times.unsqueeze(1).expand(-1, len(z)).reshape(-1)
         eps = None if probes is None else probes.eps.repeat(1, len(tableau.c), *[1] * (z.ndim - 1))
-        return _Joint(split.join(stages, times, eps), eps, z.new_tensor([b * step.h for b in tableau.b]))
+        weights = constants(tuple(b * step.h for b in tableau.b), z.dtype, z.device)
+        return _Joint(split.join(stages, times, eps), eps, weights)
 
     def _integrals(self, joint: _Joint) -> Tensor:
         """A step's share in the integrals."""

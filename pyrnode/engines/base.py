@@ -20,9 +20,9 @@ from torch import Tensor
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
 from pyrnode.errors import ConfigError, SolverError
+from pyrnode.precision import own_precision
 from pyrnode.probes import Probes
 from pyrnode.solvers import SolverInfo
-from pyrnode.tracing import own_precision
 
 
 @dataclass
@@ -57,6 +57,9 @@ class Solution:
         n: ``∫ ‖∂f/∂z‖_F²``, exact or estimated.
         D: ``∫ ‖(∂f/∂z) f + ∂f/∂t‖²``; zero unless the total derivative was asked for.
         stats: Counts and status.
+        verify: Raises `SolverError`, naming the step, where the solve is not finite. To look means to wait for the
+            device, so a solve of fixed steps on another one than the CPU leaves it to its caller, who can look at many
+            results at once; `None` where the solve has looked for itself.
     """
 
     z: Tensor
@@ -65,6 +68,12 @@ class Solution:
     n: Tensor
     D: Tensor
     stats: Stats = field(default_factory=Stats)
+    verify: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of everything, which is finite where all of it is (or too large)."""
+        return torch.stack([x.detach().sum() for x in (self.z, self.l, self.E, self.n, self.D)]).sum()
 
 
 class Solve(Protocol):
@@ -129,7 +138,8 @@ class _Gradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.solve = solve
         ctx.save_for_backward(z_bar, q_bar, z0, c, *parameters)
-        z0_bar, c_bar, gradients = solve.backward(z_bar, q_bar)
+        with own_precision(z_bar):
+            z0_bar, c_bar, gradients = solve.backward(z_bar, q_bar)
         return z0_bar, c_bar, *gradients
 
     @staticmethod
@@ -155,7 +165,8 @@ class _Derivative(torch.autograd.Function):
         ctx.function, ctx.cut = function, cut
         ctx.save_for_backward(*inputs)
         own = (x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[:cut])
-        with torch.enable_grad():
+        like = next(x for x in inputs if x is not None)
+        with torch.enable_grad(), own_precision(like):
             outputs = function(*own, *inputs[cut:])
         return tuple(x if x is None else x.detach() for x in outputs)
 
@@ -298,7 +309,7 @@ class Engine(ABC):
         Raises:
             ConfigError: State, probes or context do not fit the dynamics.
             EngineUnavailableError: The engine lacks the solver or the sensitivity algorithm.
-            SolverError: The solve did not reach its end time, or is not finite.
+            SolverError: The solve did not reach its end time, or is not finite; see `Solution.verify`.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ The system is in augmented.py. Which way a solve is differentiated is decided he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,20 +15,22 @@ from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
+from pyrnode.devices import awaited, store_limit
 from pyrnode.dynamics.base import Dynamics
 from pyrnode.engines.augmented import Augmented, integrate
 from pyrnode.engines.backprop import Checkpointed, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
 from pyrnode.engines.base import Engine, Solution, Stats, check_state, embedded, run
 from pyrnode.engines.fused import Fused, compiled_solve
-from pyrnode.engines.runge_kutta import grid
+from pyrnode.engines.runge_kutta import grid, not_finite, retrace
 from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.errors import ConfigError
+from pyrnode.precision import own_precision
 from pyrnode.probes import Probes
 from pyrnode.solvers import SolverInfo
 
 _STORE_LIMIT = 32 * 2**20
-"""Up to how many bytes of intermediates of one block ``memory="auto"`` stores."""
+"""Up to how many bytes of intermediates of one block ``memory="auto"`` stores on a CPU."""
 
 
 class TorchEngine(Engine):
@@ -79,15 +82,39 @@ class TorchEngine(Engine):
             None if c is None else c.detach(),
             total_derivative=total_derivative and probes is not None,
         )
+        start = system.bound.layout(z0)
         z, q = run(
-            system.bound.layout(z0),
+            start,
             c,
             tuple(dynamics.solved_parameters()),
             plain=lambda z0: solve_plainly(system, z0, t_span, solver, stats),
             recorded=lambda z0: choose(system, z0, t_span, solver, stats),
         )
         l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
-        return Solution(z, l, E, n, D, stats)
+        left = awaited(z) and not solvers.adaptive(solver)
+        return Solution(z, l, E, n, D, stats, _verification(system, start, (z, q), t_span, solver) if left else None)
+
+
+def _verification(
+    system: Augmented,
+    z0: Tensor,
+    found: tuple[Tensor, Tensor],
+    t_span: tuple[float, float],
+    solver: SolverConfig,
+) -> Callable[[], None]:
+    """What `Solution.verify` is of a solve of fixed steps: where its result is not finite, it is taken again."""
+    z0, y, q = z0.detach(), *(x.detach() for x in found)
+
+    @torch.no_grad()
+    def verify() -> None:
+        if not not_finite(y, q):
+            return
+        with own_precision(z0):
+            step_size = solvers.step_size(solver)
+            retrace(system, z0, system.no_integrals(z0), t_span, step_size, solvers.method(solver.name))
+        system.release()
+
+    return verify
 
 
 @torch.no_grad()
@@ -129,4 +156,4 @@ def _stores(system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: 
     if solver.memory != "auto" or not splits or solvers.adaptive(solver) or solver.step_size == "auto":
         return solver.memory == "store"
     stages = len(grid(t_span, float(solver.step_size))) * len(method.tableau.b)
-    return stages * system.bound.tape_bytes(z0, system.count) <= _STORE_LIMIT
+    return stages * system.bound.tape_bytes(z0, system.count) <= store_limit(z0, _STORE_LIMIT)

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyrnode.devices import awaited
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.base import STUCK, Stats, not_finite_at_start, stuck, unstable
 from pyrnode.errors import SolverError
@@ -120,7 +121,7 @@ def solve_fixed(
     on_step: OnStep | None = None,
     check: bool = False,
 ) -> tuple[Tensor, Tensor, Stats]:
-    """Integrates along a fixed grid.
+    """Integrates along a fixed grid; on a device that must be waited for, it looks at no value unless it is to `check`.
 
     Args:
         system: Right-hand side.
@@ -152,8 +153,8 @@ def solve_fixed(
         q = q_next
         if on_step is not None:
             on_step(Step(None, t, h, stages))
-        if check or number == len(steps) - 1:
-            bad = _not_finite(y, q)
+        if check or (number == len(steps) - 1 and not awaited(y)):
+            bad = not_finite(y, q)
             if bad and not check:
                 raise _Retrace
             if bad:
@@ -177,14 +178,20 @@ def integrate_fixed(
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
     """`solve_fixed` over `t_span`, which on failure finds and names the step at which it became non-finite."""
-    steps = grid(t_span, step_size)
     try:
-        return solve_fixed(system, y, q, steps, method, on_step=on_step)
+        return solve_fixed(system, y, q, grid(t_span, step_size), method, on_step=on_step)
     except _Retrace:
-        return solve_fixed(system, y, q, steps, method, check=True)
+        return retrace(system, y, q, t_span, step_size, method)
 
 
-def _not_finite(y: Tensor, q: Tensor) -> int:
+def retrace(
+    system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], step_size: float, method: Method
+) -> tuple[Tensor, Tensor, Stats]:
+    """The same again, looking at every step: raises `SolverError` at the first that leaves non-finite values."""
+    return solve_fixed(system, y, q, grid(t_span, step_size), method, check=True)
+
+
+def not_finite(y: Tensor, q: Tensor) -> int:
     """Number of samples with a value that is not finite."""
     if math.isfinite(float(y.sum() + q.sum())):
         return 0
@@ -229,11 +236,11 @@ class _Front:
     rate: Rate
     grow: Tensor  # largest factor by which the next step may grow
 
-    def keep(self, mask: Tensor) -> None:
-        """Drops the samples outside `mask`."""
+    def keep(self, rows: Tensor) -> None:
+        """Drops the others."""
         for name in ("index", "t", "h", "y", "q", "grow"):
-            setattr(self, name, getattr(self, name)[mask])
-        self.rate = Rate(self.rate.y[mask], self.rate.q[mask])
+            setattr(self, name, getattr(self, name)[rows])
+        self.rate = Rate(self.rate.y[rows], self.rate.q[rows])
 
 
 def integrate_adaptive(
@@ -256,38 +263,44 @@ def integrate_adaptive(
     smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
     front = _start(system, y, q, t_span, norm)
     y_end, q_end = torch.empty_like(y), torch.empty_like(q)
-    attempts = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+    attempts, tries = torch.zeros(len(y), dtype=torch.float64, device=y.device), 0
     accepted = torch.zeros_like(attempts)
     while len(front.index):
-        if float(attempts.max()) >= maxiters:
+        if tries >= maxiters:
             raise _stuck(front, "MaxIters", maxiters, len(y))
+        tries += 1  # of those that are still on their way, which are the most
         left = t1 - front.t
         last = front.h.abs() >= left.abs() * (1 - 1e-10)
         h = torch.where(last, left, front.h)
         tried = _attempt(system, front, h, method.tableau, norm)
         size, stages = tried.size, tried.stages[:-1]
         ok = size <= 1  # a NaN is not: the step is taken again, shorter
+        done = ok & last
         attempts[front.index] += 1
         accepted[front.index] += ok
-        if on_step is not None and bool(ok.any()):
-            everyone = bool(ok.all())
-            rows = None if everyone and len(ok) == len(y) else front.index[ok]
-            kept = stages if everyone else [stage[ok] for stage in stages]
-            on_step(Step(rows, front.t[ok], h[ok], kept))
         front.h = h * _factor(size, method.order, front.grow)
+        shortest = torch.where(done, math.inf, front.h.abs()).min()
+        # the one value that is read of a step, since to read is to wait for the device
+        good, arrived, least = torch.stack((ok.sum(), done.sum(), shortest)).tolist()
+        if on_step is not None and good:
+            everyone = good == len(ok)
+            chosen = slice(None) if everyone else ok.nonzero().squeeze(1)
+            rows = None if everyone and len(ok) == len(y) else front.index[chosen]
+            on_step(Step(rows, front.t[chosen], h[chosen], [stage[chosen] for stage in stages]))
         front.grow = torch.where(ok, _GROW, 1.0)  # no growth right after a rejected step
         front.t = torch.where(ok, front.t + h, front.t)
         front.y, front.q = _choose(ok, tried.stages[-1], front.y), _choose(ok, tried.q, front.q)
         front.rate = Rate(*(_choose(ok, new, old) for new, old in zip(tried.rate, front.rate, strict=True)))
-        done = ok & last
-        if bool(done.any()):
-            y_end[front.index[done]], q_end[front.index[done]] = front.y[done], front.q[done]
-            front.keep(~done)
-        if len(front.index) and float(front.h.abs().min()) < smallest:
+        if arrived:
+            home = done.nonzero().squeeze(1)
+            y_end[front.index[home]], q_end[front.index[home]] = front.y[home], front.q[home]
+            front.keep((~done).nonzero().squeeze(1))
+        if len(front.index) and least < smallest:
             raise _stuck(front, "DtLessThanMin", maxiters, len(y))
     nfe = 1 + len(method.tableau.b) * attempts
-    rejected = float((attempts - accepted).mean())
-    return y_end, q_end, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
+    counts = (nfe.mean(), nfe.max(), accepted.mean(), (attempts - accepted).mean())
+    mean, most, accepts, rejects = torch.stack(counts).tolist()
+    return y_end, q_end, Stats(mean, int(most), 0.0, accepts, rejects)
 
 
 def _choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -309,7 +322,7 @@ def _start(system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], no
     t0, t1 = t_span
     index = torch.arange(len(y), device=y.device)
     rate = system.rate(t0, y, None)
-    if bad := _not_finite(rate.y, rate.q):
+    if bad := not_finite(rate.y, rate.q):
         raise not_finite_at_start(t0, bad, len(y))
     size, speed = (norm.mean(norm.state(x, y, y), y) for x in (y, rate.y))
     h = (size.clamp(min=1) / speed).clamp(max=abs(t1 - t0)).nan_to_num(abs(t1 - t0) * 1e-6)

@@ -28,7 +28,7 @@ from pyrnode.paper.study import Need, Study, hours, mean_and_spread
 from pyrnode.probes import no_probes
 from pyrnode.seeds import generator, seeded
 from pyrnode.training.state import NotFiniteError
-from pyrnode.training.step import Order, differentiate
+from pyrnode.training.step import Order, check_gradient, differentiate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def train_classifier(
             total, E, n = regularised(entropy, passage, config.penalties)
             if not bool(torch.isfinite(total)):
                 raise NotFiniteError(f"the loss is not finite (cross-entropy {float(entropy):g})")
-            differentiate(total, model, optimizer)
+            check_gradient(model, float(differentiate(total, model, optimizer)))
         except (SolverError, NotFiniteError) as error:
             raise TrainingDivergedError(f"step {step}: {error}") from error
         optimizer.step()

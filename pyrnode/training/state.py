@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyrnode import files
 from pyrnode.config import TrainingConfig
+from pyrnode.devices import awaited
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.training.origin import Origin
@@ -78,8 +79,11 @@ class Snapshot:
 
     def check(self) -> None:
         """Raises `NotFiniteError` where a tensor is not finite."""
-        for name, value in self.tensors.items():
-            if not bool(torch.isfinite(value).all()):
+        sums = {name: value.sum(dtype=torch.float64) for name, value in self.tensors.items()}
+        like = next(iter(sums.values()), torch.zeros((), dtype=torch.float64, device="cpu"))
+        read = torch.stack([like, *(value.to(like.device) for value in sums.values())]).tolist()
+        for (name, value), total in zip(self.tensors.items(), read[1:], strict=True):
+            if not math.isfinite(total) and not bool(torch.isfinite(value).all()):
                 raise NotFiniteError(f"{name} is not finite")
 
     def write(self, path: Path, origin: Origin) -> None:
@@ -87,8 +91,8 @@ class Snapshot:
         files.write(path, "checkpoint", self.tensors, {"progress": vars(self.progress), **vars(origin)})
 
     @classmethod
-    def read(cls, path: Path, device: torch.device) -> tuple[Snapshot, Origin]:
-        """Reads what `write` wrote: the state, and the origin of its run.
+    def read(cls, path: Path) -> tuple[Snapshot, Origin]:
+        """Reads what `write` wrote: the state, on the CPU, and the origin of its run.
 
         Raises:
             CheckpointError: The file is damaged, or no checkpoint.
@@ -98,7 +102,7 @@ class Snapshot:
             progress = Progress(**description.pop("progress"))
             progress.check()
             origin = Origin(**description)
-        return cls({k: v.to(device) for k, v in tensors.items()}, progress), origin
+        return cls(tensors, progress), origin
 
 
 def weights(flow: Flow) -> Weights:
@@ -135,7 +139,10 @@ class State:
             raise ConfigError("the dynamics have no trainable parameters: there is nothing to train")
         kind: Any = _OPTIMIZERS[self._training.optimizer]
         optimizer: torch.optim.Optimizer = kind(
-            self.flow.parameters(), lr=self._training.learning_rate, weight_decay=self._training.weight_decay
+            self.flow.parameters(),
+            lr=self._training.learning_rate,
+            weight_decay=self._training.weight_decay,
+            foreach=awaited(self.flow.reference),  # one launch for all parameters; on a CPU that is no gain
         )
         return optimizer
 
@@ -146,9 +153,11 @@ class State:
         if self.average is None or self._training.ema is None:
             return
         decay = min(self._training.ema, (1 + step) / (10 + step))
-        for name, value in self.flow.state_dict().items():
-            average = self.average[name]
-            average.lerp_(value, 1 - decay) if average.is_floating_point() else average.copy_(value)
+        present = self.flow.state_dict()
+        floats = [name for name, value in present.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.average[name] for name in floats], [present[name] for name in floats], 1 - decay)
+        for name in present.keys() - floats:
+            self.average[name].copy_(present[name])
 
     def validated(self) -> Weights:
         """A copy of the weights that are validated: the averaged ones, where there are any."""
@@ -193,7 +202,8 @@ class State:
             group, _, key = name.partition(".")
             if group not in groups:
                 raise CheckpointError(f"there is no place for {name!r}")
-            groups[group][key] = value.clone()
+            counts = group == "optimizer" and key.endswith(".step")  # which the optimiser reads at each step
+            groups[group][key] = value.to("cpu" if counts else self.flow.reference.device, copy=True)
         averages = [] if self.average is None else ["average"]
         for group in ("flow", "best", *averages):
             files.check_tensors(groups[group], self.flow.state_dict())

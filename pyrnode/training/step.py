@@ -39,10 +39,15 @@ class Order:
 
     def batches(self, samples: Samples, first: int = 0, *, workers: int = 0) -> Iterator[Batch]:
         """The batches from the step `first` on, without an end."""
+        for rows in self.epochs(first):
+            yield from samples.batches(rows, self.batch_size, workers=workers)
+
+    def epochs(self, first: int) -> Iterator[Tensor]:
+        """The indices of the samples from the step `first` on: of the rest of its epoch, and of every later one."""
         start = first % self.steps_per_epoch
         for epoch in range(first // self.steps_per_epoch, 2**62):
             rows = _shuffled(self.samples, self.seed, epoch)[: self.steps_per_epoch * self.batch_size]
-            yield from samples.batches(rows[start * self.batch_size :], self.batch_size, workers=workers)
+            yield rows[start * self.batch_size :]
             start = 0
 
 
@@ -67,41 +72,59 @@ def learning_rate(training: TrainingConfig, step: int, done: float) -> float:
 
 
 def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, step: int) -> tuple[Objective, Passage]:
-    """The objective of a batch, with the noise of that step, and the passage that it comes from."""
-    penalties, random = config.penalties, generator(config.seed, "step", step)
-    x, context = flow.admit(batch.x, batch.context)
+    """The objective of a batch, with the noise of that step, and the passage that it comes from.
+
+    Nothing is read of a device: whether solves of fixed steps are finite is left to `Passage.verify`.
+
+    Args:
+        flow: The flow.
+        batch: Samples, contexts and weights as `Composition.admit` gives them.
+        config: Settings.
+        solver: The training solver.
+        step: Steps done; the noise is drawn where the flow is.
+    """
+    penalties, x = config.penalties, batch.x
+    random = generator(config.seed, "step", step, device=x.device)
     if config.data.flip and len(flow.event_shape) == 3:
-        flipped = torch.rand(len(x), generator=random, dtype=torch.float32, device="cpu") < 0.5
-        x = torch.where(flipped.to(x.device)[:, None, None, None], x.flip(-1), x)
+        flipped = torch.rand(len(x), generator=random, dtype=torch.float32, device=x.device) < 0.5
+        x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
     passage = flow.solve(
         x,
         flow.draw(penalties.estimator(flow.dim), random, noise=penalties.noise),
         solver,
-        context=context,
+        context=batch.context,
         generator=random,
         total_derivative=penalties.total_derivative > 0,
+        verified=False,
     )
-    weight = None if batch.weight is None else batch.weight.to(passage.y)
-    return objective(passage, penalties, weight), passage
+    return objective(passage, penalties, batch.weight), passage
 
 
-def differentiate(
-    value: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
-) -> float:
-    """Puts the gradient of a loss in place of the last one; returns its norm, which is then bounded by `clip_norm`.
-
-    Raises:
-        NotFiniteError: The gradient is not finite; the message names the parameter.
-    """
+def differentiate(value: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Puts the gradient of a loss in place of the last one; returns its norm, ``()``, which nobody has read yet."""
     optimizer.zero_grad(set_to_none=True)
     value.backward()
-    limit = math.inf if clip_norm is None else clip_norm
-    try:
-        return float(nn.utils.clip_grad_norm_(module.parameters(), limit, error_if_nonfinite=True))
-    except RuntimeError:
-        blocks = enumerate(module.blocks) if isinstance(module, Composition) else ()
-        for part, owner in [*((f"block {index}: ", block) for index, block in blocks), ("", module)]:
-            for name, p in owner.named_parameters():
-                if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                    raise NotFiniteError(f"{part}the gradient of {name} is not finite") from None
-        raise NotFiniteError("the gradient's norm is not finite") from None
+    norms = torch._foreach_norm(_gradients(module))
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else value.detach().new_zeros(())
+
+
+def clip(module: nn.Module, norm: Tensor, most: float) -> None:
+    """Scales the gradient, of that norm, to a norm of at most `most`."""
+    if gradients := _gradients(module):
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+def check_gradient(module: nn.Module, norm: float) -> None:
+    """Raises `NotFiniteError` where the gradient's norm is not finite; the message names the parameter."""
+    if math.isfinite(norm):
+        return
+    blocks = enumerate(module.blocks) if isinstance(module, Composition) else ()
+    for part, owner in [*((f"block {index}: ", block) for index, block in blocks), ("", module)]:
+        for name, p in owner.named_parameters():
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                raise NotFiniteError(f"{part}the gradient of {name} is not finite")
+    raise NotFiniteError("the gradient's norm is not finite")
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]

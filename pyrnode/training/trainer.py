@@ -22,12 +22,13 @@ from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder, require_tensorboard
 from pyrnode.training.blueprint import Blueprint
+from pyrnode.training.feed import Feed
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
 from pyrnode.training.ladder import EVERY, Ladder
 from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
-from pyrnode.training.step import Order, differentiate, learning_rate, loss
+from pyrnode.training.step import Order, check_gradient, clip, differentiate, learning_rate, loss
 from pyrnode.training.validation import Validation, price
 
 _SAVED = 50
@@ -64,12 +65,13 @@ class Trainer:
         self.flow.engine.check(self.solver)
         self._settled = replace(config, penalties=config.penalties.settled(len(splits.train), self.flow.dim))
         self.order = Order(len(splits.train), config.training.batch_size, config.seed)
+        self.feed = Feed(self.flow, splits.train, self.order, workers=config.data.workers)
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config)
         self.journal = Journal(folder, tensorboard=config.training.tensorboard)
         self._price = price(config.penalties.estimator(self.flow.dim), self.flow.dim)
         self._snapshot = self.state.capture()
-        self._stop = False
+        self._stop, self._saved = False, time.monotonic()
         self.say: Callable[[str], None] = lambda note: tqdm.write(f"note: {note}", file=sys.stderr)
 
     @property
@@ -158,8 +160,8 @@ class Trainer:
         bar.set_postfix(shown, refresh=at_once)
 
     def _batches(self) -> Iterator[Batch]:
-        """Raw batches from the present step on."""
-        return self.order.batches(self.splits.train, self.state.progress.step, workers=self.config.data.workers)
+        """Batches as the flow takes them, from the present step on."""
+        return self.feed.batches(self.state.progress.step)
 
     def _step(self, batch: Batch) -> Record | None:
         """One optimiser step; `None` if Ctrl-C asked to end here.
@@ -172,11 +174,18 @@ class Trainer:
         rate = learning_rate(training, step, self.span.done(state.progress))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        if not bool(torch.isfinite(result.loss)):
-            parts = f"nll {float(result.nll):g}, E {float(result.E):g}, n {float(result.n):g}"
-            raise NotFiniteError(f"the loss is not finite ({parts}), though the state after every block is")
-        norm = differentiate(result.loss, self.flow, state.optimizer, clip_norm=training.clip_norm)
-        if self._stop or (step and step % (training.checkpoint_every or max(_SAVED, self.order.steps_per_epoch)) == 0):
+        norm = differentiate(result.loss, self.flow, state.optimizer)
+        parts = (result.loss.detach(), result.nll, result.E, result.n, norm)
+        value, nll, E, n, length = torch.stack(parts).tolist()  # the one place where a step waits for its device
+        if not all(map(math.isfinite, (value, nll, E, n))):
+            passage.verify()
+        if not math.isfinite(value):
+            told = f"nll {nll:g}, E {E:g}, n {n:g}"
+            raise NotFiniteError(f"the loss is not finite ({told}), though the state after every block is")
+        check_gradient(self.flow, length)
+        if training.clip_norm is not None:
+            clip(self.flow, norm, training.clip_norm)
+        if self._stop or self._due(step):
             self._save()
             if self._stop:
                 return None
@@ -187,16 +196,23 @@ class Trainer:
         return {
             "step": step + 1,
             "epoch": step // self.order.steps_per_epoch,
-            "loss": float(result.loss.detach()),
-            "nll": float(result.nll),
-            "bits": result.bits,
-            "E": float(result.E),
-            "n": float(result.n),
+            "loss": value,
+            "nll": nll,
+            "bits": nll / math.log(2),
+            "E": E,
+            "n": n,
             "nfe": passage.nfe,
             "nfe_backward": passage.nfe_backward,
-            "grad_norm": norm,
+            "grad_norm": length,
             "learning_rate": rate,
         }
+
+    def _due(self, step: int) -> bool:
+        """Whether to write a checkpoint: at the interval in steps, or when too much time has gone by to lose."""
+        training = self.config.training
+        every = training.checkpoint_every or max(_SAVED, self.order.steps_per_epoch)
+        late = time.monotonic() - self._saved >= 60 * training.checkpoint_minutes
+        return step > 0 and (step % every == 0 or late)
 
     def _recover(self, error: Exception) -> None:
         """Back to the last good state, with half the solver's step; a bounded number of times."""
@@ -273,7 +289,7 @@ class Trainer:
 
     def _write(self, snapshot: Snapshot) -> None:
         """Writes a state; the model comes first: after a kill between the two files, the resumed run writes both."""
-        self._snapshot = snapshot
+        self._snapshot, self._saved = snapshot, time.monotonic()
         if self.folder is None:
             return
         self.journal.flush()
@@ -289,7 +305,7 @@ class Trainer:
         """
         assert self.folder is not None
         path = self.folder.checkpoint
-        snapshot, origin = Snapshot.read(path, self.device)
+        snapshot, origin = Snapshot.read(path)
         with files.converted(f"{path} is not a checkpoint of this run"):
             self.origin.check(origin)
             self.state.restore(snapshot)
