@@ -61,7 +61,7 @@ class Passage:
         """``log p(x)``, nats, ``(batch,)``; of discrete data the density of ``p + u``."""
         return base_log_prob(self.z) + self.l + self.transform_log_det
 
-    def total(self, name: Literal["E", "n", "D"]) -> Tensor:
+    def total(self, name: Literal["E", "n", "D", "H"]) -> Tensor:
         """An integral summed over the blocks, ``(batch,)``."""
         return torch.stack([getattr(block, name) for block in self.blocks]).sum(0)
 
@@ -171,6 +171,11 @@ class Composition(nn.Module):
         return [part for part in self.parts if isinstance(part, Block)]
 
     @property
+    def closed_trace(self) -> bool:
+        """Whether all blocks have the trace of their Jacobian in closed form."""
+        return all(block.dynamics.closed_trace for block in self.blocks)
+
+    @property
     def reference(self) -> Tensor:
         """A parameter, whose type and device are those of the flow."""
         return next(self.parts.parameters(), torch.zeros((), dtype=torch.float32))
@@ -257,6 +262,7 @@ class Composition(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Passage:
         """Passes samples through transform and blocks.
 
@@ -267,8 +273,10 @@ class Composition(nn.Module):
             context: What `condition` gives.
             generator: Where the noise that dequantises integers comes from.
             total_derivative: Also integrate D.
+            hjb: Also integrate H; of potentials alone.
 
         Raises:
+            ConfigError: The dynamics are no potential, and H is asked for.
             DataError: Values outside the grey levels.
             SolverError: A block's solve failed; the message names it.
         """
@@ -277,7 +285,7 @@ class Composition(nn.Module):
         for part in self.parts:
             if isinstance(part, Block):
                 span = (0.0, part.end_time)
-                solution = self._integrate(len(solutions), z, draw(z), span, solver, context, total_derivative)
+                solution = self._integrate(len(solutions), z, draw(z), span, solver, context, total_derivative, hjb)
                 solutions.append(solution)
                 z, l = solution.z, l + solution.l
             elif isinstance(part, FactorOut):
@@ -330,12 +338,20 @@ class Composition(nn.Module):
         solver: SolverConfig | None,
         context: Tensor | None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
         """One block."""
         dynamics = self.blocks[index].dynamics
         try:
             return self.engine.integrate(
-                dynamics, z, probes, span, solver or self.solver, context=context, total_derivative=total_derivative
+                dynamics,
+                z,
+                probes,
+                span,
+                solver or self.solver,
+                context=context,
+                total_derivative=total_derivative,
+                hjb=hjb,
             )
         except SolverError as error:
             message = f"block {index} ({tuple(dynamics.event_shape)}): {error}"

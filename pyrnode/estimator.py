@@ -43,14 +43,17 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         hidden: Widths of the network's hidden layers.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
+        activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``; of a potential ``"logcosh"`` too,
+            and only the first two.
+        network: ``"mlp"``, or ``"potential"``: the dynamics are the gradient of one (`pyrnode.Potential`).
         blocks: ODE blocks, one after the other.
         kinetic: ``λ_K``, weight of the kinetic energy.
         jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm.
         solver: Training solver.
         step_size: Its step; ``"auto"`` is the largest that is right (`SolverConfig`).
-        divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 8
-            features. In use it is exact up to 64 features, unless `overrides` has ``evaluation.divergence``.
+        divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 2
+            features, and of a potential. In use it is exact up to 64 features, unless `overrides` has
+            ``evaluation.divergence``.
         max_steps: Optimiser steps.
         batch_size: Samples per step.
         learning_rate: Peak learning rate.
@@ -92,6 +95,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         *,
         hidden: Sequence[int] = (64, 64),
         activation: str = "tanh",
+        network: Literal["mlp", "potential"] = "mlp",
         blocks: int = 1,
         kinetic: float = 0.01,
         jacobian: float = 0.01,
@@ -113,6 +117,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     ) -> None:
         self.hidden = hidden
         self.activation = activation
+        self.network = network
         self.blocks = blocks
         self.kinetic = kinetic
         self.jacobian = jacobian
@@ -203,7 +208,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """The settings of the run."""
         config = Config().override(
             {
-                "flow.network.kind": "mlp",
+                "flow.network.kind": self.network,
                 "flow.network.hidden": list(self.hidden),
                 "flow.network.activation": self.activation,
                 "flow.blocks": self.blocks,

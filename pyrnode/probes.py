@@ -31,10 +31,12 @@ class Probes(NamedTuple):
     Attributes:
         eps: ``(k, batch, *event)``; of probes that all samples share, ``(k, 1, *event)`` (the plain engine's alone).
         weight: Weight of each probe in the sums: 1/k for an estimate, 1 for the d unit vectors (exact).
+        complete: Whether they are the unit vectors.
     """
 
     eps: Tensor
     weight: float
+    complete: bool = False
 
     @staticmethod
     def draw(z: Tensor, k: int = 1, *, noise: str = "gaussian", generator: torch.Generator | None = None) -> Probes:
@@ -50,14 +52,14 @@ class Probes(NamedTuple):
     @staticmethod
     def exact(z: Tensor) -> Probes:
         """The unit vectors: sums over them are the trace and the squared Frobenius norm themselves."""
-        return Probes(Probes.unit(z).eps.expand(-1, *z.shape), 1.0)
+        return Probes(Probes.unit(z).eps.expand(-1, *z.shape), 1.0, complete=True)
 
     @staticmethod
     def unit(z: Tensor) -> Probes:
         """The unit vectors, shared by the samples of `z`."""
         d = math.prod(z.shape[1:])
         eye = torch.eye(d, dtype=z.dtype, device=z.device)
-        return Probes(eye.reshape(d, 1, *z.shape[1:]), 1.0)
+        return Probes(eye.reshape(d, 1, *z.shape[1:]), 1.0, complete=True)
 
 
 Draw = Callable[[Tensor], Probes | None]

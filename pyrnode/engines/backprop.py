@@ -130,9 +130,10 @@ class Stored(Checkpointed):
         split, tableau, at, batch = self.system.bound.split(), self.tableau, joint.at, len(z_bar)
         assert split is not None
         q_bars = (joint.weights[:, None, None] * q_bar).flatten(0, 1)
-        f_bars, w_bars, _ = self.system.cotangents(at, torch.zeros_like(at.f), q_bars, joint.eps)
-        if w_bars is not None:
-            split.pull_product(at, w_bars)
+        bars = self.system.cotangents(at, torch.zeros_like(at.f), q_bars, joint.eps)
+        f_bars = bars.f
+        if bars.w is not None:
+            split.pull_product(at, bars.w)
         stage_bars: list[Tensor | None] = [None] * len(tableau.b)
         total = z_bar
         for i in reversed(range(len(tableau.b))):

@@ -18,7 +18,7 @@ from pyrnode.dynamics.base import Dynamics
 from pyrnode.engines.augmented import Augmented, integrate
 from pyrnode.engines.backprop import Checkpointed, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
-from pyrnode.engines.base import Engine, Solution, Stats, check_state, embedded, run
+from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
 from pyrnode.engines.fused import Fused, compiled_solve
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.engines.torch_solve import TorchSolve
@@ -67,9 +67,12 @@ class TorchEngine(Engine):
         *,
         context: Tensor | None = None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
         self.check(solver)
         check_state(dynamics, z0, probes)
+        if hjb:
+            check_potential(dynamics)
         if solver.sensealg == "auto":
             solver = replace(solver, sensealg="Backprop")
         c, stats = embedded(dynamics, context, len(z0)), Stats()
@@ -78,6 +81,7 @@ class TorchEngine(Engine):
             probes,
             None if c is None else c.detach(),
             total_derivative=total_derivative and probes is not None,
+            hjb=hjb and probes is not None,
         )
         z, q = run(
             system.bound.layout(z0),
@@ -86,8 +90,7 @@ class TorchEngine(Engine):
             plain=lambda z0: solve_plainly(system, z0, t_span, solver, stats),
             recorded=lambda z0: choose(system, z0, t_span, solver, stats),
         )
-        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
-        return Solution(z, l, E, n, D, stats)
+        return Solution.of(z, q, stats)
 
 
 @torch.no_grad()
