@@ -135,6 +135,22 @@ def test_a_users_copy_of_the_potential_has_the_same_solve(engine: Engine, exact:
         same(x.detach(), y.detach(), 1e-11)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_kept_is_what_is_evaluated_again(engine: Engine, exact: bool) -> None:
+    """Stored intermediates and re-evaluation give the same bits, and so does a second backward pass."""
+    z0, c = 0.7 * numbers(BATCH, D), numbers(BATCH, CONTEXT, seed=4)
+    probes = Probes.exact(z0) if exact else Probes.draw(z0, 2, generator=torch.Generator().manual_seed(3))
+    found: list[list[Tensor]] = []
+    for memory in ("store", "checkpoint"):
+        dynamics = make(context_dim=CONTEXT)
+        solver = replace(SOLVERS["fixed"], memory=memory)
+        s = solutions(engine, dynamics, solver, z0, probes, c)
+        value, leaves = (s.z.sum() + s.l + s.E + s.n + s.H).sum(), list(dynamics.parameters())
+        found += [list(torch.autograd.grad(value, leaves, retain_graph=True)) for _ in range(2)]
+    for gradient in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(gradient, found[0], strict=True))
+
+
 @pytest.mark.parametrize("sensealg", ["Backprop", "BacksolveAdjoint"])
 def test_both_ways_of_differentiating_agree(engine: Engine, sensealg: str) -> None:
     dynamics, z0 = make(), 0.3 * numbers(BATCH, D)

@@ -19,8 +19,6 @@ class Linearization(NamedTuple):
         w: ``εᵀ ∂f/∂z`` for each probe, ``(k, batch, *event)``; `None` if no noise was given.
         r: The total derivative ``(∂f/∂z) f + ∂f/∂t``, ``(batch, *event)``; `None` unless asked for.
         tape: What `BoundDynamics.pullback` needs to pull cotangents back.
-        trace: ``tr ∂f/∂z``, ``(batch,)``, in place of w where the dynamics have it in closed form.
-        frobenius: ``‖∂f/∂z‖_F²``, ``(batch,)``, likewise.
         hjb: ``∂Φ/∂t − ½‖∇Φ‖²`` of a potential, ``(batch,)``; `None` unless asked for.
     """
 
@@ -28,13 +26,11 @@ class Linearization(NamedTuple):
     w: Tensor | None
     r: Tensor | None
     tape: Any
-    trace: Tensor | None = None
-    frobenius: Tensor | None = None
     hjb: Tensor | None = None
 
 
 class Cotangents(NamedTuple):
-    """The cotangents of what a `Linearization` has; `None` is zero."""
+    """The cotangents of what a `Linearization` has, and of `BoundDynamics.trace_and_norm`; `None` is zero."""
 
     f: Tensor
     w: Tensor | None = None
@@ -92,6 +88,13 @@ class BoundDynamics(ABC):
     @abstractmethod
     def pullback_state(self, linearization: Linearization, bars: Cotangents) -> Tensor:
         """The cotangent of z alone, as `pullback` gives it; those of c and θ are not computed."""
+
+    def trace_and_norm(self, linearization: Linearization) -> tuple[Tensor, Tensor] | None:
+        """``tr ∂f/∂z`` and ``‖∂f/∂z‖_F²``, ``(batch,)``, of dynamics that give them in place of w (`Dynamics.bind`).
+
+        The linearization was made with probes, and with a tape.
+        """
+        return None
 
     def split(self) -> SplitPullback | None:
         """The pullback in parts, for an engine that batches all evaluations of a solve; `None` if it has none."""

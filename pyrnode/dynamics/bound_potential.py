@@ -21,6 +21,9 @@ from pyrnode.dynamics.base import BoundDynamics, Cotangents, Linearization
 from pyrnode.dynamics.layers import Time
 from pyrnode.dynamics.scalar import Gradient, Scalar, gradient
 
+_FLAT, _FEW = 64, 4
+"""Up to how many dimensions the products of W_0's columns are written out, and those of J's are taken one by one."""
+
 
 @dataclass(slots=True)
 class _Tangent:
@@ -49,9 +52,62 @@ class _Tape:
     f: Tensor
     conditional: bool
     eps: Tensor | None = None
+    bends: list[Tensor] = field(default_factory=list)  # φ''(a_i), once something is curved
+    weights: list[Tensor] = field(default_factory=list)  # c_i
     tangents: list[_Tangent] = field(default_factory=list)
     jacobians: list[_Jacobian] = field(default_factory=list)
     hessian: Tensor | None = None
+
+
+def _scaled(x: Tensor, h: float) -> Tensor:
+    return x if h == 1 else x.mul_(h)
+
+
+def _curve(scalar: Scalar, tape: _Tape) -> None:
+    """φ'' and c of every layer, where they are not there yet."""
+    if not tape.bends:
+        for layer, h in zip(tape.at.layers, scalar.steps, strict=True):
+            bend = scalar.curve.bend(layer.root, layer.slope)
+            tape.bends.append(bend)
+            tape.weights.append(_scaled(bend * layer.y, h))
+
+
+def _jacobians(scalar: Scalar, tape: _Tape, d: int) -> None:
+    """``J_i``, from the first layer to the last."""
+    # Contiguous, or what is made of it is not, and its products with W_i fall apart into one for each sample.
+    J, given, layers = scalar.weights[0][:, :d].t().contiguous().unsqueeze(0), None, tape.at.layers
+    tape.jacobians.append(_Jacobian(J, None))
+    for i in range(1, len(layers)):
+        moved = layers[i - 1].slope.unsqueeze(1) * J
+        given = moved if given is None else moved.mul_(scalar.steps[i - 1]).add_(given)
+        J = given @ scalar.weights[i].t()
+        tape.jacobians.append(_Jacobian(J, given))
+
+
+def _hessian(scalar: Scalar, tape: _Tape) -> Tensor:
+    """``∇²Φ`` in z, ``(batch, d, d)``."""
+    if tape.hessian is None:
+        _curve(scalar, tape)
+        d = tape.f.shape[1]
+        Az = scalar.A[:, :d]
+        total = Az.t() @ Az
+        for jacobian, weight in zip(tape.jacobians, tape.weights, strict=True):
+            total = total + _gram(jacobian.J, weight)
+        tape.hessian = total
+    return tape.hessian
+
+
+def _gram(J: Tensor, weight: Tensor) -> Tensor:
+    """``Jᵀ diag(c) J`` of each sample, given J as ``(batch or 1, d, m)``; by few and large operations."""
+    d = J.shape[1]
+    if len(J) == 1 and d <= _FLAT:
+        products = (J[0].unsqueeze(1) * J[0].unsqueeze(0)).flatten(0, 1)
+        return (weight @ products.t()).unflatten(1, (d, d))
+    weighted = weight.unsqueeze(1) * J
+    if d > _FEW:
+        return weighted @ J.transpose(1, 2)
+    rows = [(weighted * J[:, p : p + 1]).sum(2) for p in range(d)]
+    return torch.stack(rows, 1)
 
 
 class _Sums:
@@ -79,8 +135,8 @@ class _Pull:
         self.layers = tape.at.layers
         self.a_bars: list[Tensor | None] = [None] * len(self.layers)
         self.y_bars: list[Tensor | None] = [None] * len(self.layers)
-        curve = scalar.curve
-        self.bends = [curve.bend(layer.root, layer.slope) for layer in self.layers]
+        _curve(scalar, tape)
+        self.weights = tape.weights
 
     def _add(self, bars: list[Tensor | None], i: int, bar: Tensor) -> None:
         known = bars[i]
@@ -99,9 +155,15 @@ class _Pull:
         if total is not None:
             total.addmm_(left.flatten(0, -2).t(), right.flatten(0, -2))
 
-    def _twist(self, i: int) -> Tensor:
+    def _bent(self, i: int, x: Tensor) -> Tensor:
+        """``h_i φ''(a_i) ⊙ x``, in place of a new one."""
+        return _scaled(x.mul_(self.tape.bends[i]), self.scalar.steps[i])
+
+    def _twisted(self, i: int, x: Tensor) -> Tensor:
+        """``h_i φ‴(a_i) ⊙ y_i ⊙ x``."""
         layer = self.layers[i]
-        return self.scalar.curve.twist(layer.root, layer.slope, self.bends[i])
+        twist = self.scalar.curve.twist(layer.root, layer.slope, self.tape.bends[i])
+        return _scaled(twist.mul_(layer.y).mul_(x), self.scalar.steps[i])
 
     # -- the curvature -----------------------------------------------------------------------------------------------
 
@@ -112,16 +174,15 @@ class _Pull:
         d, eta = w_bar.shape[-1], -w_bar
         a_dot_bars, y_dot_bar = list[Tensor](), eta
         for i, (layer, tangent, W) in enumerate(zip(self.layers, tape.tangents, scalar.weights, strict=True)):
-            h, bend = steps[i], self.bends[i]
-            W = W[:, :d] if i == 0 else W
+            h, W = steps[i], W[:, :d] if i == 0 else W
             v_dot_bar = y_dot_bar @ W.t()
             self._outer(self._weight(i, d if i == 0 else None), tangent.v, y_dot_bar)
-            a_dot_bars.append(v_dot_bar * (h * bend * layer.y))
-            along = v_dot_bar * tangent.a
-            self._add(self.y_bars, i, along.sum(0) * (h * bend))
-            a_bar = along.sum(0) * (h * self._twist(i) * layer.y)
+            a_dot_bars.append(v_dot_bar * self.weights[i])
+            along = (v_dot_bar * tangent.a).sum(0)
+            a_bar = self._twisted(i, along)
+            self._add(self.y_bars, i, self._bent(i, along))
             if tangent.y is not None:
-                a_bar += (v_dot_bar * tangent.y).sum(0) * (h * bend)
+                a_bar += self._bent(i, (v_dot_bar * tangent.y).sum(0))
             self._add(self.a_bars, i, a_bar)
             moved = v_dot_bar * (h * layer.slope)
             y_dot_bar = moved if i == 0 else y_dot_bar + moved
@@ -138,7 +199,7 @@ class _Pull:
             a_dot_bar = a_dot_bars[i]
             if u_dot_bar is not None:
                 a_dot_bar = a_dot_bar + u_dot_bar * (h * layer.slope)
-                self._add(self.a_bars, i, (u_dot_bar * tangent.a).sum(0) * (h * self.bends[i]))
+                self._add(self.a_bars, i, self._bent(i, (u_dot_bar * tangent.a).sum(0)))
             if i == 0:
                 self._outer(self._weight(0, d), a_dot_bar, tangent.input)
                 return
@@ -151,32 +212,52 @@ class _Pull:
         tape, scalar = self.tape, self.scalar
         d, M = self.tape.f.shape[1], -trace
         if frobenius is not None:
-            assert tape.hessian is not None
-            M = 2 * frobenius[:, None, None] * tape.hessian
+            M = 2 * frobenius[:, None, None] * _hessian(scalar, tape)
             M.diagonal(dim1=1, dim2=2).sub_(trace[:, None])
         U_bar: Tensor | None = None
-        for i in reversed(range(len(self.layers))):
-            layer, J, h = self.layers[i], tape.jacobians[i].J, scalar.steps[i]
-            JM = M @ J if M.ndim == 3 else M[:, None, None] * J
-            c_bar = (J * JM).sum(1)
-            self._add(self.a_bars, i, c_bar * (h * self._twist(i) * layer.y))
-            self._add(self.y_bars, i, c_bar * (h * self.bends[i]))
-            J_bar = JM.mul_((2 * h * self.bends[i] * layer.y).unsqueeze(1))
-            if U_bar is not None:
-                self._add(self.a_bars, i, (J * U_bar).sum(1) * (h * self.bends[i]))
-                J_bar.addcmul_(U_bar, (h * layer.slope).unsqueeze(1))
-            if i == 0:
-                if self.sums is not None:
-                    self.sums.weights[0][:, :d] += J_bar.sum(0).t()
-                break
-            given = tape.jacobians[i].input
+        for i in reversed(range(1, len(self.layers))):
+            layer, J, given = self.layers[i], tape.jacobians[i].J, tape.jacobians[i].input
             assert given is not None
+            c_bar, J_bar = self._quadratic_form(i, J, M)
+            self._weigh(i, c_bar)
+            if U_bar is not None:
+                self._add(self.a_bars, i, self._bent(i, (J * U_bar).sum(1)))
+                J_bar.addcmul_(U_bar, layer.slope.unsqueeze(1), value=scalar.steps[i])
             self._outer(self._weight(i), J_bar, given)
             pulled = J_bar @ scalar.weights[i]
             U_bar = pulled if U_bar is None else pulled.add_(U_bar)
+        self._first(M, U_bar, d)
         if self.sums is not None:
             Az = scalar.A[:, :d]
             self.sums.A[:, :d] += 2 * Az * M.sum() if M.ndim == 1 else 2 * Az @ M.sum(0)
+
+    def _quadratic_form(self, i: int, J: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+        """``c̄_i`` and ``J̄_i`` of ``tr(M Jᵀ diag(c) J)``."""
+        if M.ndim == 1:
+            return (J * J).sum(1).mul_(M[:, None]), J * (self.weights[i] * (2 * M[:, None])).unsqueeze(1)
+        JM = M @ J
+        return (J * JM).sum(1), JM.mul_((2 * self.weights[i]).unsqueeze(1))
+
+    def _weigh(self, i: int, c_bar: Tensor) -> None:
+        """Pulls ``c̄_i`` back, of ``c_i = h_i φ''(a_i) ⊙ y_i``."""
+        self._add(self.a_bars, i, self._twisted(i, c_bar))
+        self._add(self.y_bars, i, self._bent(i, c_bar))
+
+    def _first(self, M: Tensor, U_bar: Tensor | None, d: int) -> None:
+        """The rest of `exact`: layer 0, whose Jacobian is W_0, and ``U_0 = φ'(a_0) ⊙ W_0``."""
+        layer, Kt = self.layers[0], self.scalar.weights[0][:, :d].t()
+        if M.ndim == 1:
+            self._weigh(0, M[:, None] * (Kt * Kt).sum(0))
+            K_bar = 2 * (M @ self.weights[0]) * Kt
+        else:
+            c_bar, J_bar = self._quadratic_form(0, Kt.unsqueeze(0), M)
+            self._weigh(0, c_bar)
+            K_bar = J_bar.sum(0)
+        if U_bar is not None:
+            self._add(self.a_bars, 0, self._bent(0, (U_bar * Kt).sum(1)))
+            K_bar = K_bar + (U_bar.mul_(layer.slope.unsqueeze(1))).sum(0)
+        if (total := self._weight(0, d)) is not None:
+            total += K_bar.t()
 
     # -- the gradient, and the network -------------------------------------------------------------------------------
 
@@ -186,7 +267,7 @@ class _Pull:
         for i, (layer, W) in enumerate(zip(self.layers, scalar.weights, strict=True)):
             self._outer(self._weight(i), layer.v, q)
             v_bar = q @ W.t()
-            self._add(self.a_bars, i, v_bar * (steps[i] * self.bends[i] * layer.y))
+            self._add(self.a_bars, i, v_bar * self.weights[i])
             moved = v_bar * layer.slope if i == 0 else torch.addcmul(q, v_bar, layer.slope, value=steps[i])
             known = self.y_bars[i]
             q = moved if known is None else moved + known
@@ -235,7 +316,9 @@ class BoundPotential(BoundDynamics):
         return z if self.exact and z.ndim == 3 else z.contiguous()  # unit vectors are looked at by nobody
 
     def tape_bytes(self, z: Tensor, probes: int) -> int:
-        return z.element_size() * z[..., 0].numel() * sum(map(len, self.scalar.weights)) * (5 + 4 * probes)
+        widths = [len(W) for W in self.scalar.weights]
+        curved = 2 * probes * sum(widths[1:]) if self.exact else 4 * probes * sum(widths)
+        return z.element_size() * z[..., 0].numel() * (6 * sum(widths) + curved)
 
     def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
@@ -249,11 +332,16 @@ class BoundPotential(BoundDynamics):
         found = Linearization(
             f, None, None, record if tape else None, hjb=self._residual(at.G, f) if self.hjb else None
         )
+        if self.exact:
+            _jacobians(self.scalar, record, d)
+            return found
+        return found._replace(w=self._products(record, eps))
+
+    def trace_and_norm(self, linearization: Linearization) -> tuple[Tensor, Tensor] | None:
         if not self.exact:
-            return found._replace(w=self._products(record, eps))
-        hessian = self._hessian(record, d)
-        trace = -hessian.diagonal(dim1=1, dim2=2).sum(1)
-        return found._replace(trace=trace, frobenius=hessian.square().sum((1, 2)))
+            return None
+        hessian = _hessian(self.scalar, linearization.tape)
+        return -hessian.diagonal(dim1=1, dim2=2).sum(1), hessian.square().sum((1, 2))
 
     def _residual(self, G: Tensor, f: Tensor) -> Tensor:
         half = 0.5 * f.square().sum(1)
@@ -262,6 +350,7 @@ class BoundPotential(BoundDynamics):
     def _products(self, record: _Tape, eps: Tensor) -> Tensor:
         """``w = −∇²Φ ε``: both sweeps of the gradient along ε."""
         scalar, steps, layers, d = self.scalar, self.scalar.steps, record.at.layers, eps.shape[-1]
+        _curve(scalar, record)
         record.eps, tangent, rates = eps, eps, list[tuple[Tensor, Tensor]]()
         for i, (layer, W) in enumerate(zip(layers, scalar.weights, strict=True)):
             a_dot = tangent @ (W[:, :d] if i == 0 else W).t()
@@ -271,32 +360,15 @@ class BoundPotential(BoundDynamics):
         y_dot: Tensor | None = None
         for i in reversed(range(len(layers))):
             layer, (given, a_dot) = layers[i], rates[i]
-            v_dot = a_dot * (scalar.curve.bend(layer.root, layer.slope) * layer.y)
+            v_dot = a_dot * record.weights[i]
             if y_dot is not None:
-                v_dot.addcmul_(layer.slope, y_dot)
-            v_dot = v_dot if i == 0 else v_dot.mul_(steps[i])
+                v_dot.addcmul_(layer.slope, y_dot, value=steps[i])
             record.tangents.insert(0, _Tangent(given, a_dot, y_dot, v_dot))
             pulled = v_dot @ (scalar.weights[i][:, :d] if i == 0 else scalar.weights[i])
             y_dot = pulled if y_dot is None or i == 0 else pulled.add_(y_dot)
         assert y_dot is not None
         Az = scalar.A[:, :d]
         return -(y_dot + eps @ Az.t() @ Az)
-
-    def _hessian(self, record: _Tape, d: int) -> Tensor:
-        """``∇²Φ`` in z, ``(batch, d, d)``, and the Jacobians that it is made of."""
-        scalar, steps, layers = self.scalar, self.scalar.steps, record.at.layers
-        Az = scalar.A[:, :d]
-        J, given, hessian = scalar.weights[0][:, :d].t().unsqueeze(0), None, Az.t() @ Az
-        for i, layer in enumerate(layers):
-            if i:
-                moved = layers[i - 1].slope.unsqueeze(1) * J
-                given = moved if given is None else given.add(moved, alpha=steps[i - 1])
-                J = given @ scalar.weights[i].t()
-            weight = steps[i] * scalar.curve.bend(layer.root, layer.slope) * layer.y
-            hessian = hessian + (weight.unsqueeze(1) * J) @ J.transpose(1, 2)
-            record.jacobians.append(_Jacobian(J, given))
-        record.hessian = hessian
-        return hessian
 
     def pullback(self, linearization: Linearization, bars: Cotangents) -> tuple[Tensor, Tensor | None]:
         tape: _Tape = linearization.tape

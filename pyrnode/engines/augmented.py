@@ -103,7 +103,7 @@ class Augmented:
         held, parts = self.held(rows), []
         for piece in self._pieces(z):
             eps, c = held.piece(piece)
-            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c)
+            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c, tape=self._exact)
             parts.append((at.f, self.integrands(at, eps)))
         if len(parts) == 1:
             return Rate(*parts[0])
@@ -130,9 +130,11 @@ class Augmented:
             return at.f.new_empty(len(at.f), 0)
         dims, weight = tuple(range(1, at.f.ndim)), self.probes.weight
         q = at.f.new_zeros(len(at.f), 4 + self.hjb)
-        if at.trace is not None and at.frobenius is not None:
-            q[:, 0], q[:, 2] = at.trace, at.frobenius
-        elif at.w is not None:
+        if at.w is None:
+            closed = self.bound.trace_and_norm(at)
+            assert closed is not None
+            q[:, 0], q[:, 2] = closed
+        else:
             w, e = (at.w[0], eps[0]) if len(eps) == 1 else (at.w.transpose(0, 1), eps.transpose(0, 1))
             inner = tuple(range(1, w.ndim))
             torch.sum(e * w, inner, out=q[:, 0])

@@ -16,7 +16,7 @@ from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics.base import Dynamics
 from pyrnode.engines.augmented import Augmented, integrate
-from pyrnode.engines.backprop import Checkpointed, Stored
+from pyrnode.engines.backprop import Checkpointed, Kept, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
 from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
 from pyrnode.engines.fused import Fused, compiled_solve
@@ -117,7 +117,9 @@ def choose(
         return BacksolveAdjoint(system, t_span, solver, stats)
 
     def by_operations(z0: Tensor) -> TorchSolve:
-        way = Stored if _stores(system, z0, t_span, solver) else Checkpointed
+        if not _stores(system, z0, t_span, solver):
+            return Checkpointed(system, t_span, solver, stats)
+        way = Kept if system.bound.split() is None else Stored
         return way(system, t_span, solver, stats)
 
     compiled = compiled_solve(system, z0, t_span, solver)
@@ -126,10 +128,11 @@ def choose(
 
 def _stores(system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig) -> bool:
     """Whether to keep all intermediates."""
-    method, splits = solvers.method(solver.name), system.bound.split() is not None
-    if not splits and solver.memory == "store":
+    method, size = solvers.method(solver.name), system.bound.tape_bytes(z0, system.count)
+    explicit = size > 0 or system.bound.split() is not None
+    if not explicit and solver.memory == "store":
         raise ConfigError("memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'")
-    if solver.memory != "auto" or not splits or solvers.adaptive(solver) or solver.step_size == "auto":
+    if solver.memory != "auto" or not explicit or solvers.adaptive(solver) or solver.step_size == "auto":
         return solver.memory == "store"
     stages = len(grid(t_span, float(solver.step_size))) * len(method.tableau.b)
-    return stages * system.bound.tape_bytes(z0, system.count) <= _STORE_LIMIT
+    return stages * size <= _STORE_LIMIT
