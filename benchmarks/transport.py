@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrnode.composition import base_log_prob
 from pyrnode.config import Config
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
@@ -66,15 +67,16 @@ class Gaussian:
         return cls(m / m.norm(), axes @ torch.diag(torch.logspace(-1, 1, d, 2, dtype=torch.double)) @ axes.T)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.m + torch.randn(n, len(self.m), generator=generator, dtype=torch.double) @ self.S
+        normal = torch.randn(n, len(self.m), generator=generator, dtype=torch.double)
+        return torch.addmm(self.m, normal, self.S)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        normal = -0.5 * (self.optimal(x).square().sum(1) + len(self.m) * math.log(2 * math.pi))
-        return normal - torch.linalg.slogdet(self.S)[1]
+        return base_log_prob(self.optimal(x)) - torch.logdet(self.S)
 
     def optimal(self, x: Tensor) -> Tensor:
         """``T(x)``."""
-        return torch.linalg.solve(self.S, (x - self.m).T).T
+        solution: Tensor = torch.linalg.solve(self.S, (x - self.m).T)
+        return solution.T
 
     @property
     def cost(self) -> float:

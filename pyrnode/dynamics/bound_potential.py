@@ -102,7 +102,7 @@ def _gram(J: Tensor, weight: Tensor) -> Tensor:
     d = J.shape[1]
     if len(J) == 1 and d <= _FLAT:
         products = (J[0].unsqueeze(1) * J[0].unsqueeze(0)).flatten(0, 1)
-        return (weight @ products.t()).unflatten(1, (d, d))
+        return (weight @ products.t()).reshape(-1, d, d)
     weighted = weight.unsqueeze(1) * J
     if d > _FEW:
         return weighted @ J.transpose(1, 2)
