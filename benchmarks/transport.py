@@ -1,6 +1,6 @@
 """The optimal map between two Gaussians, which is known, beside the maps that flows learn.
 
-    python -m benchmarks.transport [--dims 2 10] [--steps 3000] [--models potential potential+kinetic mlp+kinetic]
+    python -m benchmarks.transport [--dims 2 10] [--steps 3000] [--batch 512] [--models potential mlp+kinetic]
 
 Data are ``x ~ N(m, S²)``, S symmetric. The map of least cost onto N(0, I) is ``T(x) = S⁻¹(x − m)``, and its cost is
 ``W² = E|T(x) − x|² = |m|² + |S − I|_F²``. Each model is trained on fresh samples, and then encodes 20,000 others:
@@ -147,6 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="flows beside the optimal map between two Gaussians")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 10])
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--step-size", type=float, default=0.25, help="of RK4 in training")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--json", help="file to write the numbers to")
     given = parser.parse_args()
@@ -155,7 +157,9 @@ def main() -> None:
     for d in given.dims:
         gaussian = Gaussian.drawn(d)
         for name in given.models:
-            flow, seconds = learn(gaussian, MODELS[name], steps=given.steps)
+            flow, seconds = learn(
+                gaussian, MODELS[name], steps=given.steps, batch=given.batch, step_size=given.step_size
+            )
             found = measure(flow, gaussian)
             rows.append({"d": d, "model": name, "seconds": seconds, **asdict(found)})
             errors = " | ".join(f"{100 * x:.2f} %" for x in (found.map, found.cost, found.energy))

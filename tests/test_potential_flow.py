@@ -16,12 +16,13 @@ import pyrnode
 from pyrnode import Config, ConfigError, Divergence, Potential, PotentialDynamics, SolverConfig, export
 from pyrnode.dynamics import MLP, GradientDynamics
 from pyrnode.engines import Engine, Solution, create
+from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.plain import ModuleRates, PotentialRates
 from pyrnode.errors import EngineUnavailableError
 from pyrnode.estimator import RNODEDensity
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
-from tests.test_potential import BATCH, CONTEXT, D, Phi, make, numbers, same
+from tests.test_potential import BATCH, CONTEXT, D, Phi, Reference, make, numbers, same
 
 QUICK: dict[str, Any] = {"network.kind": "potential", "hidden": [8, 8], "progress": False, "evaluate": False}
 
@@ -309,6 +310,20 @@ def test_the_estimator() -> None:
     assert model.score_samples(x[:3]).shape == (3,)
     with pytest.raises(ConfigError, match="hidden"):
         RNODEDensity(network="potential", hidden=(8, 9)).fit(x)
+
+
+def test_what_julia_calls_back_has_products_for_unit_vectors_too() -> None:
+    """Julia knows no closed trace: evaluated from there, the same dynamics give εᵀ∂f/∂z for every ε."""
+    dynamics, z0 = make(), numbers(BATCH, D)
+    foreign = Foreign(dynamics, z0, None, Probes.exact(z0), total_derivative=False)
+    foreign.z.copy_(z0)
+    assert foreign.eps is not None
+    assert foreign.w is not None
+    foreign.eps.copy_(Probes.exact(z0).eps)
+    foreign.linearize(0.3, probe=True, tape=True)
+    reference = Reference(dynamics, 0.3, z0, None)
+    same(foreign.f, reference.f)
+    same(foreign.w, reference.products(foreign.eps))
 
 
 @pytest.mark.needs_julia

@@ -63,6 +63,7 @@ class Augmented:
     ) -> None:
         self.dynamics, self.context, self.total_derivative, self.hjb = dynamics, context, total_derivative, hjb
         self._exact = probes is not None and probes.complete
+        self._closed = self._exact and dynamics.closed_trace  # trace and norm are made of what the tape has
         self._bound: BoundDynamics | None = None
         self._context_bar: Tensor | None = None
         self.probes = None if probes is None else probes._replace(eps=self.bound.layout(probes.eps))
@@ -103,7 +104,7 @@ class Augmented:
         held, parts = self.held(rows), []
         for piece in self._pieces(z):
             eps, c = held.piece(piece)
-            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c, tape=self._exact)
+            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c, tape=self._closed)
             parts.append((at.f, self.integrands(at, eps)))
         if len(parts) == 1:
             return Rate(*parts[0])
