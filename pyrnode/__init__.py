@@ -27,7 +27,7 @@ from pyrnode.config import (
     presets,
 )
 from pyrnode.distribution import FlowDistribution, FlowTransform
-from pyrnode.dynamics import MLP, ConvNet, Dynamics, ModuleDynamics
+from pyrnode.dynamics import MLP, ConvNet, Dynamics, ModuleDynamics, Potential, PotentialDynamics
 from pyrnode.engines import Engine, Probes, Solution
 from pyrnode.errors import (
     CheckpointError,
@@ -73,6 +73,8 @@ __all__ = [
     "ModuleDynamics",
     "NetworkConfig",
     "PenaltyConfig",
+    "Potential",
+    "PotentialDynamics",
     "Probes",
     "PyrnodeError",
     "RNODEDensity",

@@ -64,7 +64,7 @@ class Passage:
         """``log p(x)``, nats, ``(batch,)``; of discrete data the density of ``p + u``."""
         return base_log_prob(self.z) + self.l + self.transform_log_det
 
-    def total(self, name: Literal["E", "n", "D"]) -> Tensor:
+    def total(self, name: Literal["E", "n", "D", "H"]) -> Tensor:
         """An integral summed over the blocks, ``(batch,)``."""
         return torch.stack([getattr(block, name) for block in self.blocks]).sum(0)
 
@@ -197,6 +197,11 @@ class Composition(nn.Module):
         return [part for part in self.parts if isinstance(part, Block)]
 
     @property
+    def closed_trace(self) -> bool:
+        """Whether all blocks have the trace of their Jacobian in closed form."""
+        return all(block.dynamics.closed_trace for block in self.blocks)
+
+    @property
     def reference(self) -> Tensor:
         """A parameter, whose type and device are those of the flow."""
         return next(self.parts.parameters(), torch.zeros((), dtype=torch.float32))
@@ -286,6 +291,7 @@ class Composition(nn.Module):
         generator: torch.Generator | None = None,
         total_derivative: bool = False,
         verified: bool = True,
+        hjb: bool = False,
     ) -> Passage:
         """Passes samples through transform and blocks.
 
@@ -298,8 +304,11 @@ class Composition(nn.Module):
             total_derivative: Also integrate D.
             verified: False leaves it to the caller to look whether solves of fixed steps are finite, which waits for
                 a device (`Passage.verify`).
+            hjb: Also integrate H; of potentials alone.
 
         Raises:
+            ConfigError: The dynamics are no potential, and H is asked for.
+            DataError: Values outside the grey levels.
             SolverError: A block's solve failed; the message names it.
         """
         y, log_det = self.transformed(x, generator)
@@ -307,7 +316,7 @@ class Composition(nn.Module):
         for part in self.parts:
             if isinstance(part, Block):
                 span = (0.0, part.end_time)
-                solution = self._integrate(len(solutions), z, draw(z), span, solver, context, total_derivative)
+                solution = self._integrate(len(solutions), z, draw(z), span, solver, context, total_derivative, hjb)
                 solutions.append(solution)
                 z, l = solution.z, l + solution.l
             elif isinstance(part, FactorOut):
@@ -364,12 +373,20 @@ class Composition(nn.Module):
         solver: SolverConfig | None,
         context: Tensor | None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
         """One block."""
         dynamics = self.blocks[index].dynamics
         with _naming(index, dynamics.event_shape):
             solution = self.engine.integrate(
-                dynamics, z, probes, span, solver or self.solver, context=context, total_derivative=total_derivative
+                dynamics,
+                z,
+                probes,
+                span,
+                solver or self.solver,
+                context=context,
+                total_derivative=total_derivative,
+                hjb=hjb,
             )
         if solution.verify is not None:
             solution.verify = _naming(index, dynamics.event_shape)(solution.verify)

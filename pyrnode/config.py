@@ -44,7 +44,7 @@ _STEPS = 4000
 ENDLESS = 2**53
 """Optimiser steps of a run that only time bounds."""
 
-Activation = Literal["softplus", "tanh", "silu", "gelu", "elu"]
+Activation = Literal["softplus", "tanh", "silu", "gelu", "elu", "logcosh"]
 Engine = Literal["auto", "torch", "julia"]
 
 
@@ -102,20 +102,32 @@ class NetworkConfig(Section):
     """The dynamics ``f(z, t; θ)`` of each block.
 
     Args:
-        kind: ``"mlp"`` for vectors, ``"conv"`` for images (the paper's network), ``"auto"`` by the data.
-        hidden: Widths (channels) of the hidden layers.
-        activation: Nonlinearity between the layers.
+        kind: ``"mlp"`` for vectors, ``"conv"`` for images (the paper's network), ``"auto"`` by the data;
+            ``"potential"`` for vectors, ``f = −∇Φ`` (OT-Flow's potential, `Potential`).
+        hidden: Widths (channels) of the hidden layers; of a potential all the same.
+        activation: Nonlinearity between the layers; of a potential ``"logcosh"``, which only it has, ``"softplus"`` or
+            ``"tanh"``.
         time: How ``t`` enters each layer: an extra input (``"concat"``), gate and shift (``"concatsquash"``), or not.
+            It is an input of a potential's first layer, or none.
         kernel_size: Side of the convolutions' filters; odd.
+        rank: Rank of the quadratic part ``½ sᵀAᵀA s`` of a potential.
+        initial: Where a potential begins: ``f = 0`` (``"identity"``), or as ``"ot-flow"`` does.
     """
 
-    kind: Literal["auto", "mlp", "conv"] = "auto"
+    kind: Literal["auto", "mlp", "conv", "potential"] = "auto"
     hidden: tuple[int, ...] = (64, 64, 64)
     activation: Activation = "softplus"
     time: Literal["concat", "concatsquash", "none"] = "concat"
     kernel_size: int = 3
+    rank: int = 10
+    initial: Literal["identity", "ot-flow"] = "identity"
 
     def _validate(self) -> None:
+        at_least(self, 1, "rank")
+        if self.activation == "logcosh" and self.kind != "potential":
+            raise ConfigError(
+                "activation = 'logcosh': of a potential alone (network.kind = 'potential'); try 'softplus'"
+            )
         if not self.hidden or min(self.hidden) < 1:
             raise ConfigError(f"hidden = {self.hidden!r}: expected one or more positive widths")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -224,10 +236,12 @@ class PenaltyConfig(Section):
         kinetic: ``λ_K`` on ``∫‖f‖²``; ``"auto"`` is 0.01 for thousands of samples, more for fewer (`settled`).
         jacobian: ``λ_J`` on ``∫‖∂f/∂z‖_F²``, likewise.
         total_derivative: Weight of ``∫‖(∂f/∂z) f + ∂f/∂t‖²`` (eq. 7); needs nested differentiation, so it is slow.
+        hjb: Weight of ``∫|∂Φ/∂t − ½‖∇Φ‖²|`` of a potential (OT-Flow, eq. 7). Its loss ``α₁L + α₂C + α₃R``, L with a ½,
+            is this one times ``α₂ d`` where ``λ_K = α₁/(2α₂)`` and ``hjb = α₃/α₂``.
         convention: ``"paper"``: summed over the blocks, per data dimension, in nats. ``"ffjord-rnode"``: ½ on the
             kinetic term, each block's mean over its own dimensions, added to bits per dimension.
         divergence: ``"hutchinson"`` estimates with probes; ``"exact"`` takes the full Jacobian; ``"auto"`` is exact up
-            to `EXACT_TRAINING` dimensions.
+            to `EXACT_TRAINING` dimensions, and where the network has the trace in closed form (a potential).
         noise: Distribution of the probes.
         probes: Number ``k`` of probes per sample and block.
     """
@@ -235,6 +249,7 @@ class PenaltyConfig(Section):
     kinetic: float | Literal["auto"] = 0.01
     jacobian: float | Literal["auto"] = 0.01
     total_derivative: float = 0.0
+    hjb: float = 0.0
     convention: Literal["paper", "ffjord-rnode"] = "paper"
     divergence: Literal["auto", "hutchinson", "exact"] = "hutchinson"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
@@ -265,13 +280,13 @@ class PenaltyConfig(Section):
                 )
         return float(self.kinetic), float(self.jacobian), self.total_derivative
 
-    def estimator(self, dim: int) -> Divergence:
-        """The divergence of training a flow of that many dimensions."""
-        exact = self.divergence == "exact" or (self.divergence == "auto" and dim <= EXACT_TRAINING)
+    def estimator(self, dim: int, *, closed_trace: bool = False) -> Divergence:
+        """The divergence of training a flow of that many dimensions, which may have the trace in closed form."""
+        exact = self.divergence == "exact" or (self.divergence == "auto" and (closed_trace or dim <= EXACT_TRAINING))
         return Divergence("exact" if exact else "hutchinson", self.probes)
 
     def _validate(self) -> None:
-        at_least(self, 0, "kinetic", "jacobian", "total_derivative")
+        at_least(self, 0, "kinetic", "jacobian", "total_derivative", "hjb")
         at_least(self, 1, "probes")
 
 

@@ -43,14 +43,17 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         hidden: Widths of the network's hidden layers.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``.
+        activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``; of a potential ``"logcosh"`` too,
+            and only the first two.
+        network: ``"mlp"``, or ``"potential"``: the dynamics are the gradient of one (`pyrnode.Potential`).
         blocks: ODE blocks, one after the other.
         kinetic: ``λ_K``, weight of the kinetic energy; ``"auto"`` is 5 d/n, between 0.01 and 1.
         jacobian: ``λ_J``, weight of the Jacobian's squared Frobenius norm; likewise.
         solver: Training solver; ``"auto"`` is the cheapest that is right (`SolverConfig`).
         step_size: Its step; ``"auto"`` is the largest that is right.
         divergence: Trace in training: ``"exact"``, ``"hutchinson"`` (estimated), or ``"auto"``: exact up to 2
-            features. In use it is exact up to 64 features, unless `overrides` has ``evaluation.divergence``.
+            features, and of a potential. In use it is exact up to 64 features, unless `overrides` has
+            ``evaluation.divergence``.
         max_steps: Optimiser steps.
         batch_size: Samples per step.
         learning_rate: Peak learning rate.
@@ -92,6 +95,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         *,
         hidden: Sequence[int] = (64, 64, 64),
         activation: str = "tanh",
+        network: Literal["mlp", "potential"] = "mlp",
         blocks: int = 1,
         kinetic: float | Literal["auto"] = "auto",
         jacobian: float | Literal["auto"] = "auto",
@@ -113,6 +117,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     ) -> None:
         self.hidden = hidden
         self.activation = activation
+        self.network = network
         self.blocks = blocks
         self.kinetic = kinetic
         self.jacobian = jacobian
@@ -204,6 +209,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         config = Config.preset("table").override({"solver": self.solver})
         config = config.override(
             {
+                "flow.network.kind": self.network,
                 "flow.network.hidden": list(self.hidden),
                 "flow.network.activation": self.activation,
                 "flow.blocks": self.blocks,

@@ -22,12 +22,14 @@ class Objective:
         nll: ``−log p(x)``, nats per dimension.
         E: Kinetic energy ``∫ ‖f‖²``, summed over the blocks, per dimension.
         n: ``∫ ‖∂f/∂z‖_F²``, summed over the blocks, per dimension.
+        H: ``∫ |∂Φ/∂t − ½‖∇Φ‖²|``, likewise; zero unless it has a weight.
     """
 
     loss: Tensor
     nll: Tensor
     E: Tensor
     n: Tensor
+    H: Tensor
 
     @property
     def bits(self) -> float:
@@ -44,7 +46,7 @@ def objective(passage: Passage, penalties: PenaltyConfig, weights: Tensor | None
 
     Args:
         passage: The pass through transform and blocks.
-        penalties: ``λ_K``, ``λ_J``, the weight of the total derivative, and the convention.
+        penalties: ``λ_K``, ``λ_J``, the weights of the total derivative and of H, and the convention.
         weights: Weight of each sample, ``(batch,)``, with mean 1 over the whole training set (not the batch, so that
             the gradient stays unbiased); `None` weighs all alike.
     """
@@ -56,21 +58,23 @@ def objective(passage: Passage, penalties: PenaltyConfig, weights: Tensor | None
     nll = -mean(passage.log_prob) / d
     if penalties.convention == "paper":
         loss, E, n = regularised(nll, passage, penalties, weights)
-        return Objective(loss, nll.detach(), E, n)
+        return Objective(loss, nll.detach(), E, n, mean(passage.total("H")).detach() / d)
     lambda_K, lambda_J, lambda_D = penalties.weights
     per_block = [
         mean(lambda_K * 0.5 * block.E + lambda_J * block.n + lambda_D * block.D) / block.z[0].numel()
         for block in passage.blocks
     ]
+    if penalties.hjb:
+        per_block += [penalties.hjb * mean(block.H) / block.z[0].numel() for block in passage.blocks]
     loss = nll / math.log(2) + torch.stack(per_block).sum()
-    E, n = (mean(passage.total(name)).detach() / d for name in ("E", "n"))
-    return Objective(loss, nll.detach(), E, n)
+    E, n, H = (mean(passage.total(name)).detach() / d for name in ("E", "n", "H"))
+    return Objective(loss, nll.detach(), E, n, H)
 
 
 def regularised(
     loss: Tensor, passage: Passage, penalties: PenaltyConfig, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A loss plus the paper's penalties, ``λ_K E + λ_J n`` (and the total derivative's) per dimension.
+    """A loss plus the paper's penalties, ``λ_K E + λ_J n`` (and those of the total derivative and of H) per dimension.
 
     Args:
         loss: What the penalties are added to: nats per dimension of a density (eq. 17), or any other loss.
@@ -93,4 +97,6 @@ def regularised(
             loss = loss + weight * value
     if lambda_D:
         loss = loss + lambda_D * mean(passage.total("D"))
+    if penalties.hjb:
+        loss = loss + penalties.hjb * mean(passage.total("H"))
     return loss, E.detach(), n.detach()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrnode.config import Config
-from pyrnode.dynamics import MLP, ConvNet, Dynamics
+from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
+from pyrnode.dynamics.potential import check_settings, check_shape
 from pyrnode.errors import ConfigError
 
 
@@ -70,6 +71,9 @@ def network(
     kind = network.kind if network.kind != "auto" else ("conv" if image else "mlp")
     if kind == "conv" and not image:
         raise ConfigError(f"network.kind = 'conv' needs images (C, H, W); the data has shape {event_shape}")
+    if kind == "potential":
+        check_shape(event_shape)
+        check_settings(network.hidden, network.activation, network.time, network.rank, network.initial)
     if kind == "mlp" and image:
         raise ConfigError(f"network.kind = 'mlp' needs vectors (d,); the data has shape {event_shape}: flatten it")
 
@@ -81,6 +85,17 @@ def network(
                 activation=network.activation,
                 time=network.time,
                 kernel_size=network.kernel_size,
+                context_dim=context_dim,
+                generator=generator,
+            )
+        if kind == "potential":
+            return Potential(
+                shape[0],
+                network.hidden,
+                activation=network.activation,
+                time=network.time,
+                rank=network.rank,
+                initial=network.initial,
                 context_dim=context_dim,
                 generator=generator,
             )

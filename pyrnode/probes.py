@@ -59,7 +59,7 @@ class Probes(NamedTuple):
         """The unit vectors, shared by the samples of `z`."""
         d = math.prod(z.shape[1:])
         eye = torch.eye(d, dtype=z.dtype, device=z.device)
-        return Probes(eye.reshape(d, 1, *z.shape[1:]), 1.0)
+        return Probes(eye.reshape(d, 1, *z.shape[1:]), 1.0, axes=True)
 
 
 Draw = Callable[[Tensor], Probes | None]

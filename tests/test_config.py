@@ -389,6 +389,43 @@ def _parameters(channels: int) -> int:
     return sum(9 * (a + 1) * b + b for a, b in pairwise(widths))
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden", "alphas", "steps", "batch", "rate"),
+    [
+        ("ot-flow", (32, 32), (1.0, 30.0, 1.0), 8, 5000, 0.1),
+        ("ot-flow-table", (256, 256), (1.0, 100.0, 15.0), 6, 2000, 0.02),
+    ],
+)
+def test_presets_hold_ot_flows_settings(
+    name: str, hidden: tuple[int, ...], alphas: tuple[float, float, float], steps: int, batch: int, rate: float
+) -> None:
+    """Its loss ``α₁ ½E + α₂ nll + α₃ H`` divided by ``α₂ d``."""
+    config, (transport, likelihood, equation) = Config.preset(name), alphas
+    network = config.flow.network
+    assert (network.kind, network.hidden, network.activation) == ("potential", hidden, "logcosh")
+    assert (network.rank, network.initial, network.time) == (10, "ot-flow", "concat")
+    assert config.penalties.kinetic == pytest.approx(transport / (2 * likelihood), rel=1e-15)
+    assert config.penalties.hjb == pytest.approx(equation / likelihood, rel=1e-15)
+    assert (config.penalties.jacobian, config.penalties.divergence) == (0.0, "exact")
+    assert (config.solver.name, config.solver.step_size) == ("RK4", pytest.approx(1 / steps, rel=1e-15))
+    assert (config.training.batch_size, config.training.learning_rate) == (batch, rate)
+    d = 2 if name == "ot-flow" else 43
+    m, r = hidden[0], min(10, d + 1)
+    flow = pyrnode.Flow.build(config, (d,))
+    expected = (d + 1) * m + m + m * m + m + m + r * (d + 1) + d + 1  # theirs have one constant more
+    assert sum(p.numel() for p in flow.parameters()) == expected
+
+
+def test_the_other_potential_presets() -> None:
+    flows = {name: pyrnode.Flow.build(Config.preset(name), (5,)) for name in ("monge-ampere", "potential-flow")}
+    config = Config.preset("monge-ampere")
+    assert config.penalties.kinetic == config.penalties.jacobian == config.penalties.hjb == 0
+    assert (config.solver.step_size, config.flow.end_time, config.training.weight_decay) == (0.1, 10.0, 0.001)
+    assert sum(p.numel() for p in flows["monge-ampere"].parameters()) == 5 * 1024 + 2 * 1024 + 5 * 5 + 5
+    assert Config.preset("potential-flow").penalties.hjb == 1.0
+    assert sum(p.numel() for p in flows["potential-flow"].parameters()) == 6 * 64 + 64 + 64 * 65 + 64 + 6 * 6 + 6
+
+
 def test_an_unknown_preset_gets_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'finlay2020-mnist'"):
         Config.preset("finlay2020_mnist")

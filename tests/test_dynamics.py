@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrnode.dynamics import MLP, ConvNet, Dynamics, ModuleDynamics
+from pyrnode.dynamics import MLP, ConvNet, Cotangents, Dynamics, ModuleDynamics
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.errors import ConfigError
 
@@ -96,7 +96,7 @@ def test_pullback_is_nested_autograds(kind: str, time: str, activation: str, pro
 
     bound = dynamics.bind()
     with torch.no_grad():
-        z_bar, c_bar = bound.pullback(bound.linearize(t, z.detach(), eps, tape=True), f_bar, w_bar, None)
+        z_bar, c_bar = bound.pullback(bound.linearize(t, z.detach(), eps, tape=True), Cotangents(f_bar, w_bar))
     assert expected[0] is not None
     assert c_bar is None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
@@ -129,7 +129,7 @@ def test_context_in_product_and_pullback(kind: str, time: str, probes: int, own_
         assert linearization.w is not None
         assert torch.allclose(linearization.f, dynamics(t, z, context), rtol=0, atol=1e-12)
         assert torch.allclose(linearization.w, w, rtol=0, atol=1e-10)
-        z_bar, c_bar = bound.pullback(linearization, f_bar, w_bar, None)
+        z_bar, c_bar = bound.pullback(linearization, Cotangents(f_bar, w_bar))
     assert c_bar is not None
     assert torch.allclose(z_bar, expected[0], rtol=0, atol=1e-10)
     for found, reference in zip([c_bar, *bound.gradients()], expected[1:], strict=True):

@@ -51,6 +51,7 @@ FLOWS = {
     "vector, as it is": lambda: build((3,), flow__standardize="none", flow__network__activation="tanh"),
     "vector, whitened": lambda: build((3,), flow__standardize="whiten"),
     "vector, own module": lambda: build((3,), own=True),
+    "vector, potential": lambda: build((3,), flow__network__kind="potential"),
     "images, one scale": lambda: build((1, 4, 4), levels=17),
     "images, two scales": lambda: build((1, 8, 8), levels=17, flow__alpha=0.05),
     "images, colour": lambda: build((3, 4, 4), levels=256, flow__scales=2, flow__network__time="none"),

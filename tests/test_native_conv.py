@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrnode import native
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics import layers
+from pyrnode.dynamics import Cotangents, layers
 from pyrnode.dynamics.layered import BoundLayers, ConvNet
 from pyrnode.dynamics.layers import Conv, NativeConv, channels_last
 from pyrnode.engines.pytorch import TorchEngine
@@ -203,7 +203,7 @@ def _linearization(net: ConvNet) -> list[Tensor]:
     with torch.no_grad():
         bound = net.bind()
         linearization = bound.linearize(0.3, bound.layout(z), bound.layout(eps[None]), tape=True)
-        z_bar, _ = bound.pullback(linearization, f_bar, eps[None], None)
+        z_bar, _ = bound.pullback(linearization, Cotangents(f_bar, eps[None]))
         assert linearization.w is not None
         return [linearization.f, linearization.w, z_bar, *bound.gradients()]
 

@@ -24,8 +24,8 @@ def passage() -> Passage:
     """Two blocks: one on all 12 dimensions, one on the 6 that are left after factoring out."""
     blocks = []
     for shape in ((3, 2, 2), (6,)):
-        l, E, n, D_ = torch.rand(4, BATCH, dtype=torch.float64).requires_grad_().unbind(0)
-        blocks.append(Solution(torch.randn(BATCH, *shape, dtype=torch.float64), l, E, n, D_))
+        l, E, n, D_, H = torch.rand(5, BATCH, dtype=torch.float64).requires_grad_().unbind(0)
+        blocks.append(Solution(torch.randn(BATCH, *shape, dtype=torch.float64), l, E, n, D_, H))
     z = torch.randn(BATCH, D, dtype=torch.float64, requires_grad=True)
     log_det = torch.randn(BATCH, dtype=torch.float64)
     return Passage(torch.zeros_like(z), z, blocks[0].l + blocks[1].l, log_det, blocks)
@@ -49,6 +49,18 @@ def test_the_papers_convention(passage: Passage, weights: tuple[float, float, fl
             penalty = K * block.E[i] + J * block.n[i] + total * block.D[i]
             expected += penalty.item() / (BATCH * D)
     assert float(result.loss.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("convention", ["paper", "ffjord-rnode"])
+def test_the_hamilton_jacobi_penalty(passage: Passage, convention: Any) -> None:
+    """Summed over the blocks per dimension of the data, or each block's over its own; its mean is stated likewise."""
+    without = objective(passage, PenaltyConfig(convention=convention))
+    result = objective(passage, PenaltyConfig(convention=convention, hjb=0.4))
+    sizes = (D, D) if convention == "paper" else (12, 6)
+    extra = sum(0.4 * float(b.H.detach().sum()) / BATCH / d for b, d in zip(passage.blocks, sizes, strict=True))
+    assert float(result.loss.detach()) == pytest.approx(float(without.loss.detach()) + extra, rel=1e-12)
+    assert float(result.H) == pytest.approx(sum(b.H.sum().item() for b in passage.blocks) / BATCH / D, rel=1e-12)
+    result.loss.backward()
 
 
 def test_the_reference_codes_convention(passage: Passage) -> None:

@@ -19,12 +19,25 @@ class Linearization(NamedTuple):
         w: ``εᵀ ∂f/∂z`` for each probe, ``(k, batch, *event)``; `None` if no noise was given.
         r: The total derivative ``(∂f/∂z) f + ∂f/∂t``, ``(batch, *event)``; `None` unless asked for.
         tape: What `BoundDynamics.pullback` needs to pull cotangents back.
+        hjb: ``∂Φ/∂t − ½‖∇Φ‖²`` of a potential, ``(batch,)``; `None` unless asked for.
     """
 
     f: Tensor
     w: Tensor | None
     r: Tensor | None
     tape: Any
+    hjb: Tensor | None = None
+
+
+class Cotangents(NamedTuple):
+    """The cotangents of what a `Linearization` has, and of `BoundDynamics.trace_and_norm`; `None` is zero."""
+
+    f: Tensor
+    w: Tensor | None = None
+    r: Tensor | None = None
+    trace: Tensor | None = None
+    frobenius: Tensor | None = None
+    hjb: Tensor | None = None
 
 
 class SplitPullback(Protocol):
@@ -66,19 +79,22 @@ class BoundDynamics(ABC):
         """
 
     @abstractmethod
-    def pullback(
-        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Cotangents of z and c from those of f, w and r; adds those of θ to the gradients.
+    def pullback(self, linearization: Linearization, bars: Cotangents) -> tuple[Tensor, Tensor | None]:
+        """Cotangents of z and c from those of the linearization; adds those of θ to the gradients.
 
         That of c is `None` without a context.
         """
 
     @abstractmethod
-    def pullback_state(
-        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
-    ) -> Tensor:
+    def pullback_state(self, linearization: Linearization, bars: Cotangents) -> Tensor:
         """The cotangent of z alone, as `pullback` gives it; those of c and θ are not computed."""
+
+    def trace_and_norm(self, linearization: Linearization) -> tuple[Tensor, Tensor] | None:
+        """``tr ∂f/∂z`` and ``‖∂f/∂z‖_F²``, ``(batch,)``, of dynamics that give them in place of w (`Dynamics.bind`).
+
+        The linearization was made with probes, and with a tape.
+        """
+        return None
 
     def split(self) -> SplitPullback | None:
         """The pullback in parts, for an engine that batches all evaluations of a solve; `None` if it has none."""
@@ -106,10 +122,12 @@ class Dynamics(nn.Module, ABC):
     Attributes:
         event_shape: Shape of one state, without the batch.
         context_dim: Number of features ``m`` of the context; 0 for unconditional dynamics.
+        closed_trace: Whether they have the trace of their Jacobian in closed form.
     """
 
     event_shape: tuple[int, ...]
     context_dim: int = 0
+    closed_trace: bool = False
 
     def forward(self, t: Time, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``f(z, t, c; θ)``, ``(batch, *event)``, differentiable by autograd.
@@ -134,5 +152,34 @@ class Dynamics(nn.Module, ABC):
         return self.parameters()
 
     @abstractmethod
-    def bind(self, *, total_derivative: bool = False) -> BoundDynamics:
-        """The dynamics as an engine computes with them: bound to the present parameters."""
+    def bind(self, *, total_derivative: bool = False, hjb: bool = False, exact: bool = False) -> BoundDynamics:
+        """The dynamics as an engine computes with them: bound to the present parameters.
+
+        Args:
+            total_derivative: Linearizations with probes have r.
+            hjb: Linearizations with probes have the residual of the Hamilton-Jacobi equation; of potentials alone.
+            exact: The probes will be the unit vectors: dynamics that have trace and norm in closed form may give them
+                in place of the products.
+        """
+
+
+class GradientDynamics(Dynamics):
+    """Dynamics that are the gradient of a potential, ``f(z, t, c) = −∇_z Φ(t, z, c)``, on vectors ``(batch, d)``."""
+
+    @abstractmethod
+    def potential(self, t: Time, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """``Φ``, ``(batch,)``, of the embedded context; differentiable."""
+
+    @abstractmethod
+    def slopes(self, t: Time, z: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``∇_z Φ`` ``(batch, d)`` and ``∂Φ/∂t`` ``(batch,)``, differentiable to any order."""
+
+    def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
+        return -self.slopes(t, z, c)[0]
+
+
+def hjb_residual(dynamics: Dynamics, t: Time, z: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``f`` and ``∂Φ/∂t − ½‖∇Φ‖²`` ``(batch,)`` of a potential, differentiable (OT-Flow, eq. 7)."""
+    assert isinstance(dynamics, GradientDynamics)
+    gradient, rise = dynamics.slopes(t, z, c)
+    return -gradient, rise - 0.5 * gradient.square().sum(1)

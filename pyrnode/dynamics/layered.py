@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS
-from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization, SplitPullback
+from pyrnode.dynamics.base import BoundDynamics, Cotangents, Dynamics, Linearization, SplitPullback
 from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Linear, Time, TimeEntry, channels_last
 from pyrnode.dynamics.nested import BoundModule
 
@@ -160,21 +160,17 @@ class BoundLayers(BoundDynamics):
                 g, kept_r = (r * slope, r) if self.phi.keeps_r else (r.mul_(slope), None)
         return r
 
-    def pullback(
-        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        if w_bar is not None:
-            self.pull_product(linearization, w_bar)
-        z_bar = self.pull_state(linearization, f_bar, slice(None))
-        return z_bar, self.pull_parameters(linearization, f_bar)
+    def pullback(self, linearization: Linearization, bars: Cotangents) -> tuple[Tensor, Tensor | None]:
+        if bars.w is not None:
+            self.pull_product(linearization, bars.w)
+        z_bar = self.pull_state(linearization, bars.f, slice(None))
+        return z_bar, self.pull_parameters(linearization, bars.f)
 
-    def pullback_state(
-        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
-    ) -> Tensor:
-        if w_bar is not None:
-            for _ in self._transposed_product(linearization.tape, w_bar):
+    def pullback_state(self, linearization: Linearization, bars: Cotangents) -> Tensor:
+        if bars.w is not None:
+            for _ in self._transposed_product(linearization.tape, bars.w):
                 pass  # what the weights' gradients are made of, which nobody asks for
-        return self.pull_state(linearization, f_bar, slice(None))
+        return self.pull_state(linearization, bars.f, slice(None))
 
     def split(self) -> SplitPullback:
         return self
@@ -300,7 +296,7 @@ class LayeredDynamics(Dynamics):
         # As `self.layers.parameters()`, at a seventh of its time: engines ask at every solve.
         return [p for layer in self.layers for p in layer._parameters.values() if p is not None]
 
-    def bind(self, *, total_derivative: bool = False) -> BoundDynamics:
+    def bind(self, *, total_derivative: bool = False, hjb: bool = False, exact: bool = False) -> BoundDynamics:
         if total_derivative:
             return BoundModule(self, total_derivative=True)
         return self._bind(detach=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
+from pyrnode.dynamics.base import BoundDynamics, Cotangents, Dynamics, Linearization, hjb_residual
 from pyrnode.dynamics.layers import Time
 from pyrnode.errors import ConfigError
 
@@ -21,17 +21,16 @@ class _Graph:
     f: Tensor
     w: Tensor | None
     r: Tensor | None
+    hjb: Tensor | None
 
-    def pull(
-        self, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None, inputs: list[Tensor]
-    ) -> list[Tensor | None]:
+    def pull(self, bars: Cotangents, inputs: list[Tensor]) -> list[Tensor | None]:
         """Cotangents of z and of the `inputs`; `None` where nothing depends on them."""
-        pairs = [(self.f, f_bar), (self.w, w_bar), (self.r, r_bar)]
+        pairs = [(self.f, bars.f), (self.w, bars.w), (self.r, bars.r), (self.hjb, bars.hjb)]
         live = [(y, bar) for y, bar in pairs if y is not None and bar is not None and y.requires_grad]
         if not live:
             return [None] * (1 + len(inputs))
-        outputs, bars = zip(*live, strict=True)
-        return list(torch.autograd.grad(outputs, [self.z, *inputs], bars, allow_unused=True, retain_graph=True))
+        outputs, given = zip(*live, strict=True)
+        return list(torch.autograd.grad(outputs, [self.z, *inputs], given, allow_unused=True, retain_graph=True))
 
 
 class BoundModule(BoundDynamics):
@@ -40,9 +39,9 @@ class BoundModule(BoundDynamics):
     The general path: slower than an explicit product, and the only one that knows the total derivative.
     """
 
-    def __init__(self, dynamics: Dynamics, *, total_derivative: bool = False) -> None:
+    def __init__(self, dynamics: Dynamics, *, total_derivative: bool = False, hjb: bool = False) -> None:
         self.dynamics = dynamics
-        self.total_derivative = total_derivative
+        self.total_derivative, self.hjb = total_derivative, hjb
         self.parameters = list(dynamics.solved_parameters())
         self.trainable = [p for p in self.parameters if p.requires_grad]
         self.sums = [torch.zeros_like(p) for p in self.parameters]
@@ -62,23 +61,24 @@ class BoundModule(BoundDynamics):
         if self.total_derivative:
             t = t.detach() if isinstance(t, Tensor) else z.new_full((len(z),), t, requires_grad=False)
             t = t.requires_grad_()
-        f = self.dynamics.rate(t, z, c)
-        w = r = None
+        hjb = w = r = None
+        if self.hjb and eps is not None:
+            f, hjb = hjb_residual(self.dynamics, t, z, c)
+        else:
+            f = self.dynamics.rate(t, z, c)
         if eps is not None:
             w = torch.stack([vjp(f, z, e, create_graph=tape) for e in eps.unbind(0)])
         if self.total_derivative:
             assert isinstance(t, Tensor)
             r = total_derivative(t, z, f)
-        graph = _Graph(z, c, f, w, r) if tape else None
-        w, r = (None if x is None else x.detach() for x in (w, r))
-        return Linearization(f.detach(), w, r, graph)
+        graph = _Graph(z, c, f, w, r, hjb) if tape else None
+        w, r, hjb = (None if x is None else x.detach() for x in (w, r, hjb))
+        return Linearization(f.detach(), w, r, graph, hjb=hjb)
 
-    def pullback(
-        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def pullback(self, linearization: Linearization, bars: Cotangents) -> tuple[Tensor, Tensor | None]:
         graph: _Graph = linearization.tape
         inputs = [*([] if graph.c is None else [graph.c]), *self.trainable]
-        z_bar, *rest = graph.pull(f_bar, w_bar, r_bar, inputs)
+        z_bar, *rest = graph.pull(bars, inputs)
         c_bar = None
         if graph.c is not None:
             c_bar = rest.pop(0)
@@ -90,11 +90,9 @@ class BoundModule(BoundDynamics):
                 total.add_(bar)
         return torch.zeros_like(graph.z) if z_bar is None else z_bar, c_bar
 
-    def pullback_state(
-        self, linearization: Linearization, f_bar: Tensor, w_bar: Tensor | None, r_bar: Tensor | None
-    ) -> Tensor:
+    def pullback_state(self, linearization: Linearization, bars: Cotangents) -> Tensor:
         graph: _Graph = linearization.tape
-        (z_bar,) = graph.pull(f_bar, w_bar, r_bar, [])
+        (z_bar,) = graph.pull(bars, [])
         return torch.zeros_like(graph.z) if z_bar is None else z_bar
 
     def tape_bytes(self, z: Tensor, probes: int) -> int:
@@ -165,18 +163,28 @@ class ModuleDynamics(Dynamics):
         with torch.no_grad():
             context = reference.new_zeros(2, context_dim) if context_dim else None
             try:
-                probe = self.rate(0.5, reference.new_zeros(2, *self.event_shape), context)
+                probe = self._call(0.5, reference.new_zeros(2, *self.event_shape), context)
             except TypeError as error:
                 form = "module(t, z, c)" if context_dim else "module(t, z)"
                 raise ConfigError(f"the dynamics cannot be called as {form}: {error}") from error
-        if not isinstance(probe, Tensor) or tuple(probe.shape) != (2, *self.event_shape):
+        if not isinstance(probe, Tensor) or tuple(probe.shape) != (2, *self._result_shape):
             shape = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
-            raise ConfigError(f"module(t, z) gave {shape} for z of shape {(2, *self.event_shape)}; expected the same")
+            expected = "the same" if self._result_shape == self.event_shape else str((2, *self._result_shape))
+            given = f"module(t, z) gave {shape} for z of shape {(2, *self.event_shape)}"
+            raise ConfigError(f"{given}; expected {expected}")
 
-    def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
+    @property
+    def _result_shape(self) -> tuple[int, ...]:
+        """Shape of what the module gives for one state."""
+        return self.event_shape
+
+    def _call(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
         time = t if isinstance(t, Tensor) else z.new_full((len(z),), t)
         result: Tensor = self.module(time, z) if c is None else self.module(time, z, c)
         return result
 
-    def bind(self, *, total_derivative: bool = False) -> BoundDynamics:
-        return BoundModule(self, total_derivative=total_derivative)
+    def rate(self, t: Time, z: Tensor, c: Tensor | None) -> Tensor:
+        return self._call(t, z, c)
+
+    def bind(self, *, total_derivative: bool = False, hjb: bool = False, exact: bool = False) -> BoundDynamics:
+        return BoundModule(self, total_derivative=total_derivative, hjb=hjb)

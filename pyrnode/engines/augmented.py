@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.devices import piece_limit
-from pyrnode.dynamics.base import BoundDynamics, Dynamics, Linearization
+from pyrnode.dynamics.base import BoundDynamics, Cotangents, Dynamics, Linearization
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import (
@@ -43,21 +43,30 @@ class Held(NamedTuple):
 
 
 class Augmented:
-    """The right-hand side ``(f, l', E', n', D')`` for one solve of one block, and its pullback.
+    """The right-hand side ``(f, l', E', n', D')``, and perhaps ``H'``, for one solve of one block, and its pullback.
 
     Args:
         dynamics: ``f(z, t, c; θ)``.
         probes: Probes of the divergence; `None` for the state alone.
         context: Embedded, detached from autograd's graph.
         total_derivative: Whether there is a ``D'``.
+        hjb: Whether there is an ``H'``.
     """
 
     _piece: int | None = None  # the limit of `_pieces`, once it is known
 
     def __init__(
-        self, dynamics: Dynamics, probes: Probes | None, context: Tensor | None, *, total_derivative: bool
+        self,
+        dynamics: Dynamics,
+        probes: Probes | None,
+        context: Tensor | None,
+        *,
+        total_derivative: bool,
+        hjb: bool = False,
     ) -> None:
-        self.dynamics, self.context, self.total_derivative = dynamics, context, total_derivative
+        self.dynamics, self.context, self.total_derivative, self.hjb = dynamics, context, total_derivative, hjb
+        self._exact = probes is not None and probes.axes
+        self._closed = self._exact and dynamics.closed_trace  # trace and norm are made of what the tape has
         self._bound: BoundDynamics | None = None
         self._context_bar: Tensor | None = None
         self.probes = None if probes is None else probes._replace(eps=self.bound.layout(probes.eps))
@@ -66,7 +75,7 @@ class Augmented:
     def bound(self) -> BoundDynamics:
         """The dynamics bound to their parameters, from here to the end of a pass; gradients gather in it."""
         if self._bound is None:
-            self._bound = self.dynamics.bind(total_derivative=self.total_derivative)
+            self._bound = self.dynamics.bind(total_derivative=self.total_derivative, hjb=self.hjb, exact=self._exact)
         return self._bound
 
     def release(self) -> None:
@@ -84,12 +93,12 @@ class Augmented:
 
     @property
     def apart(self) -> bool:
-        """With more than two probes: as many products cost more than what is evaluated again."""
-        return self.count > 2
+        """With more than two probes: as many products cost more than what is evaluated again (a closed trace does not)."""
+        return self.count > 2 and not self._closed
 
     def no_integrals(self, z: Tensor) -> Tensor:
-        """The integrals (l, E, n, D) at the start, ``(batch, 4)``; no columns without probes."""
-        return z.new_zeros(len(z), 0 if self.probes is None else 4)
+        """The integrals (l, E, n, D), and H where asked for, at the start; no columns without probes."""
+        return z.new_zeros(len(z), 0 if self.probes is None else 4 + self.hjb)
 
     def held(self, rows: Tensor | None) -> Held:
         """Probes and contexts of the samples `rows`; `None` for all of them."""
@@ -103,7 +112,7 @@ class Augmented:
         held, parts = self.held(rows), []
         for piece in self._pieces(z):
             eps, c = held.piece(piece)
-            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c)
+            at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c, tape=self._closed)
             parts.append((at.f, self.integrands(at, eps)))
         if len(parts) == 1:
             return Rate(*parts[0])
@@ -127,34 +136,43 @@ class Augmented:
         return [slice(start, start + size) for start in range(0, len(z), size)] or [slice(0, 0)]
 
     def integrands(self, at: Linearization, eps: Tensor | None) -> Tensor:
-        """(l', E', n', D') for each sample; no columns without probes."""
-        if eps is None or at.w is None or self.probes is None:
+        """(l', E', n', D'), and H', for each sample; no columns without probes."""
+        if eps is None or self.probes is None:
             return at.f.new_empty(len(at.f), 0)
         dims, weight = tuple(range(1, at.f.ndim)), self.probes.weight
-        w, e = (at.w[0], eps[0]) if len(eps) == 1 else (at.w.transpose(0, 1), eps.transpose(0, 1))
-        inner = tuple(range(1, w.ndim))
-        q = at.f.new_zeros(len(at.f), 4)
-        torch.sum(e * w, inner, out=q[:, 0])
+        q = at.f.new_zeros(len(at.f), 4 + self.hjb)
+        if at.w is None:
+            closed = self.bound.trace_and_norm(at)
+            assert closed is not None
+            q[:, 0], q[:, 2] = closed
+        else:
+            w, e = (at.w[0], eps[0]) if len(eps) == 1 else (at.w.transpose(0, 1), eps.transpose(0, 1))
+            inner = tuple(range(1, w.ndim))
+            torch.sum(e * w, inner, out=q[:, 0])
+            torch.sum(w * w, inner, out=q[:, 2])
         torch.sum(at.f * at.f, dims, out=q[:, 1])
-        torch.sum(w * w, inner, out=q[:, 2])
         if at.r is not None:
             torch.sum(at.r * at.r, dims, out=q[:, 3])
         if weight != 1:
             q[:, 0:3:2] *= weight
+        if at.hjb is not None:
+            q[:, 4] = at.hjb.abs()
         return q
 
-    def cotangents(
-        self, at: Linearization, f_bar: Tensor, q_bar: Tensor, eps: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Cotangents of f, w and r, given that of the state's rate and those of the four integrands ``(batch, 4)``."""
-        if eps is None or at.w is None or self.probes is None:
-            return f_bar, None, None
-        l_bar, E_bar, n_bar, D_bar = (per_sample(x, at.f) for x in q_bar.unbind(1))
+    def cotangents(self, at: Linearization, f_bar: Tensor, q_bar: Tensor, eps: Tensor | None) -> Cotangents:
+        """Cotangents of a linearization, given that of the state's rate and those of the integrands ``(batch, 4)``."""
+        if eps is None or self.probes is None:
+            return Cotangents(f_bar)
+        l_bar, E_bar, n_bar, D_bar = (per_sample(x, at.f) for x in q_bar[:, :4].unbind(1))
         weight = self.probes.weight
         f_bar = torch.addcmul(f_bar, at.f, E_bar, value=2)  # type: ignore[arg-type]
-        w_bar = torch.addcmul(at.w * (2 * weight * n_bar), eps, l_bar, value=weight)  # type: ignore[arg-type]
         r_bar = None if at.r is None else 2 * D_bar * at.r
-        return f_bar, w_bar, r_bar
+        hjb_bar = None if at.hjb is None else torch.sign(at.hjb) * q_bar[:, 4]
+        if at.w is None:
+            weighs = bool(q_bar[:, 2].any())  # without λ_J the norm is only looked at, and its pullback is the dearest
+            return Cotangents(f_bar, None, r_bar, q_bar[:, 0], q_bar[:, 2] if weighs else None, hjb_bar)
+        w_bar = torch.addcmul(at.w * (2 * weight * n_bar), eps, l_bar, value=weight)  # type: ignore[arg-type]
+        return Cotangents(f_bar, w_bar, r_bar, hjb=hjb_bar)
 
     def pullback(self, t: Time, z: Tensor, rows: Tensor | None, held: Held, f_bar: Tensor, q_bar: Tensor) -> Tensor:
         """Evaluates the system again at a stage of the samples `rows`, and gives the cotangent of its state.
@@ -166,7 +184,7 @@ class Augmented:
         for piece in self._pieces(z):
             eps, c = held.piece(piece)
             at = self.bound.linearize(_time_of(t, piece), z[piece], eps, c=c, tape=True)
-            z_bar, c_bar = self.bound.pullback(at, *self.cotangents(at, f_bar[piece], q_bar[piece], eps))
+            z_bar, c_bar = self.bound.pullback(at, self.cotangents(at, f_bar[piece], q_bar[piece], eps))
             z_bars.append(z_bar)
             c_bars.append(c_bar)
         self.add_context_bar(rows, c_bars)
@@ -212,7 +230,7 @@ def integrate(
 
 def controlled(solver: SolverConfig, integrals: int) -> int:
     """How many of that many integrals an adaptive step answers for."""
-    return min(integrals, 4 if solver.error_control == "all" else 1)
+    return integrals if solver.error_control == "all" else min(integrals, 1)
 
 
 def cast_time(t: Time, z: Tensor) -> Time:

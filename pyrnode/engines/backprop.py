@@ -21,9 +21,9 @@ from torch import Tensor
 from pyrnode.devices import constants
 from pyrnode.dynamics.base import Linearization
 from pyrnode.dynamics.layers import Time
-from pyrnode.engines.augmented import Augmented, cast_time, integrate
+from pyrnode.engines.augmented import Augmented, Held, cast_time, integrate
 from pyrnode.engines.base import Stats
-from pyrnode.engines.runge_kutta import StateOnly, Step, per_sample
+from pyrnode.engines.runge_kutta import Rate, StateOnly, Step, per_sample
 from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.solvers import Tableau
 
@@ -57,9 +57,13 @@ class Checkpointed(TorchSolve):
             self.stats.nfe_backward += 1 if rows is None else len(rows) / len(z_bar)
             t, share = cast_time(step.t + tableau.c[i] * step.h, bar), q_rows * (h_q * tableau.b[i])
             seen = held if tableau.b[i] else held._replace(eps=None)
-            stage_bar = self.system.pullback(t, step.stages[i], rows, seen, f_bar, share)
+            stage_bar = self._pull_stage(step, i, t, seen, f_bar, share)
             stage_bars[i], total = stage_bar, total + stage_bar
         return total if rows is None else z_bar.index_copy(0, rows, total)
+
+    def _pull_stage(self, step: Step, i: int, t: Time, held: Held, f_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """The cotangent of the state of a step's stage."""
+        return self.system.pullback(t, step.stages[i], step.rows, held, f_bar, q_bar)
 
 
 class _Joint(NamedTuple):
@@ -71,7 +75,7 @@ class _Joint(NamedTuple):
 
 
 class _KeptStages(StateOnly):
-    """The right-hand side of the state alone, each evaluation of which is kept."""
+    """The right-hand side, each evaluation of which is kept; of the state alone where no integrals go along."""
 
     def __init__(self, system: Augmented) -> None:
         self.system = system
@@ -82,10 +86,50 @@ class _KeptStages(StateOnly):
         self.kept.append(at)
         return at.f
 
+    def rate(self, t: Time, y: Tensor, rows: Tensor | None) -> Rate:
+        held = self.system.held(rows)
+        at = self.system.bound.linearize(t, y, held.eps, c=held.c, tape=True)
+        self.kept.append(at)
+        return Rate(at.f, self.system.integrands(at, held.eps))
+
     def take(self) -> list[Linearization]:
         """The stages of the step that has just ended."""
         stages, self.kept = self.kept, []
         return stages
+
+
+@dataclass(eq=False)
+class Kept(Checkpointed):
+    """Keeps every evaluation's intermediates, for dynamics without a split pullback, on a grid: ``memory="store"``."""
+
+    evaluations: list[list[Linearization]] = field(default_factory=list, init=False)  # of every step, till pulled back
+
+    def solve(self, z0: Tensor) -> tuple[Tensor, Tensor, Stats]:
+        stages, q0 = _KeptStages(self.system), self.system.no_integrals(z0)
+
+        def keep(step: Step) -> None:
+            self.steps.append(step)
+            self.evaluations.append(stages.take())
+
+        return integrate(stages, z0, q0, self.t_span, self.solver, keep)
+
+    def _pull_stage(self, step: Step, i: int, t: Time, held: Held, f_bar: Tensor, q_bar: Tensor) -> Tensor:
+        at = self.evaluations[-1][i]
+        z_bar, c_bar = self.system.bound.pullback(at, self.system.cotangents(at, f_bar, q_bar, held.eps))
+        self.system.add_context_bar(None, [c_bar])
+        return z_bar
+
+    def _step_back(self, step: Step, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        z_bar = super()._step_back(step, z_bar, q_bar)
+        self.evaluations.pop()
+        return z_bar
+
+    def pull(self, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        if self.evaluations:
+            return super().pull(z_bar, q_bar)
+        again = Checkpointed(self.system, self.t_span, self.solver, self.stats)  # a second pass evaluates again
+        again.steps = self.steps
+        return again.pull(z_bar, q_bar)
 
 
 @dataclass(eq=False)
@@ -133,9 +177,10 @@ class Stored(Checkpointed):
         split, tableau, at, batch = self.system.bound.split(), self.tableau, joint.at, len(z_bar)
         assert split is not None
         q_bars = (joint.weights[:, None, None] * q_bar).flatten(0, 1)
-        f_bars, w_bars, _ = self.system.cotangents(at, torch.zeros_like(at.f), q_bars, joint.eps)
-        if w_bars is not None:
-            split.pull_product(at, w_bars)
+        bars = self.system.cotangents(at, torch.zeros_like(at.f), q_bars, joint.eps)
+        f_bars = bars.f
+        if bars.w is not None:
+            split.pull_product(at, bars.w)
         stage_bars: list[Tensor | None] = [None] * len(tableau.b)
         total = z_bar
         for i in reversed(range(len(tableau.b))):

@@ -65,7 +65,7 @@ class _Adjoint(StateOnly):
         held = self.system.held(rows)
         at, a = self._at(t, y, held)
         bars = self.system.cotangents(at, a, self._q_bar(rows), held.eps)
-        return torch.stack((at.f, -self.system.bound.pullback_state(at, *bars)), 1)
+        return torch.stack((at.f, -self.system.bound.pullback_state(at, bars)), 1)
 
     def accumulate(self, step: Step) -> None:
         """Adds an accepted step's share of the cotangents of context and parameters."""
@@ -76,5 +76,5 @@ class _Adjoint(StateOnly):
             at, a = self._at(step.t + node * step.h, y, held)
             share = per_sample(-b * step.h, a)
             q_share = share.reshape(-1, 1) * q_bar if isinstance(share, Tensor) else share * q_bar
-            _, c_bar = self.system.bound.pullback(at, *self.system.cotangents(at, a * share, q_share, held.eps))
+            _, c_bar = self.system.bound.pullback(at, self.system.cotangents(at, a * share, q_share, held.eps))
             self.system.add_context_bar(step.rows, [c_bar])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics.base import Dynamics
+from pyrnode.dynamics.base import Dynamics, GradientDynamics
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.precision import own_precision
 from pyrnode.probes import Probes
@@ -56,6 +56,7 @@ class Solution:
         E: ``∫ ‖f‖²``.
         n: ``∫ ‖∂f/∂z‖_F²``, exact or estimated.
         D: ``∫ ‖(∂f/∂z) f + ∂f/∂t‖²``; zero unless the total derivative was asked for.
+        H: ``∫ |∂Φ/∂t − ½‖∇Φ‖²|`` of a potential; zero unless asked for.
         stats: Counts and status.
         verify: Raises `SolverError`, naming the step, where the solve is not finite. To look means to wait for the
             device, so a solve of fixed steps on another one than the CPU leaves it to its caller, who can look at many
@@ -67,13 +68,24 @@ class Solution:
     E: Tensor
     n: Tensor
     D: Tensor
+    H: Tensor
     stats: Stats = field(default_factory=Stats)
     verify: Callable[[], None] | None = field(default=None, repr=False)
 
     @property
     def total(self) -> Tensor:
         """The sum of everything, which is finite where all of it is (or too large)."""
-        return torch.stack([x.detach().sum() for x in (self.z, self.l, self.E, self.n, self.D)]).sum()
+        return torch.stack([x.detach().sum() for x in (self.z, self.l, self.E, self.n, self.D, self.H)]).sum()
+
+    @classmethod
+    def of(cls, z: Tensor, q: Tensor, stats: Stats, verify: Callable[[], None] | None = None) -> Solution:
+        """From the integrals (l, E, n, D), and H where asked for, as a solve gives them; all zero where it gives none.
+
+        What the solve does not have is zero.
+        """
+        found = q.unbind(1)
+        l, E, n, D, H = (*found, *z.new_zeros(5 - len(found), len(z)).unbind(0))
+        return cls(z, l, E, n, D, H, stats, verify)
 
 
 class Solve(Protocol):
@@ -246,6 +258,15 @@ def check_state(dynamics: Dynamics, z0: Tensor, probes: Probes | None) -> None:
         raise ConfigError(f"probes {tuple(eps.shape)} of {eps.dtype} on {eps.device}: expected {expected}")
 
 
+def check_potential(dynamics: Dynamics) -> None:
+    """Raises `ConfigError` where dynamics have no potential, whose Hamilton-Jacobi equation they could violate."""
+    if not isinstance(dynamics, GradientDynamics):
+        raise ConfigError(
+            f"penalties.hjb needs dynamics that are the gradient of a potential, not {type(dynamics).__name__}: "
+            "set network.kind = 'potential', give PotentialDynamics(module) as dynamics, or set penalties.hjb = 0"
+        )
+
+
 def unstable(name: str, step: int, steps: int, t: float, h: float, bad: int, batch: int) -> SolverError:
     """The error of a fixed-step solve whose `step`-th of `steps` steps, from `t` by `h`, left non-finite values."""
     return SolverError(
@@ -294,6 +315,7 @@ class Engine(ABC):
         *,
         context: Tensor | None = None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
         """Integrates the augmented system; differentiable in `z0`, `context` and the parameters of `dynamics`.
 
@@ -305,9 +327,10 @@ class Engine(ABC):
             solver: Method, step or tolerances, sensitivity algorithm.
             context: ``(batch, m)``, for conditional dynamics.
             total_derivative: Also integrate ``D`` (eq. 7).
+            hjb: Also integrate ``H``; of potentials alone.
 
         Raises:
-            ConfigError: State, probes or context do not fit the dynamics.
+            ConfigError: State, probes or context do not fit the dynamics, or they have no potential for `hjb`.
             EngineUnavailableError: The engine lacks the solver or the sensitivity algorithm.
             SolverError: The solve did not reach its end time, or is not finite; see `Solution.verify`.
         """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.dynamics import Dynamics
-from pyrnode.dynamics.base import BoundDynamics, Linearization
+from pyrnode.dynamics.base import BoundDynamics, Cotangents, Linearization
 from pyrnode.probes import Probes
 
 _BUFFERS = ("z", "c", "eps", "f", "w", "r", "f_bar", "w_bar", "r_bar", "z_bar", "c_bar", "theta_bar")
@@ -56,7 +56,7 @@ class Foreign:
         """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the bound dynamics."""
         assert self.linearization is not None
         w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
-        z_bar, c_bar = self.bound.pullback(self.linearization, self.f_bar, w_bar, r_bar)
+        z_bar, c_bar = self.bound.pullback(self.linearization, Cotangents(self.f_bar, w_bar, r_bar))
         self.z_bar.copy_(z_bar)
         if self.c_bar is not None and c_bar is not None:
             self.c_bar.copy_(c_bar)

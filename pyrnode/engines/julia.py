@@ -215,7 +215,13 @@ class JuliaEngine(Engine):
         *,
         context: Tensor | None = None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
+        if hjb:
+            raise EngineUnavailableError(
+                "the Julia engine does not integrate the Hamilton-Jacobi residual (penalties.hjb) yet; "
+                'use engine="torch", or set penalties.hjb = 0'
+            )
         handle = self._solver(solver)
         check_state(dynamics, z0, probes)
         if z0.dtype not in (torch.float32, torch.float64) or z0.device.type not in _DEVICES:
@@ -232,8 +238,7 @@ class JuliaEngine(Engine):
         parameters = tuple(dynamics.solved_parameters())
         solve = _Solve(self, dynamics, parameters, probes, detached, t_span, solver, handle, total_derivative)
         z, q = run(z0.contiguous(), c, parameters, plain=solve.plain, recorded=lambda _: solve)
-        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
-        return Solution(z, l, E, n, D, solve.stats)
+        return Solution.of(z, q if probes is not None else q[:, :0], solve.stats)
 
 
 def flat_parameters(parameters: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,8 @@ from pyrnode.config import SolverConfig
 from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import TIME_ENTRIES, Conv, Dense, Layer, Linear, TimeEntry
+from pyrnode.dynamics.potential import Potential
+from pyrnode.dynamics.scalar import curvature, gradient
 from pyrnode.engines.base import Engine, Solution, Stats
 from pyrnode.engines.runge_kutta import combine, grid
 from pyrnode.errors import ConfigError, SolverError
@@ -67,9 +69,10 @@ class PlainEngine(Engine):
         *,
         context: Tensor | None = None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
         self.check(solver)
-        if total_derivative:
+        if total_derivative or hjb:
             raise ConfigError("the plain engine integrates z and l alone; for the penalties take another engine")
         tableau, steps = solvers.method(solver.name).tableau, self.steps(t_span, solver)
         rates, eps = bind(dynamics, context), None if probes is None else probes.eps
@@ -91,7 +94,7 @@ class PlainEngine(Engine):
             )
         nfe = len(steps) * len(tableau.b)
         unknown = zero if probes is None else torch.full_like(zero, math.nan)
-        return Solution(z, l, unknown, unknown, zero, Stats(nfe=nfe, nfe_max=nfe, accepted=len(steps)))
+        return Solution(z, l, unknown, unknown, zero, zero, Stats(nfe=nfe, nfe_max=nfe, accepted=len(steps)))
 
 
 class Smooth(NamedTuple):
@@ -199,6 +202,19 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
 
 
+class PotentialRates:
+    """The rates of a `Potential`: the probes run forward alone, for ``εᵀ∇²Φ ε`` is a sum of weighted squares."""
+
+    def __init__(self, dynamics: Potential, context: Tensor | None = None) -> None:
+        self.scalar = dynamics.scalar()
+        self.context = None if context is None else dynamics.embed(context)
+
+    def __call__(self, t: float, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        at = gradient(self.scalar, self.scalar.point(t, z), self.context)
+        f = -at.G[:, : z.shape[1]]
+        return f, None if probes is None else -curvature(self.scalar, at, probes)
+
+
 class ModuleRates:
     """The rates of any other dynamics, differentiated by torch."""
 
@@ -274,6 +290,8 @@ def bind(dynamics: nn.Module, context: Tensor | None) -> Rates:
     """The rates of dynamics with their present parameters, for the contexts ``(batch, m)`` of one batch."""
     if isinstance(dynamics, LayeredDynamics):
         return LayeredRates(dynamics, context)
+    if isinstance(dynamics, Potential):
+        return PotentialRates(dynamics, context)
     if isinstance(dynamics, Recorded):
         return dynamics.rates(context)
     assert isinstance(dynamics, Dynamics)

@@ -18,9 +18,9 @@ from pyrnode.config import SolverConfig
 from pyrnode.devices import awaited, store_limit
 from pyrnode.dynamics.base import Dynamics
 from pyrnode.engines.augmented import Augmented, integrate
-from pyrnode.engines.backprop import Checkpointed, Stored
+from pyrnode.engines.backprop import Checkpointed, Kept, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
-from pyrnode.engines.base import Engine, Solution, Stats, check_state, embedded, run
+from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
 from pyrnode.engines.fused import Fused, compiled_solve
 from pyrnode.engines.runge_kutta import grid, not_finite, retrace
 from pyrnode.engines.torch_solve import TorchSolve
@@ -70,9 +70,12 @@ class TorchEngine(Engine):
         *,
         context: Tensor | None = None,
         total_derivative: bool = False,
+        hjb: bool = False,
     ) -> Solution:
         self.check(solver)
         check_state(dynamics, z0, probes)
+        if hjb:
+            check_potential(dynamics)
         if solver.sensealg == "auto":
             solver = replace(solver, sensealg="Backprop")
         c, stats = embedded(dynamics, context, len(z0)), Stats()
@@ -81,6 +84,7 @@ class TorchEngine(Engine):
             probes,
             None if c is None else c.detach(),
             total_derivative=total_derivative and probes is not None,
+            hjb=hjb and probes is not None,
         )
         start = system.bound.layout(z0)
         z, q = run(
@@ -90,9 +94,9 @@ class TorchEngine(Engine):
             plain=lambda z0: solve_plainly(system, z0, t_span, solver, stats),
             recorded=lambda z0: choose(system, z0, t_span, solver, stats),
         )
-        l, E, n, D = q.unbind(1) if probes is not None else z.new_zeros(4, len(z)).unbind(0)
         left = awaited(z) and not solvers.adaptive(solver)
-        return Solution(z, l, E, n, D, stats, _verification(system, start, (z, q), t_span, solver) if left else None)
+        verify = _verification(system, start, (z, q), t_span, solver) if left else None
+        return Solution.of(z, q, stats, verify)
 
 
 def _verification(
@@ -141,7 +145,9 @@ def choose(
         return BacksolveAdjoint(system, t_span, solver, stats)
 
     def by_operations(z0: Tensor) -> TorchSolve:
-        way = Stored if _stores(system, z0, t_span, solver) else Checkpointed
+        if not _stores(system, z0, t_span, solver):
+            return Checkpointed(system, t_span, solver, stats)
+        way = Kept if system.bound.split() is None else Stored
         return way(system, t_span, solver, stats)
 
     compiled = compiled_solve(system, z0, t_span, solver)
@@ -150,10 +156,11 @@ def choose(
 
 def _stores(system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig) -> bool:
     """Whether to keep all intermediates."""
-    method, splits = solvers.method(solver.name), system.bound.split() is not None
-    if not splits and solver.memory == "store":
+    method, size = solvers.method(solver.name), system.bound.tape_bytes(z0, system.count)
+    explicit = size > 0 or system.bound.split() is not None
+    if not explicit and solver.memory == "store":
         raise ConfigError("memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'")
-    if solver.memory != "auto" or not splits or solvers.adaptive(solver) or solver.step_size == "auto":
+    if solver.memory != "auto" or not explicit or solvers.adaptive(solver) or solver.step_size == "auto":
         return solver.memory == "store"
     stages = len(grid(t_span, float(solver.step_size))) * len(method.tableau.b)
-    return stages * system.bound.tape_bytes(z0, system.count) <= store_limit(z0, _STORE_LIMIT)
+    return stages * size <= store_limit(z0, _STORE_LIMIT)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics import Dynamics
+from pyrnode.dynamics.base import hjb_residual
 from pyrnode.dynamics.layers import Time
 from pyrnode.dynamics.nested import total_derivative, vjp
 from pyrnode.engines.augmented import Augmented, cast_time, integrate
@@ -129,7 +130,11 @@ def _rate(system: Augmented, t: Time, z: Tensor, c: Tensor | None, rows: Tensor 
     if system.total_derivative:
         time = z.new_full((len(z),), time) if not isinstance(time, Tensor) else time.detach()
         time = time.requires_grad_()
-    f, weight = dynamics.rate(time, z, c), system.probes.weight
+    weight, residual = system.probes.weight, None
+    if system.hjb:
+        f, residual = hjb_residual(dynamics, time, z, c)
+    else:
+        f = dynamics.rate(time, z, c)
     w = [vjp(f, z, e, create_graph=True) for e in eps.unbind(0)]
     l = weight * sum((e * product).flatten(1).sum(1) for e, product in zip(eps.unbind(0), w, strict=True))
     n = weight * sum(product.square().flatten(1).sum(1) for product in w)
@@ -137,4 +142,5 @@ def _rate(system: Augmented, t: Time, z: Tensor, c: Tensor | None, rows: Tensor 
     D = torch.zeros_like(E)
     if system.total_derivative and isinstance(time, Tensor):
         D = total_derivative(time, z, f).square().flatten(1).sum(1)
-    return f, torch.stack((torch.as_tensor(l), E, torch.as_tensor(n), D), 1)
+    integrands = [torch.as_tensor(l), E, torch.as_tensor(n), D]
+    return f, torch.stack(integrands if residual is None else [*integrands, residual.abs()], 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyrnode import solvers
 from pyrnode.config import Divergence, SolverConfig
+from pyrnode.dynamics import Potential
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import Layer
@@ -31,12 +32,16 @@ READING = {
     "factor_out": "the second half of the channels goes to z, in order, before what remains at the end",
     "block": "dz/dt = f(z, t), dl/dt = trace(df/dz), from t = 0 to end_time; log_det = l(end_time)",
     "dynamics": "h = z; for every layer h = activation(a(h, t)), without activation after the last: f",
+    "potential": "dynamics of a block that has a w, an A and a b: f = -dPhi/dz of Phi = w . u + |A s|^2/2 + b . s, "
+    "s = (z, t), or z where time is none; u of the first layer is activation(a), every other adds activation(a)/n to "
+    "it, n the number of the others; a = weight u + bias, of the first layer weight s + bias. logcosh: log(2 cosh a)",
     "layer": "dense: W h = weight h; convolution: cross-correlation, stride 1, zero padding that keeps the size. "
     "time none: a = W h + bias; concat: a = W h + bias + t W' 1, where W' is time_weight on one more channel of ones; "
     " concatsquash: a = (W h + bias) sigmoid(t gate_weight + gate_bias) + t time_shift, by output channel",
     "context": "of a conditional flow, the same for all t: through context_transforms, then times the block's context "
     "matrix; the result is cut into one piece for each layer: none and concat: a vector of the output channels, added "
-    "to a; concatsquash: two of them, the first added to a, the second inside the sigmoid",
+    "to a; concatsquash: two of them, the first added to a, the second inside the sigmoid. Of a potential two pieces: "
+    "one added to the first layer's a, one to b",
     "solver": "explicit Runge-Kutta with nodes c, matrix a and weights b, on a grid of step_size whose last step is "
     "shortened; or adaptive with rtol and atol",
     "divergence": "exact: the trace; hutchinson: the mean over the block's stored probes e of e . (df/dz) e",
@@ -109,6 +114,8 @@ def _part(prefix: str, part: nn.Module) -> dict[str, Any]:
         return {"kind": "factor_out"}
     assert isinstance(part, Block)
     dynamics = part.dynamics
+    if isinstance(dynamics, Potential):
+        return _potential(f"{prefix}.dynamics", dynamics, part.end_time)
     if not isinstance(dynamics, LayeredDynamics):
         raise ConfigError(
             "dynamics of your own are code, which a safetensors file cannot hold; export to torch.export or onnx, "
@@ -122,6 +129,24 @@ def _part(prefix: str, part: nn.Module) -> dict[str, Any]:
         "activation": dynamics.activation,
         "layers": layers,
         **({"context": f"{prefix}.dynamics.context.weight"} if dynamics.context_dim else {}),
+    }
+
+
+def _potential(prefix: str, dynamics: Potential, end_time: float) -> dict[str, Any]:
+    tensors = {name: f"{prefix}.{name}" for name, _ in dynamics.named_parameters(recurse=False)}
+    layers = [
+        {"tensors": {name: f"{prefix}.layers.{i}.{name}" for name, _ in layer.named_parameters()}}
+        for i, layer in enumerate(dynamics.layers)
+    ]
+    return {
+        "kind": "block",
+        "end_time": end_time,
+        "event_shape": list(dynamics.event_shape),
+        "potential": {"width": len(dynamics.w), "rank": len(dynamics.A), "tensors": tensors},
+        "time": "concat" if dynamics.timed else "none",
+        "activation": dynamics.activation,
+        "layers": layers,
+        **({"context": f"{prefix}.context.weight"} if dynamics.context_dim else {}),
     }
 
 
@@ -271,6 +296,8 @@ def _build_block(entry: Mapping[str, Any], shape: tuple[int, ...], context_dim: 
     end_time, activation, channels = entry["end_time"], entry["activation"], shape[0]
     if isinstance(end_time, bool) or not (math.isfinite(end_time) and end_time > 0):
         raise ConfigError(f"end_time = {end_time!r}: expected a finite positive number")
+    if "potential" in entry:
+        return Block(_build_potential(entry, shape, context_dim), end_time)
     if activation not in ACTIVATIONS:
         raise ConfigError(unknown_name("activation", activation, ACTIVATIONS))
     layers = []
@@ -288,3 +315,11 @@ def _build_block(entry: Mapping[str, Any], shape: tuple[int, ...], context_dim: 
             f"a block of {entry['event_shape']!r:.80} with {channels} outputs, where the state is {shape}"
         )
     return Block(LayeredDynamics(layers, activation, shape, context_dim), end_time)
+
+
+def _build_potential(entry: Mapping[str, Any], shape: tuple[int, ...], context_dim: int) -> Potential:
+    width, rank = _sizes([entry["potential"]["width"], entry["potential"]["rank"]])
+    if len(shape) != 1 or _sizes(entry["event_shape"]) != shape:
+        raise ConfigError(f"a potential of {entry['event_shape']!r:.80}, where the state is {shape}")
+    hidden, time = (width,) * len(entry["layers"]), entry["time"]
+    return Potential(shape[0], hidden, activation=entry["activation"], time=time, rank=rank, context_dim=context_dim)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.composition import base_log_prob
+from pyrnode.dynamics import Potential
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.plain import PlainEngine, Recorded
 from pyrnode.errors import ConfigError, EngineUnavailableError, PyrnodeError
@@ -78,7 +79,7 @@ def _prepared(flow: TorchFlow) -> TorchFlow:
         raise unexportable(flow.solver)
     flow = copy.deepcopy(flow).eval()
     for block in flow.blocks:
-        if not isinstance(block.dynamics, LayeredDynamics):
+        if not isinstance(block.dynamics, LayeredDynamics | Potential):
             shape = block.dynamics.event_shape
             count = flow.probes or torch.Size(shape).numel()
             block.dynamics = Recorded(block.dynamics, count)  # type: ignore[assignment]

@@ -188,7 +188,7 @@ class TorchFlow(Composition):
                 shared = Probes(self.get_buffer(f"noise_{index}").unsqueeze(1), 1 / self.probes)
             if isinstance(self.engine, PlainEngine):
                 return shared
-            return Probes(shared.eps.expand(-1, *z.shape), shared.weight)
+            return shared._replace(eps=shared.eps.expand(-1, *z.shape))
 
         return probes
 

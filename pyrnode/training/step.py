@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.composition import Composition, Passage
-from pyrnode.config import Config, SolverConfig, TrainingConfig
+from pyrnode.config import Config, Divergence, PenaltyConfig, SolverConfig, TrainingConfig
 from pyrnode.data import Batch, Samples
 from pyrnode.objective import Objective, objective
 from pyrnode.seeds import generator
@@ -71,6 +71,11 @@ def learning_rate(training: TrainingConfig, step: int, done: float) -> float:
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def estimator(flow: Composition, penalties: PenaltyConfig) -> Divergence:
+    """The divergence that a flow is trained with."""
+    return penalties.estimator(flow.dim, closed_trace=flow.closed_trace)
+
+
 def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, step: int) -> tuple[Objective, Passage]:
     """The objective of a batch, with the noise of that step, and the passage that it comes from.
 
@@ -90,12 +95,13 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
         x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
     passage = flow.solve(
         x,
-        flow.draw(penalties.estimator(flow.dim), random, noise=penalties.noise),
+        flow.draw(estimator(flow, penalties), random, noise=penalties.noise),
         solver,
         context=batch.context,
         generator=random,
         total_derivative=penalties.total_derivative > 0,
         verified=False,
+        hjb=penalties.hjb > 0,
     )
     return objective(passage, penalties, batch.weight), passage
 

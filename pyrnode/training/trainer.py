@@ -18,6 +18,7 @@ from pyrnode import files, solvers
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
+from pyrnode.engines.base import check_potential
 from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder, require_tensorboard
@@ -28,7 +29,7 @@ from pyrnode.training.ladder import EVERY, Ladder
 from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
-from pyrnode.training.step import Order, check_gradient, clip, differentiate, learning_rate, loss
+from pyrnode.training.step import Order, check_gradient, clip, differentiate, estimator, learning_rate, loss
 from pyrnode.training.validation import Validation, price
 
 _SAVED = 50
@@ -63,13 +64,16 @@ class Trainer:
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self.flow.engine.check(self.solver)
+        if config.penalties.hjb:
+            for block in self.flow.blocks:
+                check_potential(block.dynamics)
         self._settled = replace(config, penalties=config.penalties.settled(len(splits.train), self.flow.dim))
         self.order = Order(len(splits.train), config.training.batch_size, config.seed)
         self.feed = Feed(self.flow, splits.train, self.order, workers=config.data.workers)
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config)
         self.journal = Journal(folder, tensorboard=config.training.tensorboard)
-        self._price = price(config.penalties.estimator(self.flow.dim), self.flow.dim)
+        self._price = price(estimator(self.flow, config.penalties), self.flow.dim)
         self._snapshot = self.state.capture()
         self._stop, self._saved = False, time.monotonic()
         self.say: Callable[[str], None] = lambda note: tqdm.write(f"note: {note}", file=sys.stderr)
@@ -205,6 +209,7 @@ class Trainer:
             "nfe_backward": passage.nfe_backward,
             "grad_norm": length,
             "learning_rate": rate,
+            **({"H": float(result.H)} if self.config.penalties.hjb else {}),
         }
 
     def _due(self, step: int) -> bool:

@@ -14,6 +14,7 @@ from pyrnode.config import Config, Divergence, SolverConfig
 from pyrnode.data import Batch, Samples
 from pyrnode.errors import SolverError
 from pyrnode.seeds import generator
+from pyrnode.training.step import estimator
 
 _MOST, _NUMBERS = 2000, 200_000
 """Samples that are validated on without a limit: at most so many, of so many numbers in all, but at least 200."""
@@ -106,7 +107,7 @@ class Validation:
         """Mean ``|Δ log p|`` between two solvers on a few samples, nats per dimension; infinite where one fails."""
         low, high = _PROBES
         batch = self._samples.first(min(self.size, max(low, min(high, self._config.training.batch_size // 4))))
-        divergence = self._config.penalties.estimator(self._flow.dim)
+        divergence = estimator(self._flow, self._config.penalties)
         try:
             first, second = (self._passage(batch, 0, solver, divergence).log_prob for solver in (one, other))
         except SolverError:
