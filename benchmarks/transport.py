@@ -126,7 +126,7 @@ def learn(
 ) -> tuple[Flow, float]:
     """A flow trained on fresh samples of a Gaussian, and the seconds it took."""
     d = len(gaussian.m)
-    common = {"engine": "torch", "device": "cpu", "hidden": [width, width], "standardize": False, "seed": seed}
+    common = {"engine": "torch", "device": "cpu", "hidden": [width, width], "standardize": "none", "seed": seed}
     config = Config().override({**common, "solver.step_size": step_size, **settings})
     flow, penalties = Flow.build(config, (d,)), config.penalties
     rate, generator = config.training.learning_rate, torch.Generator().manual_seed(seed)

@@ -208,7 +208,8 @@ def test_training_is_exact_without_being_asked() -> None:
     assert penalties.estimator(5).kind == "hutchinson"
     assert penalties.estimator(5, closed_trace=flow.closed_trace).kind == "exact"
     assert record["H"] > 0
-    expected = record["nll"] + 0.01 * record["E"] + 0.01 * record["n"] + 0.1 * record["H"]
+    kinetic, jacobian, _ = flow.config.penalties.weights
+    expected = record["nll"] + kinetic * record["E"] + jacobian * record["n"] + 0.1 * record["H"]
     assert record["loss"] == pytest.approx(expected, rel=1e-12)
     assert isinstance(flow.blocks[0].dynamics, Potential)
 
@@ -219,7 +220,7 @@ def test_it_learns_a_density() -> None:
     root = np.array([[1.0, 0.0], [1.5, 2.6]])
     x = generator.normal(size=(3000, 2)) @ root.T
     settings = {**QUICK, "evaluate": False, "learning_rate": 0.02, "batch_size": 250, "kinetic": 1e-3, "jacobian": 0.0}
-    flow = pyrnode.train(x, max_steps=150, standardize=False, seed=1, **settings).flow
+    flow = pyrnode.train(x, max_steps=150, standardize="none", seed=1, **settings).flow
     fresh = torch.tensor(generator.normal(size=(4000, 2)) @ root.T)
     normal = torch.distributions.MultivariateNormal(torch.zeros(2).double(), scale_tril=torch.tensor(root))
     with torch.no_grad():

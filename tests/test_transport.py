@@ -35,7 +35,7 @@ class Geodesic(nn.Module):
 @pytest.mark.parametrize("d", [2, 10])
 def test_the_geodesic_is_optimal_and_solves_the_equation(d: int) -> None:
     gaussian = Gaussian.drawn(d)
-    config = Config().override({"dtype": "float64", "engine": "torch", "standardize": False})
+    config = Config().override({"dtype": "float64", "engine": "torch", "standardize": "none"})
     flow = Flow.build(config, (d,), dynamics=lambda shape: PotentialDynamics(Geodesic(gaussian), shape))
     x = gaussian.sample(50, torch.Generator().manual_seed(0))
     tight = SolverConfig(name="DP8", rtol=1e-11, atol=1e-11, error_control="all")

@@ -93,7 +93,7 @@ class Augmented:
 
     @property
     def apart(self) -> bool:
-        """With more than two probes: as many products cost more than what is evaluated again (a closed trace does not)."""
+        """With more than two probes, but for a closed trace: products cost more than what is evaluated again."""
         return self.count > 2 and not self._closed
 
     def no_integrals(self, z: Tensor) -> Tensor:
