@@ -41,7 +41,7 @@ _POTENTIAL = {
 _MLP = {**_POTENTIAL, "network.kind": "mlp", "activation": "tanh", "learning_rate": 0.003}
 
 MODELS: dict[str, dict[str, Any]] = {
-    "potential": {**_POTENTIAL, "hjb": 0.3},
+    "potential": {**_POTENTIAL, "hjb": 0.03},
     "potential, plain": _POTENTIAL,
     "potential+kinetic": {**_POTENTIAL, "kinetic": 0.01},
     "mlp+kinetic": {**_MLP, "kinetic": 0.01},
