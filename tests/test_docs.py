@@ -5,8 +5,10 @@ The site itself is built by ``make docs``, which fails on whatever mkdocs warns 
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import itertools
 import re
 import tomllib
 from collections import Counter
@@ -83,9 +85,24 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert demanded(paths) - times.keys() == set()
 
 
+def described_constants() -> set[str]:
+    """Names that a file of the package assigns, with a text on the next line."""
+    names = set()
+    for path in (ROOT / "pyrnode").rglob("*.py"):
+        body = ast.parse(text_of(path)).body
+        for item, after in itertools.pairwise(body):
+            targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
 def test_what_the_reference_shows_has_a_docstring() -> None:
-    described = [path for path in documented() if not isinstance(found(path), dict)]
-    assert [path for path in described if not inspect.getdoc(found(path))] == []
+    constants = described_constants()
+    paths = [(path, found(path)) for path in documented()]
+    bare = [path for path, item in paths if not isinstance(item, dict) and not inspect.getdoc(item)]
+    assert bare == []
+    assert {path.rpartition(".")[2] for path, item in paths if isinstance(item, dict)} - constants == set()
 
 
 def test_the_contents_list_every_page() -> None:
@@ -143,6 +160,17 @@ def broken(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken(page) == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_the_names_that_prose_gives_in_full_are_there(page: Path) -> None:
+    missing = []
+    for name in re.findall(r"`(pyrnode(?:\.\w+)+)[`(]", FENCED.sub("", text_of(page))):
+        try:
+            found(name)
+        except ModuleNotFoundError:
+            missing.append(name)
+    assert missing == []
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
