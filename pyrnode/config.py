@@ -193,7 +193,8 @@ class SolverConfig(Section):
             it.
         adaptive: Whether a solver with an error estimate chooses its own steps; false takes its formula along the grid
             of `step_size` (PyTorch).
-        rtol, atol: Tolerances of an adaptive solver.
+        rtol: Relative tolerance of an adaptive solver.
+        atol: Absolute tolerance of an adaptive solver.
         error_control: What an adaptive solver's step answers for: the state and the log-determinant (``"density"``), or
             the penalties' integrals too (``"all"``).
         maxiters: Bound on the steps of one solve.

@@ -144,11 +144,13 @@ METHODS: dict[str, Method] = {
         Method("DP8", 8, "Hairer's 8(5,3) after Dormand and Prince", "DOP853"),
     )
 }
+"""The solvers of the PyTorch engine by name."""
 
 SENSITIVITIES: dict[str, str] = {
     "Backprop": "discretise, then optimise: the exact gradient of the discrete solve",
     "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
 }
+"""The sensitivity algorithms of the PyTorch engine by name, with a line on each."""
 
 
 def method(name: str) -> Method:

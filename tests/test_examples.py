@@ -40,11 +40,6 @@ def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "runs/digits/samples.png").stat().st_size > 1000
 
 
-def test_links_and_pictures_of_the_readme_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
-
-
 # These are run in test_julia_examples.py, test_sbi.py and test_paper.py.
 ELSEWHERE = {"julia_engine.py", "inside_sbi.py", "reproduce.py"}
 EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE

@@ -22,7 +22,6 @@ from tests.fake_julia import GPU_VERSIONS, VERSIONS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-UNTESTED_EXTRAS = {"docs"}  # not installed by `make test`, so no version of them has been tested
 
 HEAVY = [
     "juliacall",
@@ -67,7 +66,7 @@ NEWEST = VERSIONS | {
 
 def _requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    texts = PROJECT["dependencies"] + [r for name in extras if name not in UNTESTED_EXTRAS for r in extras[name]]
+    texts = PROJECT["dependencies"] + [r for extra in extras.values() for r in extra]
     return [r for r in map(Requirement, texts) if r.name != PROJECT["name"]]
 
 

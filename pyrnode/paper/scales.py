@@ -168,6 +168,7 @@ SCALES = {
         classifier={"limit": None, "epochs": 30, "hidden": [64, 64, 64]},
     ),
 }
+"""The scales by name; a `Scale` of your own does as well."""
 
 
 def scale_of(scale: str | Scale) -> Scale:
