@@ -23,7 +23,6 @@ from pyrnode.config import (
     NetworkConfig,
     PenaltyConfig,
     SolverConfig,
-    TrainingConfig,
     presets,
 )
 from pyrnode.distribution import FlowDistribution, FlowTransform
@@ -42,6 +41,7 @@ from pyrnode.errors import (
 from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow, load
+from pyrnode.optimisation import TrainingConfig
 from pyrnode.training import TrainingResult, train
 from pyrnode.version import VERSION
 

@@ -187,6 +187,7 @@ LAYERS = (
     ("data", "dynamics", "transforms"),
     (
         "config",
+        "optimisation",
         "settings",
         "solvers",
         "native",

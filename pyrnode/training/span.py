@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pyrnode.config import ENDLESS, TrainingConfig
+from pyrnode.optimisation import ENDLESS, TrainingConfig
 from pyrnode.progress import progress_bar
 from pyrnode.training.state import Progress
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pyrnode import files
-from pyrnode.config import TrainingConfig
 from pyrnode.devices import awaited
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
+from pyrnode.optimisation import TrainingConfig
 from pyrnode.training.origin import Origin
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.composition import Composition, Passage
-from pyrnode.config import Config, Divergence, PenaltyConfig, SolverConfig, TrainingConfig
+from pyrnode.config import Config, Divergence, PenaltyConfig, SolverConfig
 from pyrnode.data import Batch, Samples
 from pyrnode.objective import Objective, objective
+from pyrnode.optimisation import TrainingConfig
 from pyrnode.seeds import generator
 from pyrnode.training.state import NotFiniteError
 
