@@ -406,7 +406,7 @@ _PRESETS = resources.files("pyrnode") / "presets"
 def presets() -> dict[str, str]:
     """The presets that ship with pyrnode: name → first comment line of its file."""
     table = {}
-    for entry in sorted(_PRESETS.iterdir(), key=lambda e: e.name):
+    for entry in sorted(_PRESETS.iterdir(), key=lambda e: e.name.removesuffix(".toml")):
         if entry.name.endswith(".toml"):
             first = entry.read_text(encoding="utf-8").splitlines()[0]
             table[entry.name.removesuffix(".toml")] = first.lstrip("# ")

@@ -202,10 +202,10 @@ def test_probes_of_one_draw_are_those_of_the_copies() -> None:
     together, one_each = noise.draw(4), noise.draw(4, one_each=True)
     seen: list[Tensor] = []
     for _ in range(2):  # two blocks
-        eps, weight = together(z)
+        eps, weight, _ = together(z)
         assert not any(torch.equal(eps, other) for other in seen)
         seen.append(eps)
-        copies, one = one_each(z.repeat(4, 1))
+        copies, one, _ = one_each(z.repeat(4, 1))
         assert (weight, one) == (0.25, 1.0)
         assert torch.equal(copies[0].reshape(4, 6, 3), eps)
 
