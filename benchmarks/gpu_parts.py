@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,6 +85,11 @@ def items(part: str, setup: Setup) -> Iterator[Item]:
 Planned = Iterator[tuple[str, float, Callable[[float], list[Row]]]]
 
 
+def _whenever(measure: Callable[..., list[Row]], *args: Any) -> Callable[[float], list[Row]]:
+    """A measurement that is the same however many seconds are left."""
+    return lambda left: measure(*args)
+
+
 # -- the tests -------------------------------------------------------------------------------------------------------
 
 
@@ -145,8 +150,8 @@ def _gradient(flow: Flow, x: Tensor, eps: list[Tensor], solver: SolverConfig) ->
 def parity(setup: Setup) -> Planned:
     """Gradients and every use beside the CPU's."""
     for name, (config, shape) in _flows(setup.tiny).items():
-        yield f"gradients of {name}", 60, lambda left, c=config, s=shape: _gradients(setup, c, s)  # type: ignore[misc]
-        yield f"uses of {name}", 60, lambda left, c=config, s=shape: _uses(setup, c, s)  # type: ignore[misc]
+        yield f"gradients of {name}", 60, _whenever(_gradients, setup, config, shape)
+        yield f"uses of {name}", 60, _whenever(_uses, setup, config, shape)
 
 
 def _gradients(setup: Setup, config: Config, shape: tuple[int, ...]) -> list[Row]:
@@ -241,17 +246,9 @@ def steps(setup: Setup) -> Planned:
     """Time and memory of a training step beside the standard construction's."""
     for batch in (2,) if setup.tiny else (32, 200):
         for memory in ("auto", "checkpoint"):
-            yield (
-                f"pyrnode {memory}, batch {batch}",
-                60,
-                lambda left, b=batch, m=memory: [_step_row(setup, _ours(setup, b, m), "pyrnode", m, b)],  # type: ignore[misc]
-            )
+            yield f"pyrnode {memory}, batch {batch}", 60, _whenever(_pyrnode, setup, batch, memory)
         for side in ("adjoint", "backprop"):
-            yield (
-                f"{side}, batch {batch}",
-                60,
-                lambda left, b=batch, s=side: _standard(setup, b, s),  # type: ignore[misc]
-            )
+            yield f"{side}, batch {batch}", 60, _whenever(_standard, setup, batch, side)
 
 
 def _step_row(setup: Setup, step: clock.Step, side: str, variant: str, batch: int) -> Row:
@@ -261,19 +258,19 @@ def _step_row(setup: Setup, step: clock.Step, side: str, variant: str, batch: in
     return {"side": side, "variant": variant, "batch": batch, "ms": round(ms, 2), "peak_MiB": peak and round(peak)}
 
 
-def _ours(setup: Setup, batch: int, memory: str) -> clock.Step:
+def _pyrnode(setup: Setup, batch: int, memory: str) -> list[Row]:
     trainer = _mnist(setup, batch, **{"solver.memory": memory})
     fed = next(trainer._batches())
-    return lambda: trainer._step(fed)
+    return [_step_row(setup, lambda: trainer._step(fed), "pyrnode", memory, batch)]
 
 
-def _standard(setup: Setup, batch: int, gradients: str) -> list[Row]:
+def _standard(setup: Setup, batch: int, gradients: Literal["adjoint", "backprop"]) -> list[Row]:
     if importlib.util.find_spec("torchdiffeq") is None:
         return [{"side": gradients, "variant": "not installed", "batch": batch, "ms": 0.0}]
     from benchmarks.reference import ReferenceImageFlow
 
-    size = {"height": 8, "width": 8, "scales": 2, "hidden": (4, 4)} if setup.tiny else {}
-    flow: Any = ReferenceImageFlow(gradients=gradients, step_size=0.25, **size).to(setup.device)  # type: ignore[arg-type]
+    size: dict[str, Any] = {"height": 8, "width": 8, "scales": 2, "hidden": (4, 4)} if setup.tiny else {}
+    flow: Any = ReferenceImageFlow(gradients=gradients, step_size=0.25, **size).to(setup.device)
     side = 8 if setup.tiny else 28
     x = torch.randn(batch, 1, side, side, dtype=torch.float32, device=setup.device)
     optimizer = torch.optim.Adam(flow.parameters())

@@ -16,7 +16,7 @@ from pyrnode import solvers
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load
-from pyrnode.errors import SolverError, SolverWarning
+from pyrnode.errors import ConfigError, SolverError, SolverWarning
 from pyrnode.estimator import RNODEDensity
 from pyrnode.training.ladder import Ladder
 from pyrnode.training.trainer import Trainer
@@ -194,6 +194,13 @@ def test_training_finds_the_cheapest_solver_that_is_right_for_linear_dynamics() 
     chosen = result.flow.config.solver
     assert (chosen.name, chosen.adaptive, chosen.step_size) == ("DP5", False, 0.5 ** (expected - 1))
     assert result.config.solver.step_size == "auto"
+
+
+@pytest.mark.parametrize("solver", ["auto", {"name": "RK4", "step_size": "auto"}])
+def test_a_solver_to_score_with_is_never_left_to_training(solver: Any) -> None:
+    """And that is said before the first step, not at the first validation."""
+    with pytest.raises(ConfigError, match="is resolved by training alone"):
+        trainer(**{"evaluation.solver": solver})
 
 
 def test_a_step_that_is_right_stays_as_it_is() -> None:

@@ -17,7 +17,6 @@ from pyrnode.engines.pytorch import TorchEngine
 from pyrnode.errors import SolverError
 from pyrnode.flow import Flow
 from pyrnode.native import mlp
-from pyrnode.native import threads as native_threads
 from pyrnode.native.adaptive import AdaptiveSolve
 from pyrnode.solvers import METHODS
 from tests.test_native_mlp import calls, largest, make, probes, results, states
@@ -116,33 +115,6 @@ def test_a_sample_is_independent_of_its_batch(count: int, dtype: torch.dtype) ->
                 assert torch.equal(a, b[chosen])
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    ("batch", "time", "dtype", "kind"),
-    [
-        (70, "concat", torch.float32, "openmp"),
-        (640, "concat", torch.float32, "openmp"),
-        (640, "concat", torch.float32, "python"),
-        (640, "concatsquash", torch.float64, "openmp"),
-        (5000, "none", torch.float32, "openmp"),
-    ],
-)
-def test_gradients_do_not_depend_on_the_number_of_threads(
-    batch: int, time: str, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kind == "python":
-        monkeypatch.setattr(native_threads, "_team", lambda: None)
-    dynamics, z0, before = make(time=time, dtype=dtype), states(batch, dtype), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(results(dynamics, z0, 1, DP5, (0.0, 1.0)))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_twice_through_one_graph() -> None:

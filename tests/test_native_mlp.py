@@ -214,8 +214,9 @@ def test_what_it_leaves_to_torch(changes: dict[str, str], fused: list[str]) -> N
         (5000, "none", torch.float32, "openmp"),
     ],
 )
+@pytest.mark.parametrize("solver", [FUSED, SolverConfig(name="DP5")], ids=["grid", "adaptive"])
 def test_gradients_do_not_depend_on_the_number_of_threads(
-    batch: int, time: str, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+    batch: int, time: str, dtype: torch.dtype, kind: str, solver: SolverConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "python":
         monkeypatch.setattr(native_threads, "_team", lambda: None)
@@ -224,7 +225,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(results(dynamics, z0, 1, FUSED, (0.0, 1.0)))
+            found.append(results(dynamics, z0, 1, solver, (0.0, 1.0)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

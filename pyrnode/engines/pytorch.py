@@ -44,7 +44,8 @@ class TorchEngine(Engine):
         torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
     def check(self, solver: SolverConfig) -> None:
-        solvers.method(solver.name)
+        if not solvers.adaptive(solver):
+            solvers.step_size(solver)
         if solver.sensealg != "auto":
             solvers.check_sensitivity(solver.sensealg)
         if solver.options:

@@ -63,7 +63,8 @@ class Trainer:
         self.flow = self.blueprint.fitted(config).to(self.device)
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
-        self.flow.engine.check(self.solver)
+        for solver in (self.solver, config.evaluation.solver):
+            self.flow.engine.check(solver)
         if config.penalties.hjb:
             for block in self.flow.blocks:
                 check_potential(block.dynamics)
@@ -179,8 +180,8 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         norm = differentiate(result.loss, self.flow, state.optimizer)
-        parts = (result.loss.detach(), result.nll, result.E, result.n, norm)
-        value, nll, E, n, length = torch.stack(parts).tolist()  # the one place where a step waits for its device
+        parts = (result.loss.detach(), result.nll, result.E, result.n, result.H, norm)
+        value, nll, E, n, H, length = torch.stack(parts).tolist()  # the one place where a step waits for its device
         if not all(map(math.isfinite, (value, nll, E, n))):
             passage.verify()
         if not math.isfinite(value):
@@ -209,7 +210,7 @@ class Trainer:
             "nfe_backward": passage.nfe_backward,
             "grad_norm": length,
             "learning_rate": rate,
-            **({"H": float(result.H)} if self.config.penalties.hjb else {}),
+            **({"H": H} if self.config.penalties.hjb else {}),
         }
 
     def _due(self, step: int) -> bool:
