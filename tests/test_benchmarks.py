@@ -1,4 +1,4 @@
-"""The comparison of densities: how tables are divided, runs kept, and a peer's configuration is chosen."""
+"""The comparisons of densities: how tables are divided, runs kept, and a peer's configuration is chosen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import density, tables
+from benchmarks import density, small_tables, tables
 
 
 def _line(table: str, model: str, configuration: str, seed: int, **numbers: Any) -> dict[str, Any]:
@@ -102,3 +102,17 @@ def test_runs_are_scored_kept_and_taken_up_again(
     assert out.read_text(encoding="utf-8") == before
     assert "| normal |" in capsys.readouterr().out
     assert all(json.loads(line) for line in before.splitlines())
+
+
+def test_small_tables_has_a_number_for_every_column(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["small_tables", "--quick", "--tables", "iris"])
+    small_tables.main()
+    head, _, row = capsys.readouterr().out.splitlines()
+    names, cells = (line.strip("| ").split(" | ") for line in (head, row))
+    assert len(names) == len(cells) == 4 + len(small_tables.VARIANTS)
+    assert cells[0] == "iris (150, 4)"
+    for cell in cells[1:]:
+        nats, error = map(float, cell.split(" ± "))
+        assert -20 < nats < 0 < error
