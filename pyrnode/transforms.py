@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.errors import ConfigError, DataError
+from pyrnode.seeds import Noise, drawn
 from pyrnode.tracing import holds, recording
 
 
@@ -21,7 +22,7 @@ class Transform(nn.Module, ABC):
     """A bijection of ``(batch, *event)`` onto the same shape."""
 
     @abstractmethod
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         """``y`` and ``log |det ∂y/∂x|`` in nats, ``(batch,)``; `generator` where the transform is random."""
 
     def check(self, x: Tensor) -> None:
@@ -81,11 +82,14 @@ class Dequantize(Transform):
         if low < 0 or high >= self.levels:
             raise DataError(f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})")
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
             device = x.device if generator is None else generator.device
-            noise = torch.rand(x.shape, generator=generator, dtype=self.dtype, device=device)
-            x = x.to(self.dtype) + noise.to(x.device)
+
+            def uniform(shape: tuple[int, ...], source: torch.Generator | None) -> Tensor:
+                return torch.rand(shape, generator=source, dtype=self.dtype, device=device)
+
+            x = x.to(self.dtype) + drawn(uniform, tuple(x.shape), generator).to(x.device)
         return x / self.levels, _zeros(x) - math.prod(x.shape[1:]) * math.log(self.levels)
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class Logit(Transform):
             raise ConfigError(f"alpha = {alpha!r}: expected 0 <= alpha < 0.5")
         self.alpha = alpha
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         width = 1 - 2 * self.alpha
         low, high = torch.log(self.alpha + width * x), torch.log(self.alpha + width * (1 - x))
         log_det = (math.log(width) - low - high).flatten(1).sum(1)
@@ -181,7 +185,7 @@ class Standardize(DoubleTransform):
         mean, std = torch.where(fixed, c[0], c.mean(0)), c.std(0, correction=0)
         return cls(mean, torch.where(fixed, torch.ones_like(std), std))
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         x = x.double()
         return (x - self.mean) / self.std, _zeros(x) - self.std.log().sum()
 
@@ -269,7 +273,7 @@ class Whiten(DoubleTransform):
         best = max(scores, key=lambda shrinkage: scores[shrinkage])
         return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         return (x.double() @ self.rotation) / self.scale, _zeros(x.double()) - self.scale.log().sum()
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -283,7 +287,7 @@ class Chain(Transform):
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         log_det: Tensor | None = None
         for transform in self.transforms:
             x, term = transform(x, generator)

@@ -77,6 +77,12 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     return splits
 
 
+def is_downloaded(data: Any, config: DataConfig) -> bool:
+    """Whether `load` may have to download that data, which one process then does for the others."""
+    name = config.name if data is None or data == "" else data
+    return isinstance(name, str) and name in images.DOWNLOADED
+
+
 def _source(data: Any, config: DataConfig) -> Source:
     if isinstance(data, str):
         if data in sources:
