@@ -137,7 +137,7 @@ class Processes(World):
             dist.all_gather_object(found, (mine.value, mine.sent), group=self._patient)
         for number, (_, error) in enumerate(found):
             if error is not None:
-                raise (mine.error if number == self.rank else None) or error
+                raise _everywhere((mine.error if number == self.rank else None) or error)
         return [value for value, _ in found]
 
     def once(self, work: Callable[[], T]) -> T:
@@ -149,7 +149,7 @@ class Processes(World):
             dist.broadcast_object_list(found, src=0, group=self._patient)
         value, error = found[0]
         if error is not None:
-            raise mine.error or error
+            raise _everywhere(mine.error or error)
         result: T = mine.value if self.first else value
         return result
 
@@ -190,6 +190,12 @@ class _Attempt:
     value: Any
     error: Exception | None
     sent: Exception | None
+
+
+def _everywhere(error: Exception) -> Exception:
+    """An error that all processes raise: who reports it in the first need not in the others."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 def _end() -> None:

@@ -52,6 +52,8 @@ class ProcessError(PyrnodeError, RuntimeError):
 class TrainingDivergedError(PyrnodeError, RuntimeError):
     """Training became non-finite and the bounded number of restarts did not help."""
 
+    everywhere = True  # several processes all raise it
+
 
 class SolverWarning(UserWarning):
     """The training solver was not right for the dynamics that training arrived at."""

@@ -320,7 +320,7 @@ def measure(
 class _Scorer:
     """Passes data through a flow with noise that depends on the draw and the batch alone."""
 
-    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int, world: World) -> None:
+    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int, world: World = alone) -> None:
         self.flow, self.config, self.seed, self.world = flow, config, seed, world
 
     def score(

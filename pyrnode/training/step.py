@@ -145,9 +145,9 @@ def differentiate(value: Tensor, module: nn.Module, optimizer: torch.optim.Optim
 
 def gradient_norm(module: nn.Module) -> Tensor:
     """The norm of the gradient that a module's parameters have, ``()``."""
-    norms = torch._foreach_norm(_gradients(module))
-    like = next(module.parameters()).detach()
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else like.new_zeros(())
+    if not (gradients := _gradients(module)):
+        return next(module.parameters()).detach().new_zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def clip(module: nn.Module, norm: Tensor, most: float) -> None:
