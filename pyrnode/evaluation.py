@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrnode import seeds, solvers
 from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
-from pyrnode.data import Batch, Samples, Splits, TensorSamples, load, support
+from pyrnode.data import Batch, MappedSamples, Samples, Splits, TensorSamples, load, support
 from pyrnode.data.arrays import numbers
 from pyrnode.data.frames import columns_of, is_frame
 from pyrnode.distributed import World, alone
@@ -26,6 +26,7 @@ from pyrnode.probes import Probes
 from pyrnode.progress import parts, progress_bar
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
+_BASELINE_ROWS = 50_000  # that they are fitted to, where the samples are not in memory
 _INVERTED = 64  # samples on which the round trip is checked
 
 
@@ -406,8 +407,9 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
             y, log_det = flow.transform(flow.admit(samples.first(size).x)[0], random)
         return y.flatten(1).cpu().double(), log_det.cpu().double()
 
-    train, _ = transformed(splits.train, "train", len(splits.train))
-    validation, _ = transformed(splits.validation, "validation", len(splits.validation))
+    most = _BASELINE_ROWS if isinstance(splits.train, MappedSamples) else len(splits.train)
+    train, _ = transformed(splits.train, "train", most)
+    validation, _ = transformed(splits.validation, "validation", min(most, len(splits.validation)))
     fitted = fit_baselines(train, validation)
     rows: dict[str, list[Tensor]] = {name: [] for name in fitted}
     for draw in range(draws):

@@ -43,7 +43,7 @@ _THIN = 1e-10
 _SHRINKAGES = (0.0, 1e-6, 1e-4, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
 """What a covariance may be drawn towards the identity by."""
 
-_FOLDS, _CHOSEN_ON = 5, 50_000
+_FOLDS, CHOSEN_ON = 5, 50_000
 """Folds of the cross-validation that chooses among them, and the rows that it takes at most."""
 
 
@@ -196,7 +196,12 @@ class Standardize(DoubleTransform):
 def _principal(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Axes ``(d, d)``, one a column, the largest component of each positive; and their variances, increasing."""
     share = torch.full_like(x[:, 0], 1 / len(x)) if weight is None else (weight / weight.sum()).to(x)
-    variance, rotation = torch.linalg.eigh((x * share[:, None]).T @ x)
+    return _axes((x * share[:, None]).T @ x)
+
+
+def _axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a covariance."""
+    variance, rotation = torch.linalg.eigh(covariance)
     return rotation * rotation.gather(0, rotation.abs().argmax(0, keepdim=True)).sign(), variance
 
 
@@ -243,6 +248,11 @@ class Whiten(DoubleTransform):
         return cls._of(*_principal(x.double(), weight), shrinkage)
 
     @classmethod
+    def of_covariance(cls, covariance: Tensor, *, shrinkage: float = 0.0) -> Whiten:
+        """`fit` of samples whose second moments ``(d, d)`` are known."""
+        return cls._of(*_axes(covariance.double()), shrinkage)
+
+    @classmethod
     def _of(cls, rotation: Tensor, variance: Tensor, shrinkage: float) -> Whiten:
         """From the principal axes and their variances, in increasing order."""
         shrunk = (1 - shrinkage) * variance.clamp(min=_THIN * variance[-1]) + shrinkage
@@ -250,7 +260,13 @@ class Whiten(DoubleTransform):
 
     @classmethod
     def chosen(cls, x: Tensor, weight: Tensor | None = None) -> Whiten:
-        """As `fit`, with the shrinkage under which the normal density scores best in cross-validation; or the identity.
+        """As `fit`, with the shrinkage that `best_shrinkage` finds; the identity where it is 1."""
+        best = cls.best_shrinkage(x, weight)
+        return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
+
+    @classmethod
+    def best_shrinkage(cls, x: Tensor, weight: Tensor | None = None) -> float:
+        """The shrinkage under which the normal density scores best in cross-validation.
 
         Few rows, or gross outliers, leave a covariance that is too narrow for what comes next: the more of it is taken,
         the better for what is like the rows it was found on, and the worse for the rest.
@@ -259,19 +275,18 @@ class Whiten(DoubleTransform):
             x: Samples ``(n, d)``, of mean 0 and variance 1 by column.
             weight: Their weights.
         """
-        few = x[:_CHOSEN_ON].double()
-        share = torch.ones_like(few[:, 0]) if weight is None else weight[:_CHOSEN_ON].to(few)
+        few = x[:CHOSEN_ON].double()
+        share = torch.ones_like(few[:, 0]) if weight is None else weight[:CHOSEN_ON].to(few)
         scores = dict.fromkeys(_SHRINKAGES, 0.0)
         for fold in range(_FOLDS):
             out = torch.arange(len(few), device=few.device) % _FOLDS == fold
             if not bool((share[~out] > 0).any()):
-                return cls.identity(x.shape[1])
+                return 1.0
             axes = _principal(few[~out], share[~out])
             for shrinkage in scores:
                 y, log_det = cls._of(*axes, shrinkage)(few[out])
                 scores[shrinkage] += float(((log_det - y.square().sum(1) / 2) * share[out]).sum())
-        best = max(scores, key=lambda shrinkage: scores[shrinkage])
-        return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
+        return max(scores, key=lambda shrinkage: scores[shrinkage])
 
     def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         return (x.double() @ self.rotation) / self.scale, _zeros(x.double()) - self.scale.log().sum()

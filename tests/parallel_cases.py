@@ -19,13 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import pyrnode
 from pyrnode import distributed, evaluation, files
 from pyrnode.cli import main
-from pyrnode.data import Splits, load
+from pyrnode.data import Splits, load, mapped
 from pyrnode.errors import DataError, ProcessError, PyrnodeError, SolverError
 from pyrnode.runs import RunFolder
 from pyrnode.training import TrainingResult
@@ -110,6 +112,23 @@ def pictures(out: Path) -> Found:
     found = evaluation.measure(result.flow, images()[:16], world=distributed.world())
     scores = [report.score.bits, report.bin_centre.bits, report.disagreement, found.score.bits, found.E, found.nfe]
     return numbers(result) | {"score": scores}
+
+
+def mapped_file(out: Path) -> Found:
+    """A table that is too large to be read as a whole, and one that is not, of the same numbers."""
+    x = random(300, 3) @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 20.0]], dtype=torch.float64)
+    if distributed.present().first:
+        np.save(out / "table.npy", x.numpy())
+    distributed.world().once(lambda: None)
+    settings = {"batch_size": 31, "max_steps": 20, "validate_every": 10, "standardize": "whiten", "solver": "RK4"}
+    before, mapped.LARGE, mapped._PIECE = (mapped.LARGE, mapped._PIECE), 1000, 1000
+    try:
+        there = train(out / "table.npy", step_size=0.5, **settings)
+    finally:
+        mapped.LARGE, mapped._PIECE = before
+    here = train(out / "table.npy", step_size=0.5, **settings)
+    assert numbers(there)["losses"] == pytest.approx(numbers(here)["losses"], rel=1e-9)
+    return numbers(there)
 
 
 def ladder(out: Path) -> Found:
@@ -271,6 +290,7 @@ def killed(out: Path) -> Found:
 ALIKE: dict[str, Callable[[Path], Found]] = {
     "table": table,
     "pictures": pictures,
+    "mapped file": mapped_file,
     "ladder": ladder,
     "failure": failure,
     "not finite": not_finite,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyrnode import evaluation, solvers
 from pyrnode.config import Config
 from pyrnode.data import Splits, load
-from pyrnode.data.loading import is_downloaded
+from pyrnode.data.loading import leaves_files
 from pyrnode.distributed import World, alone
 from pyrnode.errors import TrainingDivergedError
 from pyrnode.files import read_json
@@ -187,7 +187,7 @@ class Study:
     def splits(self, config: Config) -> Splits:
         """The data of a run; all methods and seeds share it, and its split."""
         if config.data.name not in self._splits:
-            in_turn = is_downloaded(None, config.data)
+            in_turn = leaves_files(None, config.data)
             splits = self.world.together(lambda: load(None, config=config.data), in_turn=in_turn)
             self._splits[config.data.name] = splits
         return self._splits[config.data.name]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pyrnode import distributed, engines, evaluation, reports
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load, sources, support
-from pyrnode.data.loading import is_downloaded
+from pyrnode.data.loading import leaves_files
 from pyrnode.data.synthetic import DENSITIES
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
@@ -122,7 +122,7 @@ def train(
     resume = world.once(lambda: resume or (folder is not None and folder.goes_on()))
     config, settled = world.once(lambda: _resolve(folder, resume, preset, settings))
     splits = world.together(
-        lambda: load(data, config=config.data, context=context), in_turn=is_downloaded(data, config.data)
+        lambda: load(data, config=config.data, context=context), in_turn=leaves_files(data, config.data)
     )
     if not settled and len(splits.event_shape) == 1:
         config = world.once(lambda: _anchored(Config.preset("table").override(settings)))

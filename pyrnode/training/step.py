@@ -147,7 +147,8 @@ def gradient_norm(module: nn.Module) -> Tensor:
     """The norm of the gradient that a module's parameters have, ``()``."""
     if not (gradients := _gradients(module)):
         return next(module.parameters()).detach().new_zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
 
 
 def clip(module: nn.Module, norm: Tensor, most: float) -> None:

@@ -68,7 +68,7 @@ class Trainer:
         self.progress = progress and world.first
         self.device = resolve_device(config.device)
         self.blueprint = Blueprint(splits, dynamics)
-        self.flow = self.blueprint.fitted(config).to(self.device)
+        self.flow = self.blueprint.fitted(config, world).to(self.device)
         if world.size > 1:  # dynamics of the user's own, and another machine's algebra, may begin otherwise
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
