@@ -107,7 +107,7 @@ def test_the_number_of_processes_is_no_part_of_the_result(
 def test_the_cases_have_in_them_what_they_are_for(one: dict[str, Found]) -> None:
     assert len(one["table"]["losses"]) == len(one["pictures"]["losses"]) == 50
     assert one["table"]["snapshots"] == [10, 20, 30, 40, 50]
-    assert min(step[6] for step in one["table"]["steps"]) > 0.3  # each gradient is clipped
+    assert 10 < sum(step[6] > 0.3 for step in one["table"]["steps"]) < 50  # gradients that are clipped, and others
     assert len({step[4] for step in one["ladder"]["steps"]}) > 1  # the ladder moves
     assert len(one["ladder"]["losses"]) < 200  # patience ends it
     assert [event for _, event in one["failure"]["events"]] == ["restart"]
