@@ -253,6 +253,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def local_size() -> int:
+    """How many processes there are on this machine; 1 where no launcher says it."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def _number(name: str, otherwise: int) -> int:
     text = os.environ.get(name) or str(otherwise)
     try:
@@ -276,5 +281,5 @@ def backend(device: torch.device) -> str:
     """What carries sums between processes that compute on such a device: ``"nccl"`` or ``"gloo"``."""
     import torch.distributed as dist
 
-    own = _number("LOCAL_WORLD_SIZE", 1) <= torch.cuda.device_count()
+    own = local_size() <= torch.cuda.device_count()
     return "nccl" if device.type == "cuda" and own and dist.is_nccl_available() else "gloo"

@@ -95,9 +95,9 @@ def score_shard(
     )
     with progress_bar(here, f"score shard {shard}/{shards}", unit="sample", show=progress) as bar:
         parts = list(scored(flow, chunks, bar, scores_or_none))
-    scores = np.concatenate([part for _, part in parts]) if parts else np.empty(0)
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
     tensors = {
-        "log_prob": torch.tensor(scores, dtype=torch.float64, device="cpu"),
+        "log_prob": torch.cat([none, *(torch.from_numpy(part) for _, part in parts)]),
         "first": torch.tensor([first for first, _ in parts], dtype=torch.int64, device="cpu"),
         "length": torch.tensor([len(part) for _, part in parts], dtype=torch.int64, device="cpu"),
     }

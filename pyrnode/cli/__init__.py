@@ -84,7 +84,10 @@ def _install_julia(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    checks = doctor.diagnose()
+    world = distributed.world()
+    checks = doctor.diagnose() if world.size == 1 else doctor.diagnose_all(world)
+    if not world.first:
+        return 0
     print_json([asdict(check) for check in checks]) if args.json else print(doctor.format_report(checks))
     return 1 if any(check.status == "problem" for check in checks) else 0
 

@@ -67,6 +67,11 @@ class Order:
         """Samples of a step that are this process's."""
         return self.batch_size if self.share is None else self.share.count
 
+    @property
+    def total(self) -> int:
+        """Samples of a step, in all processes together."""
+        return min(self.samples, self.batch_size)
+
     def epochs(self, first: int) -> Iterator[Tensor]:
         """This process's samples from the step `first` on, by index: of the rest of its epoch, and of later ones."""
         start = first % self.steps_per_epoch

@@ -22,7 +22,7 @@ from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import World, alone
 from pyrnode.engines.base import check_potential
-from pyrnode.errors import ConfigError, DataError, SolverError, TrainingDivergedError
+from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
 from pyrnode.runs import Record, RunFolder, require_tensorboard
@@ -137,7 +137,12 @@ class Trainer:
             self.span.bar(done, show=self.progress) as bar,
         ):
             self.validation.tick = lambda n: bar.set_description(f"validate {n}/{self.validation.size}", refresh=False)
-            return self._loop(bar)
+            try:
+                return self._loop(bar)
+            except ProcessError as error:
+                if self._stop:  # the signal that follows would leave it unsaid
+                    tqdm.write(str(error), file=sys.stderr)
+                raise
 
     def _loop(self, bar: Any) -> bool:
         clock = mark = time.perf_counter()
@@ -154,7 +159,7 @@ class Trainer:
                 seconds, elapsed = self.gradient.spent(now - clock, now - mark)
                 progress.seconds, progress.elapsed, mark = progress.seconds + seconds, progress.elapsed + elapsed, now
                 self.journal.log({**record, "seconds": round(progress.seconds, 3)})
-                self._show(bar, record, at_once=progress.step <= first + 3)  # the time left
+                self._show(bar, record, seconds, at_once=progress.step <= first + 3)  # the time left
                 if progress.step % EVERY == 0:
                     self._adjust(down=True)
                 if self.span.due(progress):
@@ -172,11 +177,13 @@ class Trainer:
         self._stop_all(max(self.world.gathered(self._asked)))
         return not self._stop
 
-    def _show(self, bar: Any, record: Record, *, at_once: bool) -> None:
+    def _show(self, bar: Any, record: Record, seconds: float, *, at_once: bool) -> None:
         progress = self.state.progress
         bar.update(self.span.count(progress) - bar.n)
         discrete = self.splits.levels is not None
         shown = beside_the_bar(record, best=progress.best, dim=self.flow.dim, discrete=discrete)
+        if self.world.size > 1 and seconds > 0:
+            shown["samples/s"] = f"{self.order.total / seconds:.0f}"  # of all processes together
         bar.set_postfix(shown, refresh=at_once)
 
     def _batches(self) -> Iterator[Batch]:
