@@ -34,6 +34,7 @@ from pyrnode.errors import (
     DataError,
     EngineError,
     EngineUnavailableError,
+    ProcessError,
     PyrnodeError,
     SolverError,
     TrainingDivergedError,
@@ -42,6 +43,7 @@ from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow, load
 from pyrnode.optimisation import TrainingConfig
+from pyrnode.shards import merge_shards, score_shard
 from pyrnode.training import TrainingResult, train
 from pyrnode.version import VERSION
 
@@ -76,6 +78,7 @@ __all__ = [
     "Potential",
     "PotentialDynamics",
     "Probes",
+    "ProcessError",
     "PyrnodeError",
     "RNODEDensity",
     "Report",
@@ -92,9 +95,11 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "merge_shards",
     "presets",
     "reproduce",
     "score_file",
+    "score_shard",
     "train",
     "transforms",
 ]

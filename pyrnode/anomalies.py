@@ -28,6 +28,7 @@ from torch import Tensor
 from pyrnode import files
 from pyrnode.config import DataConfig
 from pyrnode.data.chunks import Chunks, open_chunks
+from pyrnode.data.readers import WHOLE, Part
 from pyrnode.data.samples import Samples
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError, unknown_name
 from pyrnode.flow import Flow
@@ -149,9 +150,11 @@ def scores_or_none(flow: Flow, x: Tensor) -> NDArray[np.float64]:
     return np.where(np.isnan(scores) | (scores == np.inf), -np.inf, scores)
 
 
-def _scored(
-    flow: Flow, chunks: Any, bar: Any, score: Callable[[Flow, Tensor], NDArray[np.float64]]
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
+Scored = Iterator[tuple[int, NDArray[np.float64]]]
+"""First row and log-densities of each chunk."""
+
+
+def scored(flow: Flow, chunks: Any, bar: Any, score: Callable[[Flow, Tensor], NDArray[np.float64]]) -> Scored:
     """First row and log-densities of each chunk."""
     for first, values in chunks:
         where = f"rows {first} to {first + len(values) - 1}"
@@ -173,7 +176,7 @@ class Written(TypedDict, total=False):
     header: bool | Literal["auto"]
 
 
-def _as_settings(written: Written) -> DataConfig:
+def as_settings(written: Written) -> DataConfig:
     """The same as settings; `ConfigError` where a name is none of these, or a value does not fit."""
     for name in written:
         if name not in Written.__annotations__:
@@ -181,10 +184,11 @@ def _as_settings(written: Written) -> DataConfig:
     return DataConfig(**written)
 
 
-def _open(flow: Flow, path: str | Path, size: int, config: DataConfig) -> Chunks:
+def open_for(flow: Flow, path: str | Path, size: int, config: DataConfig, part: Part = WHOLE) -> Chunks:
+    """The chunks of a file that a flow is to score."""
     discrete = flow.levels is not None
     shape, names = flow.event_shape, flow.features
-    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=config)
+    return open_chunks(path, size, event_shape=shape, discrete=discrete, features=names, config=config, part=part)
 
 
 def calibrate(
@@ -211,11 +215,11 @@ def calibrate(
         DataError: The samples do not fit.
         SolverError: A solve failed.
     """
-    config = _as_settings(written)
+    config = as_settings(written)
     check_unconditional(flow)
     chunks: Any
     if isinstance(data, (str, Path)):
-        opened = _open(flow, data, chunk, config)
+        opened = open_for(flow, data, chunk, config)
         chunks, total = opened, opened.rows
     elif isinstance(data, Samples):
         batches = data.batches(torch.arange(len(data), device="cpu"), chunk)
@@ -224,7 +228,7 @@ def calibrate(
         x, _ = flow.admit(data)
         chunks, total = ((first, x[first : first + chunk]) for first in range(0, len(x), chunk)), len(x)
     with progress_bar(total, "calibrate", unit="sample", show=progress) as bar:
-        scores = [part for _, part in _scored(flow, chunks, bar, log_densities)]
+        scores = [part for _, part in scored(flow, chunks, bar, log_densities)]
     return Calibration(np.concatenate(scores) if scores else np.empty(0))
 
 
@@ -292,14 +296,24 @@ def score_file(
         ConfigError: `out` is of an unknown kind, or an argument of `written` is none, or does not fit.
         CheckpointError: `out` cannot be written; what was there before is untouched.
     """
+    check_targets(data, out)
+    check_unconditional(flow)
+    chunks = open_for(flow, data, chunk, as_settings(written))
+    with progress_bar(chunks.rows, "score", unit="sample", show=progress) as bar:
+        return write_scores(scored(flow, chunks, bar, scores_or_none), out, calibration)
+
+
+def check_targets(data: str | Path, out: str | Path) -> None:
+    """Raises `ConfigError` where scores would take the place of the samples."""
     if Path(out).resolve() == Path(data).resolve():
         raise ConfigError(f"out = {str(out)!r} is the file of the samples: name another one")
-    check_unconditional(flow)
-    chunks = _open(flow, data, chunk, _as_settings(written))
+
+
+def write_scores(found: Scored, out: str | Path, calibration: Calibration | None) -> Summary:
+    """Writes log-densities, and their p-values, as they come; arguments and errors as in `score_file`."""
     count, impossible, total, below = 0, 0, 0.0, dict.fromkeys(LEVELS if calibration is not None else (), 0)
-    bar_of = progress_bar(chunks.rows, "score", unit="sample", show=progress)
-    with _writer(Path(out)) as write, bar_of as bar:
-        for first, scores in _scored(flow, chunks, bar, scores_or_none):
+    with _writer(Path(out)) as write:
+        for first, scores in found:
             columns: dict[str, NDArray[Any]] = {"row": np.arange(first, first + len(scores)), "log_prob": scores}
             if calibration is not None:
                 columns["p_value"] = p = calibration.p_values(scores)

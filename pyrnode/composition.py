@@ -26,6 +26,7 @@ from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.parts import Block, FactorOut, Squeeze
 from pyrnode.precision import in_own_precision
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
+from pyrnode.seeds import Noise
 from pyrnode.settings import whole
 from pyrnode.tracing import holds, recording
 from pyrnode.transforms import Chain
@@ -276,7 +277,7 @@ class Composition(nn.Module):
 
     # -- the passage -------------------------------------------------------------------------------------------------
 
-    def draw(self, divergence: Divergence, source: torch.Generator | SampleNoise, *, noise: str = "gaussian") -> Draw:
+    def draw(self, divergence: Divergence, source: Noise | SampleNoise, *, noise: str = "gaussian") -> Draw:
         """How the divergence is probed (`pyrnode.probes.draw`)."""
         return draw(divergence, self.dim, source, noise=noise)
 
@@ -288,7 +289,7 @@ class Composition(nn.Module):
         solver: SolverConfig | None = None,
         *,
         context: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Noise | None = None,
         total_derivative: bool = False,
         verified: bool = True,
         hjb: bool = False,
@@ -328,7 +329,7 @@ class Composition(nn.Module):
             _verify(solutions)
         return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions)
 
-    def transformed(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def transformed(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         """Samples in the flow's space and type, ``(batch, *event)``, and the transform's log-determinant, in nats."""
         y, log_det = self.transform(x, generator)
         return y.to(self.reference.dtype), log_det.to(self.reference.dtype)

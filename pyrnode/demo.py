@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyrnode import distributed
 from pyrnode.training import train
 
 _RUNS = (("digits", "digits"), ("8gaussians", "toy"))
@@ -26,10 +27,13 @@ def demo(out: str | Path, *, device: str | None = None, progress: bool = True) -
     settings: dict[str, Any] = {} if device is None else {"device": device}
     for data, preset in _RUNS:
         folder = Path(out) / data
-        print(f"== {data} (preset {preset}) → {folder}", flush=True)
+        if distributed.world().first:
+            print(f"== {data} (preset {preset}) → {folder}", flush=True)
         result = train(data, preset=preset, out=folder, resume=True, progress=progress, **settings)
         if result.interrupted:
             return 130
+        if not distributed.world().first:
+            continue
         print(result.report)
         pictures = sorted(path.name for path in folder.glob("*.png"))
         print(f"pictures in {folder}: {', '.join(pictures)}\n", flush=True)

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pyrnode.distributed import launched, local_rank
 from pyrnode.errors import ConfigError
 
 _UNKNOWN = 8 * 2**30
@@ -24,13 +25,15 @@ _STORED, _PIECE, _KEPT = 4, 8, 8
 def resolve_device(name: str) -> torch.device:
     """The torch device of that name; ``"auto"`` is CUDA where there is one.
 
+    Of several processes on a machine each has the next of its GPUs, unless the name has a number.
+
     Raises:
         ConfigError: There is no such device here.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count()) if launched() else torch.device("cuda")
     try:
-        device = torch.device(name)
+        device = torch.device("cpu" if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None

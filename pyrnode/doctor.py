@@ -22,7 +22,10 @@ from typing import Literal
 
 import torch
 
-from pyrnode import julia_setup, native
+from pyrnode import distributed, julia_setup, native
+from pyrnode.devices import resolve_device
+from pyrnode.distributed import World
+from pyrnode.errors import ConfigError
 from pyrnode.julia_setup import JuliaStatus
 
 Status = Literal["ok", "note", "problem"]
@@ -71,7 +74,21 @@ def diagnose() -> list[Check]:
         _space(),
         _writable(),
         _threads(),
+        _processes(),
     ]
+
+
+def diagnose_all(world: World) -> list[Check]:
+    """What the first process finds, and where each of the others is, once all have added a number up together.
+
+    Raises:
+        ProcessError: They cannot reach one another.
+    """
+    device = resolve_device("auto")
+    total = float(world.sum(torch.ones(1, dtype=torch.float64, device=device), patient=True))
+    checks, others = world.once(diagnose), world.gathered(_processes)
+    added = Check("their sum", "ok" if total == world.size else "problem", f"{total:g} of {world.size} ones")
+    return [*checks, *others[1:], added]
 
 
 def format_report(checks: list[Check]) -> str:
@@ -344,6 +361,26 @@ def _cpus() -> int:
         return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return count
+
+
+def _processes() -> Check:
+    """Whether this process is one of several, and what would carry sums between them."""
+    try:
+        rank, size = distributed.shard()
+        local, here = distributed.local_rank(), distributed.local_size()
+    except ConfigError as error:
+        return Check("processes", "problem", str(error), "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE")
+    if not torch.distributed.is_available():
+        return Check("processes", "note", "one: this torch is built without torch.distributed")
+    known = " and ".join(name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")())
+    if size == 1:
+        return Check("processes", "ok", f"one; torchrun starts several, which speak by {known}")
+    if not distributed.launched():
+        detail = f"WORLD_SIZE = {size} without MASTER_ADDR and MASTER_PORT: scores are sharded, training is not"
+        return Check("processes", "note", detail, "torchrun --nproc-per-node 2 -m pyrnode doctor")
+    device = resolve_device("auto")
+    detail = f"{rank} of {size}, on this machine {local} of {here}: {distributed.backend(device)}, {device}"
+    return Check("processes", "ok", detail)
 
 
 def _threads() -> Check:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 
 class PyrnodeError(Exception):
@@ -39,9 +40,19 @@ class SolverError(PyrnodeError, RuntimeError):
         self.status = status
         self.block = block
 
+    def __reduce__(self) -> tuple[Callable[..., SolverError], tuple[str]]:
+        """It crosses to other processes with all that it says."""
+        return partial(SolverError, status=self.status, block=self.block), (str(self),)
+
+
+class ProcessError(PyrnodeError, RuntimeError):
+    """Another process of the same run has ended, failed, or does not answer."""
+
 
 class TrainingDivergedError(PyrnodeError, RuntimeError):
     """Training became non-finite and the bounded number of restarts did not help."""
+
+    everywhere = True  # several processes all raise it
 
 
 class SolverWarning(UserWarning):

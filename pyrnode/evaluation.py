@@ -16,15 +16,17 @@ from torch import Tensor
 from pyrnode import seeds, solvers
 from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
-from pyrnode.data import Batch, Samples, Splits, TensorSamples, load, support
+from pyrnode.data import Batch, MappedSamples, Samples, Splits, TensorSamples, load, support
 from pyrnode.data.arrays import numbers
 from pyrnode.data.frames import columns_of, is_frame
+from pyrnode.distributed import World, alone
 from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
 from pyrnode.progress import parts, progress_bar
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
+_BASELINE_ROWS = 50_000  # that they are fitted to, where the samples are not in memory
 _INVERTED = 64  # samples on which the round trip is checked
 
 
@@ -140,6 +142,7 @@ def evaluate(
     baselines: bool = True,
     seed: int = 0,
     progress: bool = False,
+    world: World = alone,
 ) -> Report:
     """Scores a flow.
 
@@ -154,6 +157,8 @@ def evaluate(
         baselines: Fit and score the baselines (up to 128 dimensions, and only where there is a training set).
         seed: Seed of the noise.
         progress: Show a progress bar.
+        world: Processes that share the samples, all of which must call this: `pyrnode.distributed.world()`. One by
+            default, wherever it is called.
 
     Returns:
         The report; ``print`` shows it, ``to_dict()`` is for JSON.
@@ -168,11 +173,11 @@ def evaluate(
     count = min(len(test), config.test_limit or len(test))
     exact = config.divergence.exact(flow.dim)
     draws = config.draws if flow.levels is not None or not exact else 1
-    scorer = _Scorer(flow, config, seed)
+    scorer = _Scorer(flow, config, seed, world)
     discrete, notes, table = flow.levels is not None, list[str](), dict[str, Score]()
     centre = error = gaps = None
     passes = draws * count + min(count, config.chunk) + (count if discrete else 0)
-    with torch.no_grad(), progress_bar(passes, "evaluate", unit="sample", show=progress) as bar:
+    with torch.no_grad(), progress_bar(passes, "evaluate", unit="sample", show=progress and world.first) as bar:
         log_prob, totals = scorer.score(test, count, config.solver, draws, bar)
         other = training_solver or flow.config.solver
         if other.step_size == "auto":
@@ -188,7 +193,7 @@ def evaluate(
             error = scorer.inversion_error(test, count, config.solver)
         if splits is not None:
             with extra("the remarks on the data's support", notes):
-                notes += support.remarks(splits)
+                notes += world.once(lambda: support.remarks(splits))
         density = splits.density if splits is not None else None
         if density is not None and density.exact:
             with extra("the gap to the true density", notes):
@@ -201,7 +206,7 @@ def evaluate(
             else:
                 bar.set_description("evaluate: baselines")
                 with extra("the baselines", notes):
-                    table = _baseline_scores(flow, splits, count, draws, seed)
+                    table = world.once(lambda: _baseline_scores(flow, splits, count, draws, seed))
     return Report(
         score=Score.of(log_prob, flow.dim),
         bin_centre=centre,
@@ -290,6 +295,7 @@ def measure(
     *,
     config: EvaluationConfig | None = None,
     seed: int = 0,
+    world: World = alone,
 ) -> Measurement:
     """Scores samples with any solver: the noise is the same for all solvers and flows of one seed.
 
@@ -299,13 +305,14 @@ def measure(
         solver: Solver; default the accurate one.
         config: Divergence, probes, draws and chunk; default those of the flow.
         seed: Seed of the noise.
+        world: Processes that share the samples, as in `evaluate`.
 
     Raises:
         DataError: `x` does not fit the flow.
         SolverError: A solve failed.
     """
     config = config or _settings(flow)
-    scorer = _Scorer(flow, config, seed)
+    scorer = _Scorer(flow, config, seed, world)
     start = time.perf_counter()
     log_prob, totals = scorer.score(TensorSamples(x), len(x), solver or config.solver, config.draws, None)
     return Measurement(log_prob, Score.of(log_prob, flow.dim), **totals, seconds=time.perf_counter() - start)
@@ -314,8 +321,8 @@ def measure(
 class _Scorer:
     """Passes data through a flow with noise that depends on the draw and the batch alone."""
 
-    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int) -> None:
-        self.flow, self.config, self.seed = flow, config, seed
+    def __init__(self, flow: Flow, config: EvaluationConfig, seed: int, world: World = alone) -> None:
+        self.flow, self.config, self.seed, self.world = flow, config, seed, world
 
     def score(
         self,
@@ -328,25 +335,33 @@ class _Scorer:
         centre: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
         """Log-densities ``(draws, count)``, and the means of E, n and the evaluations."""
-        rows, sums = [], {"E": 0.0, "n": 0.0, "nfe": 0.0}
-        for draw in range(draws):
-            parts = []
-            for number, batch in enumerate(samples.batches(torch.arange(count, device="cpu"), self.config.chunk)):
-                log_prob, means = self._batch(batch, (draw, number), solver, centre, bar)
+        every, sums = torch.arange(count, device="cpu"), {"E": 0.0, "n": 0.0, "nfe": 0.0}
+
+        def here() -> list[tuple[Tensor, dict[str, float]]]:
+            return [
+                self._batch(batch, (draw, number), solver, centre, bar)
+                for draw in range(draws)
+                for number, batch in enumerate(samples.shares(every, self.config.chunk, self.world.share))
+            ]
+
+        parts = []
+        for batch in zip(*self.world.gathered(here), strict=True):  # of all processes
+            for log_prob, means in batch:
                 parts.append(log_prob)
                 for name in sums:
-                    sums[name] += means[name] * len(batch) / (count * draws)
-            rows.append(torch.cat(parts))
-        return torch.stack(rows), sums
+                    sums[name] += means[name] * len(log_prob) / (count * draws)
+        return torch.cat(parts).reshape(draws, count), sums
 
     def _batch(
         self, batch: Batch, key: tuple[int, int], solver: SolverConfig, centre: bool, bar: Any
     ) -> tuple[Tensor, dict[str, float]]:
-        flow, random = self.flow, seeds.generator(self.seed, "evaluate", *key)
+        flow, random = self.flow, batch.noise(seeds.generator(self.seed, "evaluate", *key))
+        if not len(batch):
+            return flow.reference.new_zeros(0).cpu(), {"E": 0.0, "n": 0.0, "nfe": 0.0}
         x, context = flow.admit(batch.x, batch.context)
         if centre:
             x = x.to(flow.reference.dtype) + 0.5
-        probes, tick = flow.draw(self.config.divergence, random), parts(bar, len(batch), len(flow.blocks))
+        probes, tick = flow.draw(self.config.divergence, random), parts(bar, batch.total, len(flow.blocks))
         begun = False
 
         def draw(z: Tensor) -> Probes | None:
@@ -392,8 +407,9 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
             y, log_det = flow.transform(flow.admit(samples.first(size).x)[0], random)
         return y.flatten(1).cpu().double(), log_det.cpu().double()
 
-    train, _ = transformed(splits.train, "train", len(splits.train))
-    validation, _ = transformed(splits.validation, "validation", len(splits.validation))
+    most = _BASELINE_ROWS if isinstance(splits.train, MappedSamples) else len(splits.train)
+    train, _ = transformed(splits.train, "train", most)
+    validation, _ = transformed(splits.validation, "validation", min(most, len(splits.validation)))
     fitted = fit_baselines(train, validation)
     rows: dict[str, list[Tensor]] = {name: [] for name in fitted}
     for draw in range(draws):

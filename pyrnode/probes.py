@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrnode.config import Divergence
+from pyrnode.seeds import Noise, drawn
 from pyrnode.settings import whole
 
 
@@ -39,15 +40,17 @@ class Probes(NamedTuple):
     axes: bool = False
 
     @staticmethod
-    def draw(z: Tensor, k: int = 1, *, noise: str = "gaussian", generator: torch.Generator | None = None) -> Probes:
+    def draw(z: Tensor, k: int = 1, *, noise: str = "gaussian", generator: Noise | None = None) -> Probes:
         """Random probes for states like `z` ``(batch, *event)``: Gaussian, or Rademacher (±1)."""
         shape = (k, *z.shape)
         device = generator.device if generator is not None else z.device
-        if noise == "rademacher":
-            eps = torch.randint(0, 2, shape, generator=generator, device=device).to(z.dtype) * 2 - 1
-        else:
-            eps = torch.randn(shape, generator=generator, dtype=z.dtype, device=device)
-        return Probes(eps.to(z.device), 1 / k)
+
+        def numbers(shape: tuple[int, ...], source: torch.Generator | None) -> Tensor:
+            if noise == "rademacher":
+                return torch.randint(0, 2, shape, generator=source, device=device).to(z.dtype) * 2 - 1
+            return torch.randn(shape, generator=source, dtype=z.dtype, device=device)
+
+        return Probes(drawn(numbers, shape, generator, batch=1).to(z.device), 1 / k)
 
     @staticmethod
     def exact(z: Tensor) -> Probes:
@@ -134,7 +137,7 @@ class SampleNoise:
 _UNIFORM = 2**32 - 1  # number of the stream of uniform noise; the probes of block i have stream i
 
 
-def draw(divergence: Divergence, dim: int, source: torch.Generator | SampleNoise, *, noise: str = "gaussian") -> Draw:
+def draw(divergence: Divergence, dim: int, source: Noise | SampleNoise, *, noise: str = "gaussian") -> Draw:
     """How the divergence of a flow of that many dimensions is probed.
 
     Args:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pyrnode import engines, files, native
+from pyrnode import distributed, engines, files, native
 from pyrnode.config import Config
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.settings import flatten
@@ -66,6 +66,8 @@ def versions(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
+        "processes": distributed.present().size,
+        "launch": distributed.launch(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "command": sys.argv,
     }
@@ -146,10 +148,10 @@ class RunFolder:
         try:
             then = files.read_json(self.path / "versions.json", remedy="", check=footing)
         except CheckpointError:
-            changed = ["versions.json: damaged or missing, so that nothing can be compared"]
+            then, changed = {}, ["versions.json: damaged or missing, so that nothing can be compared"]
         else:
             changed = differences(footing(then), footing(now))
-        if changed:
+        if changed or then.get("launch") != now["launch"]:
             self._write_versions(now)
         return changed
 
@@ -170,6 +172,16 @@ class RunFolder:
         """The files of the models that were validated, by step, in order; what else lies there is let lie."""
         found = sorted((self.path / "snapshots").glob("[0-9]*.safetensors"))
         return {int(path.stem): path for path in found if _STEP.fullmatch(path.stem) and os.path.isfile(path)}
+
+    def goes_on(self) -> bool:
+        """Whether torchrun started this process again for the run that the folder holds, which is then resumed."""
+        if not (distributed.restarted() and self.started):
+            return False
+        try:
+            about = files.read_json(self.path / "versions.json", remedy="", check=footing)
+        except CheckpointError:
+            return False
+        return bool(about.get("launch") == distributed.launch())
 
     def write_config(self, config: Config) -> None:
         """Writes the configuration."""
@@ -290,5 +302,6 @@ def footing(about: Mapping[str, Any]) -> dict[str, str]:
     computes = ("torch", "juliacall") if engine == "julia" else ("torch",)
     found = {name: packages.get(name) for name in ("pyrnode", *computes)} | {"engine": engine}
     found |= {name: about.get(name) for name in ("threads", "processor", "cuda")}
+    found["processes"] = about.get("processes", 1)
     found |= {f"kernel {name}": why for name, why in about["kernels"].items()}
     return {name: str(value) for name, value in found.items()}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyrnode.settings import whole
 
@@ -27,6 +29,65 @@ def derive(seed: int, *purpose: object) -> int:
 def generator(seed: int, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of a device for one purpose; those of two kinds of devices give other numbers."""
     return torch.Generator(device).manual_seed(derive(seed, *purpose))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a batch are here, where others have the rest of it.
+
+    Attributes:
+        first: The first of them.
+        count: How many they are.
+        total: How many rows the batch has.
+    """
+
+    first: int
+    count: int
+    total: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows."""
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class ShareNoise:
+    """The random numbers of a share: drawn for the whole batch, so that they do not depend on how it is divided."""
+
+    generator: torch.Generator
+    share: Share
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are drawn."""
+        return self.generator.device
+
+
+Noise = torch.Generator | ShareNoise
+"""Where random numbers for a batch, or for a share of one, come from."""
+
+
+def drawn(
+    draw: Callable[[tuple[int, ...], torch.Generator | None], Tensor],
+    shape: tuple[int, ...],
+    source: Noise | None,
+    *,
+    batch: int = 0,
+) -> Tensor:
+    """Random numbers of a shape.
+
+    Args:
+        draw: Makes them, of a shape and with a generator (`None` for torch's own).
+        shape: The shape.
+        source: Where they come from.
+        batch: The axis of the batch.
+    """
+    if not isinstance(source, ShareNoise):
+        return draw(shape, source)
+    share = source.share
+    every = draw((*shape[:batch], share.total, *shape[batch + 1 :]), source.generator)
+    return every.narrow(batch, share.first, share.count)
 
 
 @contextmanager

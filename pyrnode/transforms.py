@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.errors import ConfigError, DataError
+from pyrnode.seeds import Noise, drawn
 from pyrnode.tracing import holds, recording
 
 
@@ -21,7 +22,7 @@ class Transform(nn.Module, ABC):
     """A bijection of ``(batch, *event)`` onto the same shape."""
 
     @abstractmethod
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         """``y`` and ``log |det ∂y/∂x|`` in nats, ``(batch,)``; `generator` where the transform is random."""
 
     def check(self, x: Tensor) -> None:
@@ -42,7 +43,7 @@ _THIN = 1e-10
 _SHRINKAGES = (0.0, 1e-6, 1e-4, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
 """What a covariance may be drawn towards the identity by."""
 
-_FOLDS, _CHOSEN_ON = 5, 50_000
+_FOLDS, CHOSEN_ON = 5, 50_000
 """Folds of the cross-validation that chooses among them, and the rows that it takes at most."""
 
 
@@ -81,11 +82,14 @@ class Dequantize(Transform):
         if low < 0 or high >= self.levels:
             raise DataError(f"pixel values {low} to {high}: expected 0 to {self.levels - 1} (levels = {self.levels})")
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
             device = x.device if generator is None else generator.device
-            noise = torch.rand(x.shape, generator=generator, dtype=self.dtype, device=device)
-            x = x.to(self.dtype) + noise.to(x.device)
+
+            def uniform(shape: tuple[int, ...], source: torch.Generator | None) -> Tensor:
+                return torch.rand(shape, generator=source, dtype=self.dtype, device=device)
+
+            x = x.to(self.dtype) + drawn(uniform, tuple(x.shape), generator).to(x.device)
         return x / self.levels, _zeros(x) - math.prod(x.shape[1:]) * math.log(self.levels)
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class Logit(Transform):
             raise ConfigError(f"alpha = {alpha!r}: expected 0 <= alpha < 0.5")
         self.alpha = alpha
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         width = 1 - 2 * self.alpha
         low, high = torch.log(self.alpha + width * x), torch.log(self.alpha + width * (1 - x))
         log_det = (math.log(width) - low - high).flatten(1).sum(1)
@@ -181,7 +185,7 @@ class Standardize(DoubleTransform):
         mean, std = torch.where(fixed, c[0], c.mean(0)), c.std(0, correction=0)
         return cls(mean, torch.where(fixed, torch.ones_like(std), std))
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         x = x.double()
         return (x - self.mean) / self.std, _zeros(x) - self.std.log().sum()
 
@@ -192,7 +196,12 @@ class Standardize(DoubleTransform):
 def _principal(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Axes ``(d, d)``, one a column, the largest component of each positive; and their variances, increasing."""
     share = torch.full_like(x[:, 0], 1 / len(x)) if weight is None else (weight / weight.sum()).to(x)
-    variance, rotation = torch.linalg.eigh((x * share[:, None]).T @ x)
+    return _axes((x * share[:, None]).T @ x)
+
+
+def _axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a covariance."""
+    variance, rotation = torch.linalg.eigh(covariance)
     return rotation * rotation.gather(0, rotation.abs().argmax(0, keepdim=True)).sign(), variance
 
 
@@ -239,6 +248,11 @@ class Whiten(DoubleTransform):
         return cls._of(*_principal(x.double(), weight), shrinkage)
 
     @classmethod
+    def of_covariance(cls, covariance: Tensor, *, shrinkage: float = 0.0) -> Whiten:
+        """`fit` of samples whose second moments ``(d, d)`` are known."""
+        return cls._of(*_axes(covariance.double()), shrinkage)
+
+    @classmethod
     def _of(cls, rotation: Tensor, variance: Tensor, shrinkage: float) -> Whiten:
         """From the principal axes and their variances, in increasing order."""
         shrunk = (1 - shrinkage) * variance.clamp(min=_THIN * variance[-1]) + shrinkage
@@ -246,7 +260,13 @@ class Whiten(DoubleTransform):
 
     @classmethod
     def chosen(cls, x: Tensor, weight: Tensor | None = None) -> Whiten:
-        """As `fit`, with the shrinkage under which the normal density scores best in cross-validation; or the identity.
+        """As `fit`, with the shrinkage that `best_shrinkage` finds; the identity where it is 1."""
+        best = cls.best_shrinkage(x, weight)
+        return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
+
+    @classmethod
+    def best_shrinkage(cls, x: Tensor, weight: Tensor | None = None) -> float:
+        """The shrinkage under which the normal density scores best in cross-validation.
 
         Few rows, or gross outliers, leave a covariance that is too narrow for what comes next: the more of it is taken,
         the better for what is like the rows it was found on, and the worse for the rest.
@@ -255,21 +275,20 @@ class Whiten(DoubleTransform):
             x: Samples ``(n, d)``, of mean 0 and variance 1 by column.
             weight: Their weights.
         """
-        few = x[:_CHOSEN_ON].double()
-        share = torch.ones_like(few[:, 0]) if weight is None else weight[:_CHOSEN_ON].to(few)
+        few = x[:CHOSEN_ON].double()
+        share = torch.ones_like(few[:, 0]) if weight is None else weight[:CHOSEN_ON].to(few)
         scores = dict.fromkeys(_SHRINKAGES, 0.0)
         for fold in range(_FOLDS):
             out = torch.arange(len(few), device=few.device) % _FOLDS == fold
             if not bool((share[~out] > 0).any()):
-                return cls.identity(x.shape[1])
+                return 1.0
             axes = _principal(few[~out], share[~out])
             for shrinkage in scores:
                 y, log_det = cls._of(*axes, shrinkage)(few[out])
                 scores[shrinkage] += float(((log_det - y.square().sum(1) / 2) * share[out]).sum())
-        best = max(scores, key=lambda shrinkage: scores[shrinkage])
-        return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
+        return max(scores, key=lambda shrinkage: scores[shrinkage])
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         return (x.double() @ self.rotation) / self.scale, _zeros(x.double()) - self.scale.log().sum()
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -283,7 +302,7 @@ class Chain(Transform):
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         log_det: Tensor | None = None
         for transform in self.transforms:
             x, term = transform(x, generator)

@@ -48,6 +48,8 @@ class Machine:
         self.patch, self.home = monkeypatch, home
         monkeypatch.chdir(home)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("PYRNODE_DATA", str(self.data("mnist-only", [f"MNIST/raw/{name}" for name in IDX])))
         monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
         monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
@@ -143,8 +145,27 @@ def test_a_good_machine(machine: Machine) -> None:
         "disk": "ok",
         "working folder": "ok",
         "threads": "ok",
+        "processes": "ok",
     }
     assert [check.remedy for check in diagnose()] == [None] * len(statuses)
+
+
+def test_one_of_several_processes_says_where_it_is(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert _find("processes").detail == "one; torchrun starts several, which speak by gloo and nccl"
+    for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    found = _find("processes")
+    assert found.status == "note"
+    assert "WORLD_SIZE = 8 without MASTER_ADDR and MASTER_PORT" in found.detail
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    machine.gpus("a", "b", "c", "d")
+    assert _find("processes") == Check("processes", "ok", "6 of 8, on this machine 2 of 4: nccl, cuda:2")
+    machine.gpus("a", "b")  # NCCL refuses two processes on one
+    assert _find("processes").detail == "6 of 8, on this machine 2 of 4: gloo, cuda:0"
+    monkeypatch.setenv("RANK", "eight")
+    assert _find("processes").status == "problem"
 
 
 @pytest.mark.parametrize("name", ["pandas", "pyarrow", "tensorboard", "h5py"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pyrnode.cli import main
+from tests.test_kills import environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,8 +43,15 @@ def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "runs/digits/samples.png").stat().st_size > 1000
 
 
-# These are run in test_julia_examples.py, test_sbi.py and test_paper.py.
-ELSEWHERE = {"julia_engine.py", "inside_sbi.py", "reproduce.py"}
+# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below.
+ELSEWHERE = {
+    "julia_engine.py",
+    "inside_sbi.py",
+    "reproduce.py",
+    "score_with_dask.py",
+    "score_with_ray.py",
+    "score_with_spark.py",
+}
 EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE
 WRITING = {"straight_trajectories.py", "anomaly_scores.py", "export_and_use.py", "simulation_based_inference.py"}
 
@@ -78,3 +88,17 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert -250 < values["standard normal"] < values["RNODE"] < -150
     else:  # the untrained flow is 1.42 nats from the truth; a few steps must not make it worse
         assert all(-0.05 < gap < 1.5 for gap in values.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["dask", "ray", "pyspark"])
+def test_scores_by_other_engines(package: str, tmp_path: Path) -> None:
+    """In a process of their own: they start threads, servers and a Java machine."""
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install 'dask[dataframe]' ray pyspark)")
+    name = {"dask": "score_with_dask", "ray": "score_with_ray", "pyspark": "score_with_spark"}[package]
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment())
+    assert done.returncode == 0, done.stderr
+    rows, difference = re.findall(r"(\d+) rows, log_prob at most (\S+) nats", done.stdout)[0]
+    assert int(rows) == 500
+    assert float(difference) < 1e-5

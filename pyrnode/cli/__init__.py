@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyrnode
-from pyrnode import demo, doctor, engines, julia_install, julia_setup
+from pyrnode import demo, distributed, doctor, engines, julia_install, julia_setup
 from pyrnode.cli import export, score, train
 from pyrnode.cli.output import (
     INTERRUPTED,
@@ -84,7 +84,10 @@ def _install_julia(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    checks = doctor.diagnose()
+    world = distributed.world()
+    checks = doctor.diagnose() if world.size == 1 else doctor.diagnose_all(world)
+    if not world.first:
+        return 0
     print_json([asdict(check) for check in checks]) if args.json else print(doctor.format_report(checks))
     return 1 if any(check.status == "problem" for check in checks) else 0
 
@@ -107,6 +110,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         return interrupted("reproduce", args.experiment, "--scale", args.scale, "--out", args.out)
+    if not distributed.present().first:
+        return 0
     if args.json:
         print_json([{"name": f.name, "numbers": f.numbers, "claims": [asdict(c) for c in f.claims]} for f in findings])
         return 0
@@ -238,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command].run(args)
     except PyrnodeError as error:
-        print(f"pyrnode: {' '.join(str(error).split())}", file=sys.stderr)
+        world = distributed.present()
+        if world.first or not getattr(error, "everywhere", False):  # what all raise, the first says for all
+            here = "" if world.size == 1 else f" (process {world.rank} of {world.size})"
+            print(f"pyrnode{here}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pyrnode: interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import Any
 
+from pyrnode import distributed
 from pyrnode.files import to_json
 
 INTERRUPTED = 130
@@ -14,8 +15,9 @@ INTERRUPTED = 130
 
 
 def interrupted(*command: str) -> int:
-    """Says with which command to go on; gives the exit code."""
-    print(f"interrupted; go on with: {shlex.join(('pyrnode', *command, '--resume'))}", file=sys.stderr)
+    """Says with which command to go on, if this is the process that says things; gives the exit code."""
+    if distributed.present().first:
+        print(f"interrupted; go on with: {shlex.join(('pyrnode', *command, '--resume'))}", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import pyrnode
-from pyrnode import plotting
+from pyrnode import distributed, plotting
 from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
@@ -92,6 +92,8 @@ def _train(args: argparse.Namespace) -> int:
         stopped = True
     if stopped:
         return interrupted("train", args.data, "--out", args.out)
+    if not distributed.present().first:
+        return 0
     if args.json:
         print_json({"out": str(result.out), "report": result.report and result.report.to_dict()})
     else:
@@ -116,7 +118,11 @@ def evaluate(args: argparse.Namespace) -> int:
         )
     changes = {key.removeprefix("evaluation."): value for key, value in settings(args.set).items()}
     config = flow.config.evaluation.override(changes)
-    report = pyrnode.evaluate(flow, _splits(flow, args), config=config, progress=not args.quiet)
+    world = distributed.world()
+    splits = world.together(lambda: _splits(flow, args), in_turn=True)
+    report = pyrnode.evaluate(flow, splits, config=config, progress=not args.quiet, world=world)
+    if not world.first:
+        return 0
     print_json(report.to_dict()) if args.json else print(report)
     return 0
 

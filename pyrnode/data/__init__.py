@@ -8,11 +8,13 @@ Example:
 
 from pyrnode.data import synthetic
 from pyrnode.data.loading import labels, load, sources
+from pyrnode.data.mapped import MappedSamples
 from pyrnode.data.samples import Batch, DatasetSamples, Samples, Splits, TensorSamples
 
 __all__ = [
     "Batch",
     "DatasetSamples",
+    "MappedSamples",
     "Samples",
     "Splits",
     "TensorSamples",

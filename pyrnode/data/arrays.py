@@ -201,11 +201,8 @@ def check_channels(shape: tuple[int, ...], what: str) -> None:
 
 
 def _check_continuous(values: Tensor, what: str, levels: int | None, features: tuple[str, ...] | None) -> None:
-    bad = ~torch.isfinite(values)
-    if count := int(bad.sum()):
-        first = bad.nonzero()[0].tolist()
-        place = f"row {first[0]}, column {column(first[1], features)}" if values.ndim == 2 else f"image {first[0]}"
-        raise DataError(f"{what} has {count} NaN or infinite values, the first in {place}: remove or fill them")
+    if not bool(torch.isfinite(values).all()):
+        raise bad_value(values, what, features, 0)
     if levels is not None:
         raise DataError(
             f"{what} holds floating-point values, but levels = {levels} is for integers 0 .. {levels - 1}: leave "
@@ -217,16 +214,29 @@ def _check_continuous(values: Tensor, what: str, levels: int | None, features: t
         check_not_scaled_pixels(values[:100], what)
 
 
+def bad_value(values: Tensor, what: str, features: tuple[str, ...] | None, row: int) -> DataError:
+    """The error of samples, from that row on, of which some are not finite."""
+    bad = ~torch.isfinite(values)
+    first = bad.nonzero()[0].tolist()
+    at = row + first[0]
+    place = f"row {at}, column {column(first[1], features)}" if values.ndim == 2 else f"image {at}"
+    return DataError(f"{what} has {int(bad.sum())} NaN or infinite values, the first in {place}: remove or fill them")
+
+
 def check_varies(values: Tensor, what: str, features: tuple[str, ...] | None) -> None:
     """Raises `DataError` if a column of a table ``(n, d)`` is constant: it has no density."""
     constant = (values == values[0]).all(dim=0).nonzero().flatten().tolist()
     if constant:
-        i = constant[0]
-        more = f" (and {len(constant) - 1} more columns)" if len(constant) > 1 else ""
-        raise DataError(
-            f"{what}: column {column(i, features)} is constant ({values[0, i].item():g}) in all {len(values)} "
-            f"samples{more}: it has no density; remove it"
-        )
+        raise constant_column(values, constant[0], len(constant), what, features)
+
+
+def constant_column(values: Tensor, i: int, count: int, what: str, features: tuple[str, ...] | None) -> DataError:
+    """The error of a table of which so many columns are constant, the first of them `i`."""
+    more = f" (and {count - 1} more columns)" if count > 1 else ""
+    return DataError(
+        f"{what}: column {column(i, features)} is constant ({values[0, i].item():g}) in all {len(values)} "
+        f"samples{more}: it has no density; remove it"
+    )
 
 
 def check_not_scaled_pixels(values: Tensor, what: str) -> None:

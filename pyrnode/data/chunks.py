@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor
 from pyrnode.data.frames import Names, ordering
-from pyrnode.data.readers import SUFFIXES, Reader, kind, open_file
+from pyrnode.data.readers import SUFFIXES, WHOLE, Part, Reader, kind, open_file
 from pyrnode.errors import DataError, unknown_name
 from pyrnode.settings import whole
 
@@ -27,18 +27,24 @@ class Chunks:
     """
 
     def __init__(
-        self, reader: Reader, size: int, event_shape: tuple[int, ...], discrete: bool, features: Names | None
+        self,
+        reader: Reader,
+        size: int,
+        event_shape: tuple[int, ...],
+        discrete: bool,
+        features: Names | None,
+        part: Part,
     ) -> None:
-        self.rows, self.names = reader.rows, reader.names
+        self.rows, self.names, self._part = reader.rows, reader.names, part
         self._order = ordering(reader.names, features, str(reader.path))
         self._reader, self._size, self._event_shape, self._discrete = reader, size, event_shape, discrete
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         first = None
-        for first, array in self._reader.chunks(self._size):
+        for first, array in self._reader.chunks(self._size, self._part):
             values = self._checked(array_tensor(array, str(self._reader.path)), first)
             yield first, values if self._order is None else values[:, self._order]
-        if first is None:
+        if first is None and self._part.number == 0:
             raise DataError(f"{self._reader.path} has no samples")
 
     def _checked(self, values: Tensor, first: int) -> Tensor:
@@ -78,6 +84,7 @@ def open_chunks(
     discrete: bool = False,
     features: Names | None = None,
     config: DataConfig = _ANY,
+    part: Part = WHOLE,
 ) -> Chunks:
     """Opens a file of samples.
 
@@ -89,6 +96,7 @@ def open_chunks(
         discrete: The values must be integers.
         features: Names of the columns that the model was trained on: the file's are put in their order.
         config: How a ``.csv`` is to be read: ``sep``, ``decimal``, ``header``.
+        part: Which of the chunks; there may be none, unless it has the first.
 
     Returns:
         The chunks. Continuous values are float32 or float64, as the file has them (integers become float64); discrete
@@ -106,4 +114,4 @@ def open_chunks(
         raise DataError(unknown_name(f"kind of file of {path}:", kind(path), SUFFIXES, listing=known))
     if not path.is_file():
         raise DataError(f"{path} does not exist, or is not a file")
-    return Chunks(open_file(path, config), size, event_shape, discrete, features)
+    return Chunks(open_file(path, config), size, event_shape, discrete, features, part)

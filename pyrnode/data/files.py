@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor, check_array
 from pyrnode.data.frames import Names, read_frame
+from pyrnode.data.mapped import MappedSamples, large, mapped
 from pyrnode.data.readers import SUFFIXES as READ
 from pyrnode.data.readers import Array, DelimitedReader, NumpyReader, kind, open_file, read_npz
 from pyrnode.data.samples import Source, TensorSamples
@@ -33,6 +35,10 @@ def file_source(path: Path, config: DataConfig) -> Source:
     if suffix == ".npz":
         return _archive_source(read_npz(path), path, config)
     reader = open_file(path, config)
+    if large(path) and (values := mapped(reader, config)) is not None:
+        levels = (config.levels or 256) if values.dtype == torch.uint8 else None
+        name, shape = path.name[: -len(suffix)], tuple(values.shape[1:])
+        return Source(name, MappedSamples(values), shape, levels, features=reader.names)
     array = reader.whole()
     if isinstance(reader, NumpyReader):
         return _array_source(array, path, config)

@@ -26,6 +26,10 @@ NAMES = {
 """The named sets of images, each with a line about it."""
 
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
+
+DOWNLOADED = frozenset(_CLASSES)
+"""Names of the sets that are fetched where they are not there."""
+
 _FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
-from pyrnode.data import files, images, maf, synthetic
+from pyrnode.data import files, images, maf, mapped, synthetic
 from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies, numbers
 from pyrnode.data.frames import Names, is_frame, read_frame
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
@@ -75,6 +75,14 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)
     return splits
+
+
+def leaves_files(data: Any, config: DataConfig) -> bool:
+    """Whether `load` may leave files of that data on a disk, which one process then does for the others."""
+    name = config.name if data is None or (isinstance(data, str) and not data) else data
+    if isinstance(name, str) and name in sources:
+        return name in images.DOWNLOADED
+    return isinstance(name, (str, os.PathLike)) and mapped.large(Path(name).expanduser())
 
 
 def _source(data: Any, config: DataConfig) -> Source:

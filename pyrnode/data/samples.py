@@ -6,7 +6,7 @@ import copy
 import pickle
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -19,6 +19,7 @@ from pyrnode.data.arrays import check_item, item_tensor
 from pyrnode.data.frames import ordering
 from pyrnode.data.synthetic import Density
 from pyrnode.errors import DataError
+from pyrnode.seeds import Noise, Share, ShareNoise
 
 MINIMUM = 10
 """Fewest samples that are worth splitting in three."""
@@ -32,14 +33,30 @@ class Batch:
         x: ``(batch, *event)``, in the values of the source.
         context: What they are conditional on, ``(batch, m)``; `None` without one.
         weight: Their weights, ``(batch,)``, float64; `None` where all weigh alike.
+        share: Which rows of a batch these are, where other processes have the rest of it; `None` for a whole one.
     """
 
     x: Tensor
     context: Tensor | None = None
     weight: Tensor | None = None
+    share: Share | None = None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def none(self) -> Batch:
+        """No samples, like these."""
+        context = None if self.context is None else self.context[:0]
+        return Batch(self.x[:0], context, None if self.weight is None else self.weight[:0])
+
+    @property
+    def total(self) -> int:
+        """Samples of the whole batch."""
+        return len(self) if self.share is None else self.share.total
+
+    def noise(self, generator: torch.Generator) -> Noise:
+        """Where the samples' random numbers come from, if those of the whole batch come from `generator`."""
+        return generator if self.share is None else ShareNoise(generator, self.share)
 
 
 class Samples(ABC):
@@ -113,6 +130,20 @@ class Samples(ABC):
         if batch_size < 1 or workers < 0:
             raise DataError(f"batch_size = {batch_size}, workers = {workers}: expected at least 1 and at least 0")
         return self._joined(order, batch_size, workers) if len(order) else iter(())
+
+    def shares(self, order: Tensor, batch_size: int, share: Callable[[int], Share | None]) -> Iterator[Batch]:
+        """`batches`, of each the rows that are this process's, of which there may be none.
+
+        Args:
+            order: As in `batches`.
+            batch_size: As in `batches`.
+            share: Which rows of a batch of so many they are; `None` for all.
+        """
+        for rows in order.split(batch_size):
+            part = share(len(rows))
+            taken = rows if part is None else rows[part.rows]
+            found = next(self.batches(taken, batch_size), None)
+            yield replace(found or self.first(1).none(), share=part)
 
     def _joined(self, order: Tensor, batch_size: int, workers: int) -> Iterator[Batch]:
         for rows, x in zip(order.split(batch_size), self._batches(order, batch_size, workers), strict=True):

@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyrnode.data.arrays import column
+from pyrnode.data.mapped import MappedSamples
 from pyrnode.data.readers.base import Array
 from pyrnode.data.samples import Samples, Splits, TensorSamples
 
@@ -45,10 +47,10 @@ def warn(splits: Splits) -> None:
 def remarks(splits: Splits) -> list[str]:
     """What is to be said of the data, a sentence or two for each kind, with columns and counts."""
     train, found = splits.train, list[str]()
-    if splits.levels is None and not splits.is_image and isinstance(train, TensorSamples):
-        x = train.tensor()
-        step = max(1, -(-len(x) // _ROWS))
-        found += _columns(x[::step].double().numpy(), splits.features, float(np.finfo(str(x.dtype)[6:]).eps))
+    if splits.levels is None and not splits.is_image and isinstance(train, (TensorSamples, MappedSamples)):
+        rows = torch.arange(0, len(train), max(1, -(-len(train) // _ROWS)), device="cpu")
+        x = next(train.batches(rows, _ROWS)).x
+        found += _columns(x.double().numpy(), splits.features, float(np.finfo(str(x.dtype)[6:]).eps))
     if train.context is not None:
         same = [i for i, fixed in enumerate(constant(train.context)) if fixed]
         if same:

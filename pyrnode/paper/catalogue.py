@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyrnode import engines
+from pyrnode import distributed, engines
 from pyrnode.errors import CheckpointError, ConfigError, unknown_name
 from pyrnode.files import write_atomically
 from pyrnode.paper import ablation, classifier, convergence, galleries, steps, stiffness, table, trajectories
@@ -46,6 +47,9 @@ def reproduce(
     Every experiment has a folder of its own in `out`, with its pictures (PNG and PDF), numbers (CSV), settings,
     versions and reports. What is trained lies in ``out/runs``, and is shared by the experiments that need the same.
 
+    Under torchrun all processes take part: in training, in the scores of the models along a run, and in those of the
+    test set. They must see the same `out`.
+
     Args:
         name: ``"fig1"`` to ``"fig5"``, ``"table1"``, ``"steps"``, ``"classifier"``, or ``"all"``.
         scale: ``"cpu"`` (small, for two cores), ``"paper"`` (the published configuration, for a GPU), ``"tiny"`` (a
@@ -73,29 +77,35 @@ def reproduce(
     """
     if name != "all" and name not in EXPERIMENTS:
         raise ConfigError(unknown_name("experiment", name, [*EXPERIMENTS, "all"]))
-    scale, out = scale_of(scale), Path(out)
+    world, scale, out = distributed.world(), scale_of(scale), Path(out)
     chosen = list(EXPERIMENTS.values()) if name == "all" else [EXPERIMENTS[name]]
-    for experiment in chosen:
-        if (out / experiment.name).exists() and not resume:
-            raise CheckpointError(f"{out / experiment.name} already exists; pass resume=True (--resume) or another out")
-    _check_scale(out, scale)
+    world.once(partial(_check_free, out, scale, chosen, resume=resume))
     engine, why = engines.choose(engine or "auto", device or "auto")
     given: dict[str, Any] = {"engine": engine, "device": device, "data.dir": data_dir}
     settings = {key: value for key, value in given.items() if value is not None}
-    study = Study(scale, out, settings=settings, progress=progress)
+    study = Study(scale, out, settings=settings, progress=progress, world=world)
     study.say(f"engine: {engine} ({why})")
-    left = [experiment for experiment in chosen if not (out / experiment.name / "report.html").exists()]
+    done = world.once(lambda: [e.name for e in chosen if (out / e.name / "report.html").exists()])
+    left = [experiment for experiment in chosen if experiment.name not in done]
     study.estimate(dict.fromkeys(need for experiment in left for need in experiment.needs(scale)))
     findings = []
     for experiment in left:
         study.say(f"== {experiment.name}: {experiment.title}")
-        folder = _made(out / experiment.name)
+        folder = world.once(partial(_made, out / experiment.name))
         finding = experiment.measure(study)
-        write(finding, folder, scale=scale.name, published=scale.published)
+        world.once(partial(write, finding, folder, scale=scale.name, published=scale.published))
         findings.append(finding)
     if name == "all":
-        write_reports(out, [(read(out / e.name), out / e.name) for e in chosen])
+        world.once(lambda: write_reports(out, [(read(out / e.name), out / e.name) for e in chosen]))
     return findings
+
+
+def _check_free(out: Path, scale: Scale, chosen: list[Experiment], *, resume: bool) -> None:
+    """Raises an error where the folder holds one of the experiments already, or another scale's; notes the scale."""
+    for experiment in chosen:
+        if (out / experiment.name).exists() and not resume:
+            raise CheckpointError(f"{out / experiment.name} already exists; pass resume=True (--resume) or another out")
+    _check_scale(out, scale)
 
 
 def _check_scale(out: Path, scale: Scale) -> None:

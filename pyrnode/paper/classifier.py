@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +206,8 @@ def _measure(study: Study) -> Finding:
         for method, label in METHODS.items():
             results = []
             for seed in study.scale.seeds:
-                configs[f"{name}-{method}-seed{seed}"], result = _one(study, name, method, seed, given)
+                one = partial(_one, study, name, method, seed, given)  # small, and no flow: one process does it
+                configs[f"{name}-{method}-seed{seed}"], result = study.world.once(one)
                 results.append(result)
                 rows.append({"data": name, "classifier": label, "seed": seed, **result})
             means[method] = {key: mean_and_spread(r[key] for r in results) for key in results[0]}

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from pyrnode import evaluation, solvers
 from pyrnode.config import Config
 from pyrnode.data import Splits, load
+from pyrnode.data.loading import leaves_files
+from pyrnode.distributed import World, alone
 from pyrnode.errors import TrainingDivergedError
 from pyrnode.files import read_json
 from pyrnode.flow import Flow
@@ -92,10 +94,14 @@ class Study:
         out: The folder.
         settings: Settings for every run (engine, device, folder of the data).
         progress: Show progress on standard error.
+        world: The processes that take part, all of which see the folder; the first of them writes.
     """
 
-    def __init__(self, scale: Scale, out: Path, *, settings: dict[str, Any], progress: bool) -> None:
-        self.scale, self.out, self.settings, self.progress = scale, out, settings, progress
+    def __init__(
+        self, scale: Scale, out: Path, *, settings: dict[str, Any], progress: bool, world: World = alone
+    ) -> None:
+        self.scale, self.out, self.settings, self.world = scale, out, settings, world
+        self.progress = progress and world.first
         self._splits: dict[str, Splits] = {}
         self._runs: dict[Need, Run] = {}
         self._rates: dict[tuple[str, str], float] = {}
@@ -129,7 +135,8 @@ class Study:
         scores = {}
         for rate in rates:
             folder = self._train(f"tuning/{data}-{method}-rate{rate:g}", self._tuning(data, method, rate))[0]
-            values = [record["validation"] for record in read_metrics(folder.path) if "validation" in record]
+            records = self.world.once(partial(read_metrics, folder.path))
+            values = [record["validation"] for record in records if "validation" in record]
             scores[rate] = values[-1] if values else float("inf")
         return self._rates.setdefault((data, method), min(scores, key=scores.__getitem__))
 
@@ -145,7 +152,7 @@ class Study:
         if need not in self._runs:
             config = self.config(need)
             folder, diverged = self._train(f"runs/{need.name}", config)
-            if folder.model.exists():
+            if self.world.once(folder.model.exists):
                 flow = load_flow(folder.model, engine=config.engine, device=config.device)
             else:  # it diverged before its first checkpoint
                 splits = self.splits(config)
@@ -156,8 +163,8 @@ class Study:
     def _train(self, name: str, config: Config) -> tuple[RunFolder, str | None]:
         folder = RunFolder(self.out / name)
         report = folder.path / "diverged.txt"
-        if report.exists():
-            return folder, report.read_text(encoding="utf-8").strip()
+        if told := self.world.once(lambda: report.read_text(encoding="utf-8").strip() if report.exists() else ""):
+            return folder, told
         self.say(f"{name}")
         splits = self.splits(config)
         try:
@@ -170,8 +177,9 @@ class Study:
                 progress=self.progress,
             )
         except TrainingDivergedError as error:
-            folder.write_text(report.name, f"{error}\n")
-            return folder, str(error)
+            told = str(error)
+            self.world.once(lambda: folder.write_text(report.name, f"{told}\n"))
+            return folder, told
         if result.interrupted:
             raise KeyboardInterrupt
         return folder, None
@@ -179,7 +187,9 @@ class Study:
     def splits(self, config: Config) -> Splits:
         """The data of a run; all methods and seeds share it, and its split."""
         if config.data.name not in self._splits:
-            self._splits[config.data.name] = load(None, config=config.data)
+            in_turn = leaves_files(None, config.data)
+            splits = self.world.together(lambda: load(None, config=config.data), in_turn=in_turn)
+            self._splits[config.data.name] = splits
         return self._splits[config.data.name]
 
     # -- scores ------------------------------------------------------------------------------------------------------
@@ -198,11 +208,14 @@ class Study:
         Raises:
             TrainingDivergedError: The run ended before its first validation.
         """
-        path = run.folder.path / "curve.json"
-        if path.exists():
-            kept: list[dict[str, float]] = read_json(path, remedy="delete it and go on with --resume", check=_points)
+        path, remedy = run.folder.path / "curve.json", "delete it and go on with --resume"
+        kept: list[dict[str, float]] | None = self.world.once(
+            lambda: read_json(path, remedy=remedy, check=_points) if path.exists() else None
+        )
+        if kept is not None:
             return kept
-        if not run.folder.snapshots():
+        snapshots = self.world.once(run.folder.snapshots)
+        if not snapshots:
             raise TrainingDivergedError(
                 f"{run.need.name} was never validated, so nothing can be said of it: {run.diverged}"
             )
@@ -211,12 +224,12 @@ class Study:
         config = replace(run.config.evaluation, draws=1)
         seconds = {record["step"]: record["seconds"] for record in run.history if "validation" in record}
         curve = []
-        for step, file in run.folder.snapshots().items():
+        for step, file in snapshots.items():
             flow = load_flow(file, engine=run.config.engine, device=run.config.device)
-            found = evaluation.measure(flow, x, config=config)
+            found = evaluation.measure(flow, x, config=config, world=self.world)
             values = {"bits": found.score.bits, "E": found.E, "n": found.n, "nfe": found.nfe}
             curve.append({"step": step, "seconds": seconds[step], **values})
-        run.folder.write_text(path.name, json.dumps(curve, indent=1) + "\n")
+        self.world.once(lambda: run.folder.write_text(path.name, json.dumps(curve, indent=1) + "\n"))
         return curve
 
     # -- cost --------------------------------------------------------------------------------------------------------
@@ -265,12 +278,20 @@ class Study:
     def _complete(self, need: Need) -> bool:
         """Whether a run has ended, and needs no more time."""
         folder = RunFolder(self.out / "runs" / need.name)
-        if (folder.path / "diverged.txt").exists():
-            return True
-        config, records = folder.stored_config(), read_metrics(folder.path)
-        if config is None or not folder.model.exists() or not records:
-            return False
-        return bool(records[-1]["step"] >= config.training.total_steps(len(self.splits(config).train)))
+
+        def ended() -> bool | tuple[Config, int]:
+            """Whether it has, or the settings and the step that say it."""
+            if (folder.path / "diverged.txt").exists():
+                return True
+            config, records = folder.stored_config(), read_metrics(folder.path)
+            there = config is not None and folder.model.exists() and bool(records)
+            return (config, records[-1]["step"]) if there and config is not None else False
+
+        found = self.world.once(ended)
+        if isinstance(found, bool):
+            return found
+        config, step = found
+        return step >= config.training.total_steps(len(self.splits(config).train))
 
 
 def _points(curve: Any) -> None:

@@ -43,7 +43,8 @@ def _measure(study: Study) -> Finding:
                 study.say(f"scoring {run.need.name} on the test set")
                 config = run.config.evaluation.override({"probes": 1})
                 splits = study.splits(run.config)
-                reports.append(evaluation.evaluate(run.flow, splits, config=config, baselines=False))
+                report = evaluation.evaluate(run.flow, splits, config=config, baselines=False, world=study.world)
+                reports.append(report)
                 seconds.append(run.seconds)
                 configs[run.need.name] = run.config
             dequantised = mean_and_spread(report.score.bits for report in reports)

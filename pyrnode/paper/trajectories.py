@@ -48,7 +48,7 @@ def _measure(study: Study) -> Finding:
     curves: list[Row] = []
     for method, run in runs.items():
         times, states = paths[method] = particles.particle_paths(run.flow, chosen, TIMES)
-        found = evaluation.measure(run.flow, x)
+        found = evaluation.measure(run.flow, x, world=study.world)
         rows.append(
             {
                 "flow": METHODS[method],

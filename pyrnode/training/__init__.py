@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyrnode import engines, evaluation, reports
+from pyrnode import distributed, engines, evaluation, reports
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load, sources, support
+from pyrnode.data.loading import leaves_files
 from pyrnode.data.synthetic import DENSITIES
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
@@ -75,6 +76,10 @@ def train(
     then handed to whoever would have had it without this function: by default, the process ends. So is SIGINT, where
     the caller has a handler of their own.
 
+    Under torchrun, or within a process group of torch.distributed, all of its processes must call it, with the same
+    arguments: they train one flow together, which each of them returns, and the first writes and prints
+    (docs/parallel.md). The batch size is the whole run's.
+
     Args:
         data: Name of a data set, path of a file or folder, array ``(n, *event)``, torch data set, or `Splits`.
         preset: Name of a preset (``pyrnode presets``), path of a ``.toml`` file, or a `Config` of your own.
@@ -99,6 +104,7 @@ def train(
         DataError: The data is missing or unusable.
         CheckpointError: `out` already holds a run and `resume` is false, or its checkpoint is damaged, or of other
             settings or data; or another process trains in `out` now.
+        ProcessError: Another process of the run has ended, or does not answer.
         TrainingDivergedError: Training stayed non-finite after ``training.max_restarts`` restarts.
 
     Example:
@@ -107,48 +113,58 @@ def train(
         >>> result.flow.log_prob(result.flow.sample(3, seed=0)).shape
         torch.Size([3])
     """
+    world = distributed.world()
     folder = None if out is None else RunFolder(out)
     if isinstance(solver := settings.get("solver"), Mapping):
         settings["solver"] = _with_options(solver)
     if isinstance(data, (str, Path)):
         settings["data.name"] = str(data)
-    config, settled = _resolve(folder, resume, preset, settings)
-    splits = load(data, config=config.data, context=context)
+    resume = world.once(lambda: resume or (folder is not None and folder.goes_on()))
+    config, settled = world.once(lambda: _resolve(folder, resume, preset, settings))
+    splits = world.together(
+        lambda: load(data, config=config.data, context=context), in_turn=leaves_files(data, config.data)
+    )
     if not settled and len(splits.event_shape) == 1:
-        config = _anchored(Config.preset("table").override(settings))
-    notes = list[str]()
+        config = world.once(lambda: _anchored(Config.preset("table").override(settings)))
+    notes, progress = list[str](), progress and world.first
     with evaluation.extra("the remarks on the data's support", notes):
-        for remark in support.remarks(splits):
+        for remark in support.remarks(splits) if world.first else ():
             print(f"note: {remark}", file=sys.stderr)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
-    trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress)
-    with nullcontext() if folder is None else folder.locked():
+    trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress, world=world)
+    with ExitStack() as held:
         if folder is not None:
-            _start(trainer, folder, resume)
+            _start(trainer, folder, resume, held)
         interrupted = not trainer.run()
         best = trainer.best_flow()
         report = None
         if evaluate and not interrupted:
             with evaluation.extra("the report", notes):
-                report = evaluation.evaluate(best, splits, progress=progress)
+                report = evaluation.evaluate(best, splits, progress=progress, world=world)
                 report.notes.extend(trainer.notes)
-                if folder is not None:
+                if folder is not None and world.first:
                     with progress_bar(None, "report and pictures", unit="", show=progress, uncounted=True):
                         reports.write_report(folder, best, splits, report, trainer.history)
-        for note in notes:
+        for note in notes if world.first else ():
             tqdm.write(note, file=sys.stderr)
     out = None if folder is None else folder.path
     return TrainingResult(best, trainer.history, report, config, out, interrupted, trainer.notes + notes)
 
 
-def _start(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
-    """Takes up the run in the folder, or begins one; the folder is locked, so that nobody else has since begun one."""
-    _check_free(folder, resume)
-    if folder.checkpoint.exists():
-        trainer.resume()
-    else:
+def _start(trainer: Trainer, folder: RunFolder, resume: bool, held: ExitStack) -> None:
+    """Takes up the run in the folder, or begins one; the folder is locked first, so that nobody else begins one."""
+
+    def begun() -> bool:
+        held.enter_context(folder.locked())
+        _check_free(folder, resume)
+        if there := folder.checkpoint.exists():
+            return there
         folder.begin(trainer.config)
+        return False
+
+    if trainer.world.once(begun):
+        trainer.resume()
 
 
 def _with_options(solver: Mapping[str, Any]) -> dict[str, Any]:

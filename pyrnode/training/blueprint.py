@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyrnode.config import Config
-from pyrnode.data import Splits
+from pyrnode.data import MappedSamples, Splits
+from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.flow import Flow
-from pyrnode.transforms import Chain, Standardize, Transform, Whiten
+from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
 
 
 class Blueprint:
@@ -29,9 +31,9 @@ class Blueprint:
         self._splits, self._data_dtype = splits, _data_dtype(splits)
         self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
 
-    def fitted(self, config: Config) -> Flow:
-        """An untrained flow, with the transforms of the training samples."""
-        return self.build(config, *_standardised(config, self._splits))
+    def fitted(self, config: Config, world: World = alone) -> Flow:
+        """An untrained flow, with the transforms of the training samples, which the processes look at together."""
+        return self.build(config, *_standardised(config, self._splits, world))
 
     def build(self, config: Config, transform: Chain | None = None, context_transform: Chain | None = None) -> Flow:
         """An untrained flow; without transforms, one that weights are loaded into."""
@@ -50,11 +52,14 @@ class Blueprint:
         )
 
 
-def _standardised(config: Config, splits: Splits) -> tuple[Chain | None, Chain | None]:
+def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
     if config.flow.scales_features and splits.levels is None:
-        transform = Chain(_to_standard(config, splits))
+        mapped = train if isinstance(train, MappedSamples) else None
+        transform = Chain(
+            _to_standard(config, splits) if mapped is None else _to_standard_mapped(config, splits, mapped, world)
+        )
     if config.flow.scales_features and train.context is not None:
         context_transform = Chain([Standardize.fit_context(train.context)])
     return transform, context_transform
@@ -66,6 +71,46 @@ def _to_standard(config: Config, splits: Splits) -> Iterator[Transform]:
     yield (scale := Standardize.fit(x, weight))
     if config.flow.whitens(splits.event_shape):
         yield (Whiten.fit if config.flow.standardize == "whiten" else Whiten.chosen)(scale(x)[0], weight)
+
+
+def _to_standard_mapped(config: Config, splits: Splits, train: MappedSamples, world: World) -> Iterator[Transform]:
+    """The same of samples that are not in memory: from sums over pieces of the file, which the processes divide."""
+
+    def mean(values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The mean over the samples of what gives a sum over a piece's samples and their weights."""
+
+        def here() -> list[tuple[Tensor, Tensor]]:
+            found = []
+            for piece in train.pieces(world.rank, world.size):
+                weight = torch.ones(len(piece), dtype=torch.float64, device="cpu")
+                weight = weight if piece.weight is None else piece.weight
+                found.append((values(piece.x.double(), weight), weight.sum()))
+            return found
+
+        pieces = [piece for turn in zip_longest(*world.gathered(here)) for piece in turn if piece is not None]
+        total = torch.stack([value for value, _ in pieces]).sum(0)  # in the order of the file, however divided
+        return total / torch.stack([weight for _, weight in pieces]).sum()
+
+    def weighed(x: Tensor, weight: Tensor) -> Tensor:
+        return (weight.reshape(-1, *[1] * (x.ndim - 1)) * x).sum(0)
+
+    centre = mean(weighed)
+    yield (scale := Standardize(centre, mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()))
+    if not config.flow.whitens(splits.event_shape):
+        return
+    shrinkage = 0.0
+    if config.flow.standardize != "whiten":
+        few = train.first(CHOSEN_ON)
+        shrinkage = Whiten.best_shrinkage(scale(few.x)[0], few.weight)
+    if shrinkage == 1:
+        yield Whiten.identity(len(centre))
+        return
+
+    def products(x: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = scale(x)[0]
+        return (y * weight[:, None]).T @ y
+
+    yield Whiten.of_covariance(mean(products), shrinkage=shrinkage)
 
 
 def _data_dtype(splits: Splits) -> torch.dtype | None:

@@ -47,7 +47,7 @@ class Feed:
         x, context = self._flow.admit(batch.x, batch.context)
         like = self._flow.reference
         weight = None if batch.weight is None else upload(batch.weight.to(like.dtype), like.device)
-        return Batch(x, context, weight)
+        return Batch(x, context, weight, self._order.share)
 
     @cached_property
     def _kept(self) -> Batch | None:
@@ -68,9 +68,10 @@ class Feed:
 
     def _picked(self, kept: Batch, first: int) -> Iterator[Batch]:
         for rows in self._order.epochs(first):
-            for chosen in upload(rows, kept.x.device).split(self._order.batch_size):
+            for chosen in upload(rows, kept.x.device).split(self._order.here):
                 context = None if kept.context is None else kept.context[chosen]
-                yield Batch(kept.x[chosen], context, None if kept.weight is None else kept.weight[chosen])
+                weight = None if kept.weight is None else kept.weight[chosen]
+                yield Batch(kept.x[chosen], context, weight, self._order.share)
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

@@ -69,11 +69,6 @@ class Journal:
         self._close_board()
         self._open_board(step)  # which hides what was written after this step
 
-    def take_up(self, step: int) -> None:
-        """Takes over the folder's records of a run that goes on after that step."""
-        if self._folder is not None:
-            self.history = self._folder.rewind(step)
-
     def _open_board(self, step: int) -> None:
         if self._tensorboard and self._folder is not None:
             self._board = Board(self._folder, step)
@@ -95,17 +90,21 @@ def beside_the_bar(record: Record, *, best: float, dim: int, discrete: bool) -> 
 
 
 @contextmanager
-def signals_call(stop: Callable[[], None]) -> Iterator[None]:
+def signals_call(stop: Callable[[], None], came: list[int]) -> Iterator[None]:
     """Ctrl-C (and SIGTERM) call `stop`, in the main thread; elsewhere nothing is changed.
 
     When the block has ended, a signal that came meanwhile goes to the handler that was there before: whoever sends
     SIGTERM wants the process to end, not one call in it. Ctrl-C ends the call alone, unless the caller has a handler of
     their own: neither Python's answer, KeyboardInterrupt, nor the system's follows. What was ignored is ignored still.
+
+    Args:
+        stop: What is called.
+        came: Takes the numbers of the signals; one that another process had is added to it, and answered as if it had
+            come here.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
         came.append(number)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from pyrnode.composition import Composition, Passage
 from pyrnode.config import Config, Divergence, PenaltyConfig, SolverConfig
 from pyrnode.data import Batch, Samples
+from pyrnode.distributed import World
+from pyrnode.errors import ConfigError
 from pyrnode.objective import Objective, objective
 from pyrnode.optimisation import TrainingConfig
-from pyrnode.seeds import generator
+from pyrnode.seeds import Share, drawn, generator
 from pyrnode.training.state import NotFiniteError
 
 
@@ -27,11 +29,28 @@ class Order:
         samples: Number of training samples.
         batch_size: Samples per step; what does not fill a batch is left out of the epoch.
         seed: Seed.
+        share: Which of the samples of a step are this process's; `None` for all.
     """
 
     samples: int
     batch_size: int
     seed: int
+    share: Share | None = None
+
+    @classmethod
+    def of(cls, samples: int, batch_size: int, seed: int, world: World) -> Order:
+        """The order of a process's samples.
+
+        Raises:
+            ConfigError: There are more processes than samples in a batch.
+        """
+        total = min(samples, batch_size)
+        if world.size > total:
+            raise ConfigError(
+                f"batch_size = {batch_size}, of {samples} training samples, for {world.size} processes: expected at "
+                "least one sample for each; raise batch_size, or start fewer"
+            )
+        return cls(samples, batch_size, seed, world.share(total))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -41,14 +60,25 @@ class Order:
     def batches(self, samples: Samples, first: int = 0, *, workers: int = 0) -> Iterator[Batch]:
         """The batches from the step `first` on, without an end."""
         for rows in self.epochs(first):
-            yield from samples.batches(rows, self.batch_size, workers=workers)
+            yield from samples.batches(rows, self.here, workers=workers)
+
+    @property
+    def here(self) -> int:
+        """Samples of a step that are this process's."""
+        return self.batch_size if self.share is None else self.share.count
+
+    @property
+    def total(self) -> int:
+        """Samples of a step, in all processes together."""
+        return min(self.samples, self.batch_size)
 
     def epochs(self, first: int) -> Iterator[Tensor]:
-        """The indices of the samples from the step `first` on: of the rest of its epoch, and of every later one."""
+        """This process's samples from the step `first` on, by index: of the rest of its epoch, and of later ones."""
         start = first % self.steps_per_epoch
         for epoch in range(first // self.steps_per_epoch, 2**62):
             rows = _shuffled(self.samples, self.seed, epoch)[: self.steps_per_epoch * self.batch_size]
-            yield rows[start * self.batch_size :]
+            rest = rows[start * self.batch_size :]
+            yield rest if self.share is None else rest.view(-1, self.share.total)[:, self.share.rows].reshape(-1)
             start = 0
 
 
@@ -90,9 +120,13 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
         step: Steps done; the noise is drawn where the flow is.
     """
     penalties, x = config.penalties, batch.x
-    random = generator(config.seed, "step", step, device=x.device)
+    random = batch.noise(generator(config.seed, "step", step, device=x.device))
     if config.data.flip and len(flow.event_shape) == 3:
-        flipped = torch.rand(len(x), generator=random, dtype=torch.float32, device=x.device) < 0.5
+
+        def uniform(shape: tuple[int, ...], source: torch.Generator | None) -> Tensor:
+            return torch.rand(shape, generator=source, dtype=torch.float32, device=x.device)
+
+        flipped = drawn(uniform, (len(x),), random) < 0.5
         x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
     passage = flow.solve(
         x,
@@ -111,8 +145,15 @@ def differentiate(value: Tensor, module: nn.Module, optimizer: torch.optim.Optim
     """Puts the gradient of a loss in place of the last one; returns its norm, ``()``, which nobody has read yet."""
     optimizer.zero_grad(set_to_none=True)
     value.backward()
-    norms = torch._foreach_norm(_gradients(module))
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else value.detach().new_zeros(())
+    return gradient_norm(module)
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """The norm of the gradient that a module's parameters have, ``()``."""
+    if not (gradients := _gradients(module)):
+        return next(module.parameters()).detach().new_zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
 
 
 def clip(module: nn.Module, norm: Tensor, most: float) -> None:

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from pyrnode import files, solvers
+from pyrnode.composition import Passage
 from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
+from pyrnode.distributed import World, alone
 from pyrnode.engines.base import check_potential
-from pyrnode.errors import ConfigError, SolverError, TrainingDivergedError
+from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
+from pyrnode.objective import Objective
 from pyrnode.runs import Record, RunFolder, require_tensorboard
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.feed import Feed
+from pyrnode.training.gradient import gradient
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
 from pyrnode.training.ladder import EVERY, Ladder
 from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
-from pyrnode.training.step import Order, check_gradient, clip, differentiate, estimator, learning_rate, loss
+from pyrnode.training.step import Order, clip, estimator, learning_rate, loss
 from pyrnode.training.validation import Validation, price
 
 _SAVED = 50
@@ -45,6 +50,7 @@ class Trainer:
         folder: Where to write; `None` writes nothing.
         dynamics: The user's own dynamics by event shape.
         progress: Show a progress bar.
+        world: The processes that train it together; the first of them writes and prints.
     """
 
     def __init__(
@@ -55,12 +61,16 @@ class Trainer:
         *,
         dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
         progress: bool = True,
+        world: World = alone,
     ) -> None:
         _check_outputs(config, folder, dynamics)
-        self.config, self.splits, self.folder, self.progress = config, splits, folder, progress
+        self.config, self.splits, self.folder, self.world = config, splits, folder, world
+        self.progress = progress and world.first
         self.device = resolve_device(config.device)
         self.blueprint = Blueprint(splits, dynamics)
-        self.flow = self.blueprint.fitted(config).to(self.device)
+        self.flow = self.blueprint.fitted(config, world).to(self.device)
+        if world.size > 1:  # dynamics of the user's own, and another machine's algebra, may begin otherwise
+            self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         for solver in (self.solver, config.evaluation.solver):
@@ -69,15 +79,17 @@ class Trainer:
             for block in self.flow.blocks:
                 check_potential(block.dynamics)
         self._settled = replace(config, penalties=config.penalties.settled(len(splits.train), self.flow.dim))
-        self.order = Order(len(splits.train), config.training.batch_size, config.seed)
+        self.order = Order.of(len(splits.train), config.training.batch_size, config.seed, world)
         self.feed = Feed(self.flow, splits.train, self.order, workers=config.data.workers)
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
-        self.validation = Validation(self.flow, splits.validation, config)
-        self.journal = Journal(folder, tensorboard=config.training.tensorboard)
+        self.validation = Validation(self.flow, splits.validation, config, world)
+        self.gradient = gradient(world)
+        self.journal = Journal(folder if world.first else None, tensorboard=config.training.tensorboard)
         self._price = price(estimator(self.flow, config.penalties), self.flow.dim)
         self._snapshot = self.state.capture()
-        self._stop, self._saved = False, time.monotonic()
-        self.say: Callable[[str], None] = lambda note: tqdm.write(f"note: {note}", file=sys.stderr)
+        self._stop, self._signals, self._saved = False, list[int](), 0.0
+        self._begun_with: Origin | None = None
+        self.say: Callable[[str], None] = lambda note: self._tell(f"note: {note}")
 
     @property
     def solver(self) -> SolverConfig:
@@ -117,13 +129,20 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
         done = self.state.progress
+        if self.world.size > 1:
+            self._origin()  # all of them, before the first alone writes it
         with (
-            signals_call(self._stop_soon),  # outermost: what it hands on may end the process
+            signals_call(self._stop_soon, self._signals),  # outermost: what it hands on may end the process
             self.journal.open(done.step),
             self.span.bar(done, show=self.progress) as bar,
         ):
             self.validation.tick = lambda n: bar.set_description(f"validate {n}/{self.validation.size}", refresh=False)
-            return self._loop(bar)
+            try:
+                return self._loop(bar)
+            except ProcessError as error:
+                if self._stop:  # the signal that follows would leave it unsaid
+                    tqdm.write(str(error), file=sys.stderr)
+                raise
 
     def _loop(self, bar: Any) -> bool:
         clock = mark = time.perf_counter()
@@ -137,10 +156,10 @@ class Trainer:
                 if record is None:
                     return False
                 progress, now = self.state.progress, time.perf_counter()
-                progress.seconds, progress.elapsed = progress.seconds + now - clock, progress.elapsed + now - mark
-                mark = now
+                seconds, elapsed = self.gradient.spent(now - clock, now - mark)
+                progress.seconds, progress.elapsed, mark = progress.seconds + seconds, progress.elapsed + elapsed, now
                 self.journal.log({**record, "seconds": round(progress.seconds, 3)})
-                self._show(bar, record, at_once=progress.step <= first + 3)  # the time left
+                self._show(bar, record, seconds, at_once=progress.step <= first + 3)  # the time left
                 if progress.step % EVERY == 0:
                     self._adjust(down=True)
                 if self.span.due(progress):
@@ -155,13 +174,16 @@ class Trainer:
                 self._recover(error)
                 batches = self._batches()
                 bar.n, clock = self.span.count(self.state.progress), time.perf_counter()
+        self._stop_all(max(self.world.gathered(self._asked)))
         return not self._stop
 
-    def _show(self, bar: Any, record: Record, *, at_once: bool) -> None:
+    def _show(self, bar: Any, record: Record, seconds: float, *, at_once: bool) -> None:
         progress = self.state.progress
         bar.update(self.span.count(progress) - bar.n)
         discrete = self.splits.levels is not None
         shown = beside_the_bar(record, best=progress.best, dim=self.flow.dim, discrete=discrete)
+        if self.world.size > 1 and seconds > 0:
+            shown["samples/s"] = f"{self.order.total / seconds:.0f}"  # of all processes together
         bar.set_postfix(shown, refresh=at_once)
 
     def _batches(self) -> Iterator[Batch]:
@@ -175,49 +197,45 @@ class Trainer:
         to, or resumes from, is never a state that has already failed.
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
-        result, passage = loss(self.flow, batch, self._settled, self.solver, step)
+
+        def compute() -> tuple[Objective, Passage]:
+            return loss(self.flow, batch, self._settled, self.solver, step)
+
+        taken = self.gradient.take(self.flow, batch, compute, state.optimizer, self._asked)
         rate = learning_rate(training, step, self.span.done(state.progress))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        norm = differentiate(result.loss, self.flow, state.optimizer)
-        parts = (result.loss.detach(), result.nll, result.E, result.n, result.H, norm)
-        value, nll, E, n, H, length = torch.stack(parts).tolist()  # the one place where a step waits for its device
-        if not all(map(math.isfinite, (value, nll, E, n))):
-            passage.verify()
-        if not math.isfinite(value):
-            told = f"nll {nll:g}, E {E:g}, n {n:g}"
-            raise NotFiniteError(f"the loss is not finite ({told}), though the state after every block is")
-        check_gradient(self.flow, length)
         if training.clip_norm is not None:
-            clip(self.flow, norm, training.clip_norm)
+            clip(self.flow, taken.norm, training.clip_norm)
+        self._stop_all(taken.stop)
         if self._stop or self._due(step):
             self._save()
             if self._stop:
                 return None
         state.optimizer.step()
         state.progress.step = step + 1
-        state.progress.work += len(batch) * self._price * (passage.nfe + 2 * passage.nfe_backward)
+        state.progress.work += batch.total * self._price * (taken.nfe + 2 * taken.nfe_backward)
         state.add_to_average(step)
         return {
             "step": step + 1,
             "epoch": step // self.order.steps_per_epoch,
-            "loss": value,
-            "nll": nll,
-            "bits": nll / math.log(2),
-            "E": E,
-            "n": n,
-            "nfe": passage.nfe,
-            "nfe_backward": passage.nfe_backward,
-            "grad_norm": length,
+            "loss": taken.loss,
+            "nll": taken.nll,
+            "bits": taken.nll / math.log(2),
+            "E": taken.E,
+            "n": taken.n,
+            "nfe": taken.nfe,
+            "nfe_backward": taken.nfe_backward,
+            "grad_norm": taken.length,
             "learning_rate": rate,
-            **({"H": H} if self.config.penalties.hjb else {}),
+            **({"H": taken.H} if self.config.penalties.hjb else {}),
         }
 
     def _due(self, step: int) -> bool:
         """Whether to write a checkpoint: at the interval in steps, or when too much time has gone by to lose."""
         training = self.config.training
         every = training.checkpoint_every or max(_SAVED, self.order.steps_per_epoch)
-        late = time.monotonic() - self._saved >= 60 * training.checkpoint_minutes
+        late = self.state.progress.elapsed - self._saved >= 60 * training.checkpoint_minutes
         return step > 0 and (step % every == 0 or late)
 
     def _recover(self, error: Exception) -> None:
@@ -238,7 +256,7 @@ class Trainer:
         self.state.progress.restarts, self.state.progress.refinement = restarts, refinement
         self.journal.log({"step": good, "event": "restart", "cause": cause, "refinement": refinement})
         self._write(self.state.capture())
-        tqdm.write(f"{cause}\n  went back to step {good}, with half the solver's step ({restarts})", file=sys.stderr)
+        self._tell(f"{cause}\n  went back to step {good}, with half the solver's step ({restarts})")
 
     def _adjust(self, *, down: bool) -> None:
         """Takes a finer solver where the present one is wrong, or a cheaper one where that has long been right too."""
@@ -276,7 +294,7 @@ class Trainer:
             progress.best, progress.best_step = found.value, progress.step
             state.best = state.validated()
         if self.config.training.snapshots and self.folder is not None:
-            self._flow_with(state.validated()).save(self.folder.snapshot(progress.step))
+            self.world.once(partial(self._keep, self.folder.snapshot, progress.step))
         if found.disagreement > tolerance:
             if self.ladder.moves and progress.refinement < self.ladder.highest:
                 progress.refinement, progress.calm = progress.refinement + 1, 0
@@ -295,13 +313,19 @@ class Trainer:
 
     def _write(self, snapshot: Snapshot) -> None:
         """Writes a state; the model comes first: after a kill between the two files, the resumed run writes both."""
-        self._snapshot, self._saved = snapshot, time.monotonic()
-        if self.folder is None:
-            return
+        self._snapshot, self._saved = snapshot, snapshot.progress.elapsed
+        if self.folder is not None:
+            self.world.once(partial(self._write_to, self.folder, snapshot))
+
+    def _write_to(self, folder: RunFolder, snapshot: Snapshot) -> None:
         self.journal.flush()
         if self.blueprint.make is None:
-            self.best_flow().save(self.folder.model)
-        snapshot.write(self.folder.checkpoint, self.origin)
+            self.best_flow().save(folder.model)
+        snapshot.write(folder.checkpoint, self._origin())
+
+    def _keep(self, place: Callable[[int], Path], step: int) -> None:
+        """Writes the model that is validated after that step."""
+        self._flow_with(self.state.validated()).save(place(step))
 
     def resume(self) -> None:
         """Takes up the run in the folder where its last checkpoint left it.
@@ -310,29 +334,59 @@ class Trainer:
             CheckpointError: The checkpoint is damaged, or of other settings, data or dynamics.
         """
         assert self.folder is not None
-        path = self.folder.checkpoint
-        snapshot, origin = Snapshot.read(path)
+        path, folder = self.folder.checkpoint, self.folder
+        snapshot, origin = self.world.once(lambda: Snapshot.read(path))
+        here = self._origin()
         with files.converted(f"{path} is not a checkpoint of this run"):
-            self.origin.check(origin)
+            here.check(origin)
             self.state.restore(snapshot)
-        self.journal.take_up(self.state.progress.step)
+        step, self._saved = self.state.progress.step, self.state.progress.elapsed
+        self.journal.history = self.world.once(lambda: folder.rewind(step))
         self._snapshot = self.state.capture()
-        if changed := self.folder.go_on(self.config):
-            self.journal.log({"step": self.state.progress.step, "event": "resumed elsewhere", "changes": changed})
-            tqdm.write(f"resumed, but from here on not bit for bit as begun: {'; '.join(changed)}", file=sys.stderr)
+        if changed := self.world.once(lambda: folder.go_on(self.config)):
+            self.journal.log({"step": step, "event": "resumed elsewhere", "changes": changed})
+            self._tell(f"resumed, but from here on not bit for bit as begun: {'; '.join(changed)}")
 
-    @cached_property
-    def origin(self) -> Origin:
-        """What the run began with, as its checkpoints say it."""
-        return Origin.of(self.config, self.splits)
+    def _origin(self) -> Origin:
+        """What the run began with, as its checkpoints say it; found by all processes, the first time.
+
+        Raises:
+            DataError: The processes have different data.
+        """
+        if self._begun_with is None:
+            origins = self.world.gathered(lambda: Origin.of(self.config, self.splits))
+            for number, other in enumerate(origins):
+                if other.data != origins[0].data:
+                    raise DataError(f"process {number} has other data than process 0: give all processes the same")
+            self._begun_with = origins[0]
+        return self._begun_with
 
     # -- being stopped -----------------------------------------------------------------------------------------------
 
     def _stop_soon(self) -> None:
-        """Ends the loop after the present step; called for the second time, at once."""
-        if self._stop:
+        """Ends the loop after the present step; called for the second time, at once.
+
+        Of several processes none ends without the others: a launcher hands on the Ctrl-C that they have had already,
+        and ends by force what has not ended half a minute later.
+        """
+        if self._stop and self.world.size == 1:
             raise KeyboardInterrupt
         self._stop = True
+
+    def _asked(self) -> int:
+        """Number of the signal that this process was told to stop by; 0 without one."""
+        return max(self._signals, default=signal.SIGINT) if self._stop else 0
+
+    def _stop_all(self, number: int) -> None:
+        """Stops as the process does that was told to, if one was: with the same signal."""
+        if number and not self._stop:
+            self._stop = True
+            self._signals.append(number)
+
+    def _tell(self, text: str) -> None:
+        """A line for whoever watches."""
+        if self.world.first:
+            tqdm.write(text, file=sys.stderr)
 
 
 def _wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str:

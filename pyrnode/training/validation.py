@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from pyrnode.composition import Composition, Passage
 from pyrnode.config import Config, Divergence, SolverConfig
 from pyrnode.data import Batch, Samples
+from pyrnode.distributed import World, alone
 from pyrnode.errors import SolverError
 from pyrnode.seeds import generator
 from pyrnode.training.step import estimator
@@ -50,6 +52,15 @@ class Outcome:
         return {k: v for k, v in {**named, "disagreement": self.disagreement}.items() if math.isfinite(v)}
 
 
+class _Scored(NamedTuple):
+    """What was found of some samples: log-densities by the accurate and the training solver, weights, and the cost."""
+
+    score: Tensor
+    trained: Tensor
+    weight: Tensor
+    cost: float
+
+
 class Validation:
     """Scores a flow on the validation set, always with the same noise.
 
@@ -59,14 +70,15 @@ class Validation:
         flow: The flow; its weights at the time of the call are scored.
         samples: The validation set.
         config: Settings.
+        world: The processes that share it.
 
     Attributes:
         size: Number of samples that are scored.
         tick: Called with the number of those scored so far.
     """
 
-    def __init__(self, flow: Composition, samples: Samples, config: Config) -> None:
-        self._flow, self._samples, self._config = flow, samples, config
+    def __init__(self, flow: Composition, samples: Samples, config: Config, world: World = alone) -> None:
+        self._flow, self._samples, self._config, self._world = flow, samples, config, world
         self.tick: Callable[[int], None] = lambda done: None
         most = config.training.validation_limit or min(_MOST, max(200, _NUMBERS // flow.dim))
         self.size = min(len(samples), most)
@@ -77,47 +89,59 @@ class Validation:
     @torch.no_grad()
     def score(self, solver: SolverConfig) -> Outcome:
         """The held-out score, and the training solver beside it."""
-        config = self._config
-        scores, trained, weights, cost, done = list[Tensor](), list[Tensor](), list[Tensor](), 0.0, 0
-        for number, batch in enumerate(
-            self._samples.batches(torch.arange(self.size, device="cpu"), config.evaluation.chunk)
-        ):
-            for parts, used in ((scores, config.evaluation.solver), (trained, solver)):
-                try:
-                    passage = self._passage(batch, number, used, self._divergence)
-                    parts.append(passage.log_prob.double().cpu())
-                    cost += passage.nfe * len(batch) * price(self._divergence, self._flow.dim)
-                except SolverError:
-                    parts.append(torch.full((len(batch),), -math.inf, dtype=torch.float64, device="cpu"))
-            weights.append(
-                torch.ones(len(batch), dtype=torch.float64, device="cpu")
-                if batch.weight is None
-                else batch.weight.double().cpu()
-            )
-            self.tick(done := done + len(batch))
-        score, weight = torch.cat(scores), torch.cat(weights) / torch.cat(weights).sum()
+        parts = zip(*self._world.gathered(lambda: list(self._scored(solver))), strict=True)  # by batch, from all
+        joined = [part for batch in parts for part in batch]
+        score, trained, weight = (torch.cat(tensors) for tensors in list(zip(*joined, strict=True))[:3])
+        weight = weight / weight.sum()
         mean = float((score * weight).sum())
         error = float(((score - mean).square() * weight.square()).sum().sqrt())
-        apart = float((score - torch.cat(trained)).abs().nan_to_num(math.inf, math.inf).mul(weight).sum())
-        dim = self._flow.dim
+        apart = float((score - trained).abs().nan_to_num(math.inf, math.inf).mul(weight).sum())
+        dim, cost = self._flow.dim, sum(part.cost for part in joined)
         return Outcome(-mean / dim if math.isfinite(mean) else math.inf, error / dim, apart / dim, cost)
+
+    def _scored(self, solver: SolverConfig) -> Iterator[_Scored]:
+        """What this process finds of each batch."""
+        config, done = self._config, 0
+        every = torch.arange(self.size, device="cpu")
+        for number, batch in enumerate(self._samples.shares(every, config.evaluation.chunk, self._world.share)):
+            score, cost = self._log_prob(batch, number, config.evaluation.solver, self._divergence)
+            trained, more = self._log_prob(batch, number, solver, self._divergence)
+            weight = torch.ones(len(batch), dtype=torch.float64, device="cpu")
+            weight = weight if batch.weight is None else batch.weight.double().cpu()
+            yield _Scored(score.double(), trained.double(), weight, cost + more)
+            self.tick(done := done + batch.total)
 
     @torch.no_grad()
     def differ(self, one: SolverConfig, other: SolverConfig) -> float:
         """Mean ``|Δ log p|`` between two solvers on a few samples, nats per dimension; infinite where one fails."""
         low, high = _PROBES
-        batch = self._samples.first(min(self.size, max(low, min(high, self._config.training.batch_size // 4))))
-        divergence = estimator(self._flow, self._config.penalties)
+        most = min(self.size, max(low, min(high, self._config.training.batch_size // 4)))
+        every, divergence = torch.arange(most, device="cpu"), estimator(self._flow, self._config.penalties)
+
+        def apart() -> Tensor:
+            batch = next(self._samples.shares(every, most, self._world.share))
+            first, second = (self._log_prob(batch, 0, solver, divergence)[0] for solver in (one, other))
+            return (first - second).abs()
+
+        mean = float(torch.cat(self._world.gathered(apart)).mean()) / self._flow.dim
+        return mean if math.isfinite(mean) else math.inf
+
+    def _log_prob(
+        self, batch: Batch, number: int, solver: SolverConfig, divergence: Divergence
+    ) -> tuple[Tensor, float]:
+        """Log-densities of the batch of that number, on the CPU, and what they cost; −inf where a solve fails."""
+        if not len(batch):
+            return torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0
         try:
-            first, second = (self._passage(batch, 0, solver, divergence).log_prob for solver in (one, other))
+            passage = self._passage(batch, number, solver, divergence)
         except SolverError:
-            return math.inf
-        apart = float((first - second).abs().mean()) / self._flow.dim
-        return apart if math.isfinite(apart) else math.inf
+            return torch.full((len(batch),), -math.inf, dtype=torch.float64, device="cpu"), 0.0
+        cost = passage.nfe * len(batch) * price(divergence, self._flow.dim)
+        return passage.log_prob.cpu(), cost
 
     def _passage(self, batch: Batch, number: int, solver: SolverConfig, divergence: Divergence) -> Passage:
         """The batch of that number, with its noise."""
-        random = generator(self._config.seed, "validation", number)
+        random = batch.noise(generator(self._config.seed, "validation", number))
         x, context = self._flow.admit(batch.x, batch.context)
         draw = self._flow.draw(divergence, random, noise=self._config.penalties.noise)
         return self._flow.solve(x, draw, solver, context=context, generator=random)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from pyrnode.config import DataConfig
-from pyrnode.data.readers.base import Array, Reader, TableReader, frame_array
+from pyrnode.data.readers.base import WHOLE, Array, Part, Reader, TableReader, frame_array
 from pyrnode.data.readers.delimited import DelimitedReader
 from pyrnode.data.readers.numpy_files import NumpyReader, read_npz
 from pyrnode.data.readers.parquet import ParquetReader
 
 __all__ = [
     "SUFFIXES",
+    "WHOLE",
     "Array",
     "DelimitedReader",
     "NumpyReader",
     "ParquetReader",
+    "Part",
     "Reader",
     "TableReader",
     "frame_array",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Part(NamedTuple):
+    """Every `of`-th chunk of a file, from the one of that `number` on, counted from 0."""
+
+    number: int
+    of: int
+
+    def has(self, chunk: int) -> bool:
+        """Whether the chunk of that number is one of them."""
+        return chunk % self.of == self.number
+
+
+WHOLE = Part(0, 1)
+"""All of them."""
 
 
 class Reader(ABC):
@@ -31,11 +46,12 @@ class Reader(ABC):
         self.path, self.rows, self.names = path, rows, names
 
     @abstractmethod
-    def chunks(self, size: int) -> Iterator[tuple[int, Array]]:
+    def chunks(self, size: int, part: Part = WHOLE) -> Iterator[tuple[int, Array]]:
         """One pass over the file.
 
         Args:
             size: Most samples in a chunk.
+            part: Which of the chunks are wanted; the others are not made.
 
         Returns:
             An iterator over the number of a chunk's first row, from 0, and the chunk ``(<=size, *event)``; nothing but

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from pyrnode.config import DataConfig
-from pyrnode.data.readers.base import Array, TableReader, frame_array, not_a_number, reading
+from pyrnode.data.readers.base import WHOLE, Array, Part, TableReader, frame_array, not_a_number, reading
 from pyrnode.data.readers.dialect import MISSING, SEPARATORS, Row, counts, fields, hint, length_of_first, recognise
 from pyrnode.errors import DataError
 
@@ -91,19 +91,19 @@ class DelimitedReader(TableReader):
     def _reading(self) -> AbstractContextManager[None]:
         return reading(self.path, f"cannot be read as {self._separated}-separated values")
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Array]]:
+    def chunks(self, size: int, part: Part = WHOLE) -> Iterator[tuple[int, Array]]:
         import pandas as pd
 
         first = 0
         with self._reading(), self._open() as file:
             file.seek(self._start)
             try:
-                for frame in self._frames(file, size):
+                for number, frame in enumerate(self._frames(file, size)):
                     if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first fields for names of the rows
                         raise DataError(f"{self.path}: its rows have more fields than its first line")
-                    if len(frame):  # a file with nothing but names gives an empty one
+                    if len(frame) and part.has(number):  # a file with nothing but names gives an empty one
                         yield first, self._array(frame, first)
-                        first += len(frame)
+                    first += len(frame)
             except pd.errors.EmptyDataError:  # nothing but a line of names
                 return
             except pd.errors.ParserError as error:

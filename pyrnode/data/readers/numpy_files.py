@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyrnode.data.readers.base import Array, Reader, reading
+from pyrnode.data.readers.base import WHOLE, Array, Part, Reader, reading
 from pyrnode.errors import DataError
 
 _MAGIC = np.lib.format.MAGIC_PREFIX
@@ -31,6 +31,7 @@ class NumpyReader(Reader):
         with _reading(path), path.open("rb") as file:
             shape, order, dtype = _header(file, path.stat().st_size)
             self._array: Array
+            self._start, self._order = file.tell(), order
             if math.prod(shape):
                 self._array = np.memmap(path, dtype, "r", file.tell(), shape, order)
             else:  # nothing cannot be mapped
@@ -42,12 +43,16 @@ class NumpyReader(Reader):
             )
         super().__init__(path, rows=len(self._array), names=None)
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Array]]:
-        for first in range(0, len(self._array), size):
+    def chunks(self, size: int, part: Part = WHOLE) -> Iterator[tuple[int, Array]]:
+        for first in range(part.number * size, len(self._array), part.of * size):
             yield first, self._array[first : first + size]
 
     def whole(self) -> Array:
         return np.array(self._array)
+
+    def mapped(self) -> Array:
+        """All samples, in memory that is mapped; what is written to it stays in this process."""
+        return np.memmap(self.path, self._array.dtype, "c", self._start, self._array.shape, self._order)
 
 
 def read_npz(path: Path) -> dict[str, Array]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pyrnode.data.readers.base import Array, TableReader, frame_array, reading
+from pyrnode.data.readers.base import WHOLE, Array, Part, TableReader, frame_array, reading
 from pyrnode.data.readers.dialect import counts
 from pyrnode.errors import DataError
 
@@ -41,10 +41,10 @@ class ParquetReader(TableReader):
     def _reading(self) -> AbstractContextManager[None]:
         return reading(self.path, "cannot be read: it is not a parquet file, or truncated")
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Array]]:
+    def chunks(self, size: int, part: Part = WHOLE) -> Iterator[tuple[int, Array]]:
         first = 0
         with self._reading(), self._open() as file:
-            for batch in file.iter_batches(batch_size=size):
-                if batch.num_rows:
+            for number, batch in enumerate(file.iter_batches(batch_size=size)):
+                if batch.num_rows and part.has(number):
                     yield first, frame_array(batch.to_pandas(), str(self.path), first=first)
                 first += batch.num_rows
