@@ -161,7 +161,7 @@ class NativeConv(Conv):
         self.kernel.accumulate(channels_last(h), channels_last(g), 1.0)
 
     def weight_gradient(self) -> Tensor:
-        return self.kernel.gradient()
+        return self.kernel.gradient() if self.gradient is None else self.gradient
 
 
 def _linear(weight: Tensor, size: tuple[int, int] | None, *, detached: bool) -> Linear:
