@@ -1,4 +1,4 @@
-"""Solves that a compiled kernel does whole, on the CPU: a multilayer perceptron's, and a convolutional network's on a grid.
+"""Solves that a compiled kernel does whole, on the CPU: of a perceptron, and of a convolutional network on a grid.
 
 The steps, stages and products are those of runge_kutta.py and backprop.py; a block of samples goes through all of them
 before the next one begins, so that it stays in the cache, and Python is asked a few times a solve instead of hundreds.
@@ -144,7 +144,7 @@ class CompiledSolve(ABC):
 
     @abstractmethod
     def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """The cotangent of the start state; those of context and parameters gather in the system, bound to the same ones."""
+        """The cotangent of the start state; those of context and parameters gather in the system."""
 
 
 class CompiledGrid(CompiledSolve):

@@ -179,9 +179,7 @@ class Solve:
         bar = None if context_bar is None else self._context_back(context_bar)
         return Cotangents(self._given(z0_bar), self._layer_bars(total(bars)), bar)
 
-    def _run(
-        self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held
-    ) -> None:
+    def _run(self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held) -> None:
         """Calls a C function; `fields` are those of the job that not all functions have."""
         job = self._job(batch, directions, fields, held)
         ranges(function(self.library, name), job, fields.get("parts") or -(-batch // job.group))
@@ -336,7 +334,7 @@ def _weights(kind: int, weight: Tensor, lanes: int) -> list[Tensor]:
 
 def _panels(u: Tensor, lanes: int) -> Tensor:
     """U ``(36, in, out)`` with the outputs of one vector next to each other: ``(36, out / lanes, in, lanes)``."""
-    return u.unflatten(2, (-1, lanes)).transpose(1, 2).contiguous()
+    return u.view(*u.shape[:2], -1, lanes).transpose(1, 2).contiguous()
 
 
 def _from_few(weight: Tensor) -> Tensor:
@@ -345,6 +343,6 @@ def _from_few(weight: Tensor) -> Tensor:
 
 
 def _to_few(weight: Tensor, lanes: int) -> Tensor:
-    """``(in, 9 out)``, filled up to whole vectors; the place in the filter is that of the pixel as seen from its product."""
+    """``(in, 9 out)``, filled up to whole vectors."""
     rows = weight.permute(1, 2, 3, 0).flatten(1)
     return _padded(rows, (len(rows), _rounded(rows.shape[1], lanes)))
