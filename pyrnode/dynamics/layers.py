@@ -161,7 +161,7 @@ class NativeConv(Conv):
         self.kernel.accumulate(channels_last(h), channels_last(g), 1.0)
 
     def weight_gradient(self) -> Tensor:
-        return self.kernel.gradient() if self.gradient is None else self.gradient
+        return self.kernel.gradient()
 
 
 def _linear(weight: Tensor, size: tuple[int, int] | None, *, detached: bool) -> Linear:
@@ -210,6 +210,8 @@ class TimeEntry(ABC):
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         self.linear = linear
         self.parameters = parameters
+        self.settled: dict[str, Tensor] | None = None
+        """The gradients by parameter name, the weight's too, where a kernel has found them."""
 
     @abstractmethod
     def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
@@ -268,10 +270,14 @@ class ConcatTime(TimeEntry):
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
-        self.response = linear.constant(parameters["time_weight"])
         self.bias = linear.spread(parameters["bias"])
         self.shift_bar: Tensor | None = None
         self.time_bar: Tensor | None = None
+
+    @functools.cached_property
+    def response(self) -> Tensor:
+        """m."""
+        return self.linear.constant(self.parameters["time_weight"])
 
     def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(t, Tensor):

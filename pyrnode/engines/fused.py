@@ -222,8 +222,7 @@ class CompiledImages(CompiledSolve):
     def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         found = self.solve.backward(z_bar, q_bar, self.directions)
         for layer, bar in zip(_layers(system).layers, found.layers, strict=True):
-            layer.linear.gradient = bar.weight
-            layer.add(_entry_bars(layer, bar))
+            layer.settled = _gradients(layer, bar)
         system.add_context_bar(None, [found.context])
         return found.z0
 
@@ -290,11 +289,16 @@ def _size(layer: TimeEntry) -> tuple[int, int]:
     return layer.linear.size
 
 
-def _borders(layer: TimeEntry) -> Tensor:
-    """A pixel of every kind of `convnet.BORDERS`; on narrow images some are the same."""
-    height, width = _size(layer)
-    rows, columns = ([0, min(1, n - 1), n - 1] for n in (height, width))
-    return torch.tensor([row * width + column for row in rows for column in columns], device="cpu")
+def _taps(layer: TimeEntry) -> Tensor:
+    """Which of a filter's pixels lie within the image, seen from every kind of `convnet.BORDERS`: ``(BORDERS, 9)``.
+
+    Where an image is one pixel high or wide, its pixels are of the first kind.
+    """
+    sides = []
+    for size in _size(layer):
+        first = [0.0, 1.0, float(size > 1)]
+        sides.append(torch.tensor([first, [1.0, 1.0, 1.0], first[::-1]], dtype=torch.float32, device="cpu"))
+    return torch.kron(*sides)
 
 
 def _layer_of(layer: TimeEntry) -> convnet.LayerOf:
@@ -302,19 +306,21 @@ def _layer_of(layer: TimeEntry) -> convnet.LayerOf:
     bias, *others = (layer.parameters[name] for name in layer.terms)
     time, gate = None, None
     if isinstance(layer, ConcatTime):
-        time = layer.response.flatten(1)[:, _borders(layer)].t()
+        time = (_taps(layer).unsqueeze(1) * others[0].flatten(1)).sum(2)  # a product's rounding would depend on threads
     elif others:
         time, gate = others[0].expand(convnet.BORDERS, -1), torch.stack(others[1:])
     return convnet.LayerOf(layer.linear.weight, bias, time, gate)
 
 
-def _entry_bars(layer: TimeEntry, bar: convnet.LayerBar) -> list[Tensor]:
-    """What `TimeEntry.add` takes: cotangents of the layer's terms."""
+def _gradients(layer: TimeEntry, bar: convnet.LayerBar) -> dict[str, Tensor]:
+    """What the kernel has found, by the layer's own parameters."""
+    found = {"weight": bar.weight, "bias": bar.bias}
     if isinstance(layer, ConcatTime):
-        timed = bar.time.new_zeros(len(bar.bias), math.prod(_size(layer)))
-        timed.index_add_(1, _borders(layer), bar.time.t())
-        return [layer.linear.spread(bar.bias), timed.view_as(layer.response)]
-    return [bar.bias] if bar.gate is None else [bar.bias, bar.time.sum(0), *bar.gate]
+        weight_bar = (bar.time.unsqueeze(2) * _taps(layer).unsqueeze(1)).sum(0)
+        found["time_weight"] = weight_bar.view_as(layer.parameters["time_weight"])
+    elif bar.gate is not None:
+        found |= dict(zip(layer.terms[1:], (bar.time.sum(0), *bar.gate), strict=True))
+    return found
 
 
 def _finite(z: Tensor, q: Tensor) -> bool:

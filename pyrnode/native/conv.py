@@ -98,11 +98,11 @@ class Winograd(Convolution):
 
     @functools.cached_property
     def _forward(self) -> Tensor:
-        return transformed(self._weight)
+        return _transformed(self._weight)
 
     @functools.cached_property
     def _backward(self) -> Tensor:
-        return transformed(reversed_filters(self._weight))
+        return _transformed(reversed_filters(self._weight))
 
     @functools.cached_property
     def _gradient(self) -> Tensor:
@@ -132,7 +132,7 @@ class Winograd(Convolution):
         ranges(function(self._library, "accumulate"), job, _SIDE * parts)
 
     def gradient(self) -> Tensor:
-        return filters_of(self._gradient)
+        return _filters_of(self._gradient)
 
 
 class Direct(Convolution):
@@ -144,14 +144,23 @@ class Direct(Convolution):
     """
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor) -> None:
-        self._library = library
+        self._library, self._weight = library, weight
         self._many, self._few = weight.shape[:2]
-        lanes = library.lanes()
-        length = 9 * self._few
-        self._forward = weight.permute(2, 3, 1, 0).reshape(length, self._many).contiguous()
-        self._backward = _zeros(self._many, -(-length // lanes) * lanes)
-        self._backward[:, :length] = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(self._many, length)
-        self._gradient = _zeros(length, self._many)
+
+    @functools.cached_property
+    def _forward(self) -> Tensor:
+        return self._weight.permute(2, 3, 1, 0).reshape(9 * self._few, self._many).contiguous()
+
+    @functools.cached_property
+    def _backward(self) -> Tensor:
+        length, lanes = 9 * self._few, self._library.lanes()
+        weight = _zeros(self._many, -(-length // lanes) * lanes)
+        weight[:, :length] = self._weight.flip(2, 3).permute(0, 2, 3, 1).reshape(self._many, length)
+        return weight
+
+    @functools.cached_property
+    def _gradient(self) -> Tensor:
+        return _zeros(9 * self._few, self._many)
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         batch, _, height, width = x.shape
@@ -208,14 +217,14 @@ def reversed_filters(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def transformed(weight: Tensor) -> Tensor:
+def _transformed(weight: Tensor) -> Tensor:
     """U ``(36, in, out)`` of a weight ``(out, in, 3, 3)``."""
     outputs, inputs = weight.shape[:2]
     filters = weight.permute(2, 3, 1, 0).reshape(9, -1).double()
     return (_GG @ filters).view(-1, inputs, outputs).to(torch.float32)
 
 
-def filters_of(gradient: Tensor) -> Tensor:
+def _filters_of(gradient: Tensor) -> Tensor:
     """The gradient of a weight, ``(out, in, 3, 3)``, from that of its U, ``(36, in, out)``."""
     filters = (_GG.T @ gradient.double().flatten(1)).view(3, 3, *gradient.shape[1:])
     return filters.permute(3, 2, 0, 1).to(torch.float32)

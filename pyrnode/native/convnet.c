@@ -28,7 +28,9 @@ enum kind { MANY, FROM_FEW, TO_FEW };
    those of a part: of `forward`, of `backward` (of MANY), of bias, time and, where there is one, gate. */
 struct layer {
     int64_t kind, inputs, outputs;
-    const float *forward, *backward; /* weights of the layer and of its transpose: U in panels of LANES outputs, or the filters */
+    float *forward, *backward;       /* weights of the layer and of its transpose: U in panels of LANES outputs, or the filters */
+    const float *weight;             /* of MANY, (outputs, inputs, 3, 3) */
+    float *weight_bar;               /* its gradient */
     const float *bias;               /* (outputs) */
     const float *time;               /* (BORDERS, outputs): by what time is multiplied in the shift */
     const float *gate;               /* (2, outputs): s = sigmoid(t gate[0] + gate[1]) scales the sum and the bias; or none */
@@ -54,15 +56,17 @@ struct job {
     int64_t *next;                    /* the next group, or part, that no thread has taken */
 };
 
+static void add(float *to, const float *x, float weight, long count) {
+    for (long n = 0; n < count; n++) to[n] += weight * x[n];
+}
+
+#include "filters.h"
+
 #include "passes.h"
 
 #include "sums.h"
 
 #include "layers.h"
-
-static void add(float *to, const float *x, float weight, long count) {
-    for (long n = 0; n < count; n++) to[n] += weight * x[n];
-}
 
 /* Where the states of a stage of the group's are kept. */
 static float *stage_at(const struct work *w, int64_t at) {

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrnode import native
-from pyrnode.native.conv import FEW, filters_of, reversed_filters, transformed
-from pyrnode.native.mlp import ACTIVATIONS, Directions, Grid, doubles, total
-from pyrnode.native.threads import function, ranges
+from pyrnode.native.conv import FEW, reversed_filters
+from pyrnode.native.mlp import ACTIVATIONS, Directions, Grid, doubles
+from pyrnode.native.threads import apart, function
 
 BORDERS = 9
 """Kinds of pixels by the border that they lie on: first, middle and last rows by columns."""
@@ -33,7 +33,7 @@ _PARTS_BYTES = 2**25  # of the gradients of all parts, where there are more than
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "inputs", "outputs")),
-        *((name, ctypes.c_void_p) for name in ("forward", "backward", "bias", "time", "gate")),
+        *((name, ctypes.c_void_p) for name in ("forward", "backward", "weight", "weight_bar", "bias", "time", "gate")),
         *((name, ctypes.c_int64) for name in ("context", "bars")),
     )
 
@@ -99,10 +99,12 @@ def library(layers: list[Tensor], dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 class _Held(NamedTuple):
-    """What a C function reads of the layers; the tensors are held as long as it runs."""
+    """What a C function reads of the layers, and writes; the tensors are held as long as it runs."""
 
     layers: Any
     tensors: list[Tensor]
+    weight_bars: list[Tensor | None]  # of those that are transformed
+    units: int
     size: int
     contexts: int
 
@@ -168,7 +170,7 @@ class Solve:
         laid, q_bar, batch = self._laid(z1_bar), q_bar.contiguous(), len(z1_bar)
         z0_bar = torch.empty_like(laid)
         fields: dict[str, Any] = {"z1_bar": laid, "q_bar": q_bar, "z0_bar": z0_bar}
-        held = self._hold()
+        held = self._hold(back=True)
         groups = -(-batch // self._group(batch))
         parts = max(1, min(groups, _MOST_PARTS, max(_FEWEST_PARTS, _PARTS_BYTES // (4 * held.size))))
         bars = laid.new_empty(parts, held.size)
@@ -177,12 +179,17 @@ class Solve:
         self._run("backward", batch, directions, fields, held)
         self.tape = None  # a second pass evaluates again
         bar = None if context_bar is None else self._context_back(context_bar)
-        return Cotangents(self._given(z0_bar), self._layer_bars(total(bars)), bar)
+        return Cotangents(self._given(z0_bar), self._layer_bars(bars[0], held.weight_bars), bar)
 
-    def _run(self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held) -> None:
-        """Calls a C function; `fields` are those of the job that not all functions have."""
+    def _run(
+        self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held
+    ) -> None:
+        """Transforms the weights and calls a C function; `fields` are those of the job that not all functions have."""
         job = self._job(batch, directions, fields, held)
-        ranges(function(self.library, name), job, fields.get("parts") or -(-batch // job.group))
+        function(self.library, "transform")(ctypes.addressof(job), 0, held.units)
+        apart(function(self.library, name), job, fields.get("parts") or -(-batch // job.group))
+        if "parts" in fields:
+            apart(function(self.library, "gather"), job, held.units)
 
     def _job(self, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held) -> _Job:
         grid, stages = self.grid, len(self.grid.b)
@@ -210,7 +217,7 @@ class Solve:
             size=held.size,
             group=self._group(batch),
             next=ctypes.pointer(ctypes.c_int64(0)),
-            **{key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in tensors.items()},
+            **{key: _pointer(x) if isinstance(x, Tensor) else x for key, x in tensors.items()},
         )
         job.held = held, eps, context  # as long as the job
         return job
@@ -227,24 +234,26 @@ class Solve:
             raise MemoryError("no memory for a kernel's intermediates")
         return count
 
-    def _hold(self) -> _Held:
-        """The layers as the kernels read them."""
+    def _hold(self, *, back: bool = False) -> _Held:
+        """The layers as the kernels read them; for the way back with room for the gradients of their weights."""
         layers, tensors, bars, context = (_Layer * len(self.layers))(), list[Tensor](), 0, 0
+        lanes, weight_bars, units = self.library.lanes(), list[Tensor | None](), 0
         for i, layer in enumerate(self.layers):
             inputs, outputs = self._widths[i : i + 2]
             kind = self._kind(i)
             weight = _padded(layer.weight, (outputs, inputs, 3, 3))
-            given = [*_weights(kind, weight, self.library.lanes()), _padded(layer.bias, (outputs,))]
+            weight_bars.append(torch.empty_like(weight) if back and kind == _MANY else None)
             time = weight.new_zeros(BORDERS, outputs) if layer.time is None else _padded(layer.time, (BORDERS, outputs))
             gate = None if layer.gate is None else _padded(layer.gate, (2, outputs))
-            given += [time, *([] if gate is None else [gate])]
-            pointers = [x.data_ptr() for x in given] + ([None] if gate is None else [])
-            layers[i] = _Layer(kind, inputs, outputs, *pointers, context, bars)
-            tensors += given
+            entries = [_padded(layer.bias, (outputs,)), time, gate]
+            given = [*_weights(kind, weight, lanes), weight, weight_bars[-1], *entries]
+            layers[i] = _Layer(kind, inputs, outputs, *map(_pointer, given), context, bars)
+            tensors += (x for x in given if x is not None)
+            units += -(-inputs // lanes)
             context += self._parts_of_context[i] * outputs
             bars += sum(self._bar_sizes(i))
             bars += -bars % 16  # so that each layer's begin at a cache line
-        return _Held(layers, tensors, bars, context)
+        return _Held(layers, tensors, weight_bars, units, bars, context)
 
     def _kind(self, i: int) -> int:
         if self._channels > FEW:
@@ -259,20 +268,16 @@ class Solve:
         gate = 0 if self.layers[i].gate is None else 2 * outputs
         return [weight, weight if many else 0, outputs, BORDERS * outputs, gate]
 
-    def _layer_bars(self, bars: Tensor) -> list[LayerBar]:
+    def _layer_bars(self, bars: Tensor, weight_bars: list[Tensor | None]) -> list[LayerBar]:
         found, start = [], 0
-        for i, layer in enumerate(self.layers):
+        for i, (layer, weight) in enumerate(zip(self.layers, weight_bars, strict=True)):
             sizes, (inputs, outputs) = self._bar_sizes(i), self._widths[i : i + 2]
-            forward, backward, bias, time, gate = bars[start : start + sum(sizes)].split(sizes)
+            filters, _, bias, time, gate = bars[start : start + sum(sizes)].split(sizes)
             start += sum(sizes) + -sum(sizes) % 16
-            kind = self._kind(i)
-            if kind == _MANY:
-                weight = filters_of(forward.view(_ELEMENTS, inputs, outputs))
-                weight = weight + reversed_filters(filters_of(backward.view(_ELEMENTS, outputs, inputs)))
-            elif kind == _FROM_FEW:
-                weight = forward.view(3, 3, inputs, outputs).permute(3, 2, 0, 1)
-            else:
-                weight = reversed_filters(forward.view(3, 3, outputs, inputs).permute(3, 2, 0, 1))
+            if weight is None and self._kind(i) == _FROM_FEW:
+                weight = filters.view(3, 3, inputs, outputs).permute(3, 2, 0, 1)
+            elif weight is None:
+                weight = reversed_filters(filters.view(3, 3, outputs, inputs).permute(3, 2, 0, 1))
             out, into = layer.weight.shape[:2]
             found.append(
                 LayerBar(
@@ -325,16 +330,11 @@ def _padded(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _weights(kind: int, weight: Tensor, lanes: int) -> list[Tensor]:
     """What a layer of the weight ``(out, in, 3, 3)`` and its transpose are summed up with."""
-    if kind == _MANY:
-        return [_panels(transformed(w), lanes) for w in (weight, reversed_filters(weight))]
+    if kind == _MANY:  # in C, from the weight
+        return [weight.new_empty(_ELEMENTS, weight[:, :, 0, 0].numel()) for _ in range(2)]
     if kind == _FROM_FEW:
         return [_from_few(weight), _to_few(reversed_filters(weight), lanes)]
     return [_to_few(weight, lanes), _from_few(reversed_filters(weight))]
-
-
-def _panels(u: Tensor, lanes: int) -> Tensor:
-    """U ``(36, in, out)`` with the outputs of one vector next to each other: ``(36, out / lanes, in, lanes)``."""
-    return u.view(*u.shape[:2], -1, lanes).transpose(1, 2).contiguous()
 
 
 def _from_few(weight: Tensor) -> Tensor:
@@ -346,3 +346,7 @@ def _to_few(weight: Tensor, lanes: int) -> Tensor:
     """``(in, 9 out)``, filled up to whole vectors."""
     rows = weight.permute(1, 2, 3, 0).flatten(1)
     return _padded(rows, (len(rows), _rounded(rows.shape[1], lanes)))
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -111,7 +111,7 @@ class Network:
         bars = z1_bar.new_zeros(parts, sum(kinds))
         rows = (ctypes.c_void_p * parts)(*(bar.data_ptr() for bar in bars))
         self._run(name, z1_bar, directions, parts, fields | {"bars": rows, "parts": parts})
-        w_bar, entry_bar, _ = total(bars).split(kinds)
+        w_bar, entry_bar, _ = _total(bars).split(kinds)
         w_bars = [
             bar.view(len(weight), -1)[:, : weight.shape[1]]
             for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
@@ -231,7 +231,7 @@ def _parts(blocks: int, size: int) -> int:
     return max(1, min(blocks, _MOST_PARTS, max(_FEWEST_PARTS, _PARTS_BYTES // size)))
 
 
-def total(bars: Tensor) -> Tensor:
+def _total(bars: Tensor) -> Tensor:
     """The sum of the rows, pair by pair: always in the same order, which torch's own sum leaves to its threads."""
     while len(bars) > 1:
         half = len(bars) // 2
