@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import density, small_tables, tables
+from benchmarks import busy, density, small_tables, tables
 
 
 def _line(table: str, model: str, configuration: str, seed: int, **numbers: Any) -> dict[str, Any]:
@@ -116,3 +116,26 @@ def test_small_tables_has_a_number_for_every_column(
     for cell in cells[1:]:
         nats, error = map(float, cell.split(" ± "))
         assert -20 < nats < 0 < error
+
+
+def test_busy_has_a_row_for_every_load_and_number_of_threads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["busy", "--repeats", "1", "--loops", "0", "1", "--width", "8", "--batch", "2", "--size", "4"]
+    monkeypatch.setattr("sys.argv", command)
+    before = torch.get_num_threads()
+    busy.main()
+    assert torch.get_num_threads() == before
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["loops", "threads", "wall", "processor", "ratio"]
+    found = [row.split() for row in rows]
+    assert [row[:2] for row in found] == [["0", "1"], ["0", "2"], ["1", "1"], ["1", "2"]]
+    assert all(float(wall.removesuffix("ms")) >= 0 and float(ratio) > 0 for *_, wall, _, ratio in found)
+    assert [row[-1] for row in found[::2]] == ["1.00", "1.00"]
+
+
+def test_busy_loops_end_with_what_they_run_beside() -> None:
+    with pytest.raises(KeyError), busy.busy(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+        raise KeyError
+    assert [process.poll() for process in processes] == [-9, -9]

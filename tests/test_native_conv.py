@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,14 +65,6 @@ def _gradient(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     w = weight.double().requires_grad_()
     (gradient,) = torch.autograd.grad(F.conv2d(x.double(), w, padding=1), w, y.double())
     return gradient
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @_KERNEL

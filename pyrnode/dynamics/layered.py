@@ -236,7 +236,7 @@ class BoundLayers(BoundDynamics):
     def gradients(self) -> list[Tensor]:
         result = []
         for layer, names in zip(self.layers, self.names, strict=True):
-            table = layer.gradients() | {"weight": layer.linear.weight_gradient()}
+            table = layer.settled or layer.gradients() | {"weight": layer.linear.weight_gradient()}
             result += [table[name] for name in names]
         return result
 

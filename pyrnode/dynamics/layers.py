@@ -210,6 +210,8 @@ class TimeEntry(ABC):
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         self.linear = linear
         self.parameters = parameters
+        self.settled: dict[str, Tensor] | None = None
+        """The gradients by parameter name, the weight's too, where a kernel has found them."""
 
     @abstractmethod
     def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
@@ -268,10 +270,14 @@ class ConcatTime(TimeEntry):
 
     def __init__(self, linear: Linear, parameters: dict[str, Tensor]) -> None:
         super().__init__(linear, parameters)
-        self.response = linear.constant(parameters["time_weight"])
         self.bias = linear.spread(parameters["bias"])
         self.shift_bar: Tensor | None = None
         self.time_bar: Tensor | None = None
+
+    @functools.cached_property
+    def response(self) -> Tensor:
+        """m."""
+        return self.linear.constant(self.parameters["time_weight"])
 
     def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(t, Tensor):

@@ -1,7 +1,8 @@
-"""Solves that a compiled kernel does whole: a multilayer perceptron's on the CPU, of fixed steps or adaptive ones.
+"""Solves that a compiled kernel does whole, on the CPU: of a perceptron, and of a convolutional network on a grid.
 
 The steps, stages and products are those of runge_kutta.py and backprop.py; a block of samples goes through all of them
 before the next one begins, so that it stays in the cache, and Python is asked a few times a solve instead of hundreds.
+So are the threads, which meet at the end of a solve alone.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics.base import BoundDynamics
 from pyrnode.dynamics.layered import BoundLayers
+from pyrnode.dynamics.layers import ConcatTime, Conv, TimeEntry
 from pyrnode.engines.augmented import Augmented, controlled
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.engines.torch_solve import TorchSolve
-from pyrnode.native import adaptive, mlp
+from pyrnode.native import adaptive, convnet, mlp
 from pyrnode.probes import Probes
 
 
@@ -51,15 +52,27 @@ class Fused(TorchSolve):
         if self.instead is not None:
             return self.instead.pull(z_bar, q_bar)
         self.stats.nfe_backward += self.compiled.evaluations
-        return self.compiled.backward(self.system.bound, z_bar, q_bar)
+        return self.compiled.backward(self.system, z_bar, q_bar)
 
 
 def compiled_solve(
-    system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig
+    system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig, *, store: bool = False
 ) -> CompiledSolve | None:
-    """The solve by a kernel; `None` where there is none for these dynamics, this solver or this machine."""
+    """The solve by a kernel; `None` where there is none for these dynamics, this solver or this machine.
+
+    Args:
+        system: The system.
+        z0: State at the start.
+        t_span: Start and end time.
+        solver: The solver. A perceptron's kernel is for ``memory="auto"`` alone: it does not ask what is stored.
+        store: Whether a convolutional network's keeps all intermediates.
+    """
     bound = system.bound
-    if not isinstance(bound, BoundLayers) or bound.images or system.context is not None or z0.device.type != "cpu":
+    if not isinstance(bound, BoundLayers) or z0.device.type != "cpu":
+        return None
+    if bound.images:
+        return _compiled_images(system, bound, z0.dtype, t_span, solver, store)
+    if system.context is not None:
         return None
     adapts = solvers.adaptive(solver)
     if solver.memory != "auto" or (not adapts and isinstance(solver.step_size, str)):
@@ -70,6 +83,24 @@ def compiled_solve(
         return None
     directions = None if system.probes is None else _directions(system.probes)
     return (CompiledSteps if adapts else CompiledGrid)(_Case(library, bound, directions, t_span, solver, z0.dtype))
+
+
+def _compiled_images(
+    system: Augmented,
+    bound: BoundLayers,
+    dtype: torch.dtype,
+    t_span: tuple[float, float],
+    solver: SolverConfig,
+    store: bool,
+) -> CompiledSolve | None:
+    if solvers.adaptive(solver) or isinstance(solver.step_size, str):
+        return None
+    types = {p.dtype for layer in bound.layers for p in layer.parameters.values()}
+    library = convnet.library([layer.linear.weight for layer in bound.layers], dtype)
+    if types != {dtype} or library is None:
+        return None
+    directions = None if system.probes is None else _directions(system.probes)
+    return CompiledImages(_Case(library, bound, directions, t_span, solver, dtype), system.context, store)
 
 
 def _directions(probes: Probes) -> mlp.Directions:
@@ -112,8 +143,8 @@ class CompiledSolve(ABC):
         """
 
     @abstractmethod
-    def backward(self, bound: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """The cotangent of the start state; the parameters' gradients go into `bound`, bound to the same ones."""
+    def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        """The cotangent of the start state; those of context and parameters gather in the system."""
 
 
 class CompiledGrid(CompiledSolve):
@@ -147,8 +178,8 @@ class CompiledGrid(CompiledSolve):
             return None
         return z, q, Stats(nfe=self.evaluations, nfe_max=self.evaluations, accepted=self.steps)
 
-    def backward(self, bound: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        assert isinstance(bound, BoundLayers)
+    def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        bound = _layers(system)
         z0_bar, w_bars, shift_bar, scale_bar = self.solve.backward(z_bar, q_bar, self.directions)
         shift_bars = shift_bar.split(self.widths, 1)
         scale_bars = [None] * len(self.widths) if scale_bar is None else scale_bar.split(self.widths, 1)
@@ -156,6 +187,44 @@ class CompiledGrid(CompiledSolve):
             layer.linear.gradient = w_bar
             layer.accumulate(self.times, None, b_bar, s_bar)  # a stage for a sample: each has its own time
         return z0_bar
+
+
+class CompiledImages(CompiledSolve):
+    """Along a grid, of a convolutional network; of its tensors, only what `backward` starts from outlives a pass."""
+
+    def __init__(self, case: _Case, context: Tensor | None, store: bool) -> None:
+        super().__init__(case)
+        tableau = solvers.method(case.solver.name).tableau
+        self.steps = grid(case.t_span, float(case.solver.step_size))
+        self.counted = [bool(b) or any(row[i] for row in tableau.a[i + 1 :]) for i, b in enumerate(tableau.b)]
+        self.store = store
+        self.solve = convnet.Solve(
+            case.library,
+            [_layer_of(layer) for layer in case.bound.layers],
+            case.bound.activation,
+            _size(case.bound.layers[0]),
+            mlp.Grid(tableau.a, tableau.b, [h for _, h in self.steps]),
+            [t + c * h for t, h in self.steps for c in tableau.c],
+            context,
+        )
+
+    @property
+    def evaluations(self) -> int:
+        return sum(self.counted) * len(self.steps)
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor, Stats] | None:
+        z, q = self.solve.forward(z0, self.directions, record=record, store=self.store)
+        if not _finite(z, q):
+            return None
+        evaluations = len(self.counted) * len(self.steps)
+        return z, q, Stats(nfe=evaluations, nfe_max=evaluations, accepted=len(self.steps))
+
+    def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        found = self.solve.backward(z_bar, q_bar, self.directions)
+        for layer, bar in zip(_layers(system).layers, found.layers, strict=True):
+            layer.settled = _gradients(layer, bar)
+        system.add_context_bar(None, [found.context])
+        return found.z0
 
 
 class CompiledSteps(CompiledSolve):
@@ -201,13 +270,57 @@ class CompiledSteps(CompiledSolve):
         rejected = float((attempts - accepted).mean())
         return *found, Stats(float(nfe.mean()), int(nfe.max()), 0.0, float(accepted.mean()), rejected)
 
-    def backward(self, bound: BoundDynamics, z_bar: Tensor, q_bar: Tensor) -> Tensor:
-        assert isinstance(bound, BoundLayers)
+    def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
+        bound = _layers(system)
         z0_bar, w_bars, entry_bars = self.solve.backward(z_bar, q_bar, self.directions)
         for layer, w_bar, bars in zip(bound.layers, w_bars, entry_bars.split(self.widths, 1), strict=True):
             layer.linear.gradient = w_bar
             layer.add(bars)
         return z0_bar
+
+
+def _layers(system: Augmented) -> BoundLayers:
+    assert isinstance(system.bound, BoundLayers)
+    return system.bound
+
+
+def _size(layer: TimeEntry) -> tuple[int, int]:
+    assert isinstance(layer.linear, Conv)
+    return layer.linear.size
+
+
+def _taps(layer: TimeEntry) -> Tensor:
+    """Which of a filter's pixels lie within the image, seen from every kind of `convnet.BORDERS`: ``(BORDERS, 9)``.
+
+    Where an image is one pixel high or wide, its pixels are of the first kind.
+    """
+    sides = []
+    for size in _size(layer):
+        first = [0.0, 1.0, float(size > 1)]
+        sides.append(torch.tensor([first, [1.0, 1.0, 1.0], first[::-1]], dtype=torch.float32, device="cpu"))
+    return torch.kron(*sides)
+
+
+def _layer_of(layer: TimeEntry) -> convnet.LayerOf:
+    """The layer as the kernel computes with it."""
+    bias, *others = (layer.parameters[name] for name in layer.terms)
+    time, gate = None, None
+    if isinstance(layer, ConcatTime):
+        time = (_taps(layer).unsqueeze(1) * others[0].flatten(1)).sum(2)  # a product's rounding would depend on threads
+    elif others:
+        time, gate = others[0].expand(convnet.BORDERS, -1), torch.stack(others[1:])
+    return convnet.LayerOf(layer.linear.weight, bias, time, gate)
+
+
+def _gradients(layer: TimeEntry, bar: convnet.LayerBar) -> dict[str, Tensor]:
+    """What the kernel has found, by the layer's own parameters."""
+    found = {"weight": bar.weight, "bias": bar.bias}
+    if isinstance(layer, ConcatTime):
+        weight_bar = (bar.time.unsqueeze(2) * _taps(layer).unsqueeze(1)).sum(0)
+        found["time_weight"] = weight_bar.view_as(layer.parameters["time_weight"])
+    elif bar.gate is not None:
+        found |= dict(zip(layer.terms[1:], (bar.time.sum(0), *bar.gate), strict=True))
+    return found
 
 
 def _finite(z: Tensor, q: Tensor) -> bool:

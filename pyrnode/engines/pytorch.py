@@ -145,13 +145,15 @@ def choose(
     if solver.sensealg == "BacksolveAdjoint":
         return BacksolveAdjoint(system, t_span, solver, stats)
 
+    store = _stores(system, z0, t_span, solver)
+
     def by_operations(z0: Tensor) -> TorchSolve:
-        if not _stores(system, z0, t_span, solver):
+        if not store:
             return Checkpointed(system, t_span, solver, stats)
         way = Kept if system.bound.split() is None else Stored
         return way(system, t_span, solver, stats)
 
-    compiled = compiled_solve(system, z0, t_span, solver)
+    compiled = compiled_solve(system, z0, t_span, solver, store=store)
     return by_operations(z0) if compiled is None else Fused(system, t_span, solver, stats, compiled, by_operations)
 
 

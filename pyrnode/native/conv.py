@@ -7,6 +7,7 @@ its rounding errors; between few channels and many, `Direct` does as many, faste
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -55,7 +56,7 @@ def kernel(weight: Tensor) -> Convolution | None:
     if inputs <= FEW and outputs % lanes == 0:
         return Direct(library, weight)
     if outputs <= FEW and inputs % lanes == 0:
-        return Reversed(Direct(library, _reversed(weight)))
+        return Reversed(Direct(library, reversed_filters(weight)))
     return Winograd(library, weight) if inputs % lanes == 0 and outputs % lanes == 0 else None
 
 
@@ -92,10 +93,20 @@ class Winograd(Convolution):
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor) -> None:
         self._library = library
+        self._weight = weight
         self._outputs, self._inputs = weight.shape[:2]
-        self._forward, self._backward = _transformed(weight), _transformed(_reversed(weight))
-        rows = -(-self._inputs // library.block_rows()) * library.block_rows()
-        self._gradient = _zeros(len(_GG), rows, self._outputs)  # of the transformed weight
+
+    @functools.cached_property
+    def _forward(self) -> Tensor:
+        return _transformed(self._weight)
+
+    @functools.cached_property
+    def _backward(self) -> Tensor:
+        return _transformed(reversed_filters(self._weight))
+
+    @functools.cached_property
+    def _gradient(self) -> Tensor:
+        return _zeros(len(_GG), self._inputs, self._outputs)  # of the transformed weight
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return self._convolve(self._forward, x, shift)
@@ -121,9 +132,7 @@ class Winograd(Convolution):
         ranges(function(self._library, "accumulate"), job, _SIDE * parts)
 
     def gradient(self) -> Tensor:
-        transformed = self._gradient[:, : self._inputs].double().flatten(1)
-        filters = (_GG.T @ transformed).view(3, 3, self._inputs, self._outputs)
-        return filters.permute(3, 2, 0, 1).to(torch.float32)
+        return _filters_of(self._gradient)
 
 
 class Direct(Convolution):
@@ -135,14 +144,23 @@ class Direct(Convolution):
     """
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor) -> None:
-        self._library = library
+        self._library, self._weight = library, weight
         self._many, self._few = weight.shape[:2]
-        lanes, rows = library.lanes(), library.block_rows()
-        length = 9 * self._few
-        self._forward = weight.permute(2, 3, 1, 0).reshape(length, self._many).contiguous()
-        self._backward = _zeros(self._many, -(-length // lanes) * lanes)
-        self._backward[:, :length] = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(self._many, length)
-        self._gradient = _zeros(-(-length // rows) * rows, self._many)
+
+    @functools.cached_property
+    def _forward(self) -> Tensor:
+        return self._weight.permute(2, 3, 1, 0).reshape(9 * self._few, self._many).contiguous()
+
+    @functools.cached_property
+    def _backward(self) -> Tensor:
+        length, lanes = 9 * self._few, self._library.lanes()
+        weight = _zeros(self._many, -(-length // lanes) * lanes)
+        weight[:, :length] = self._weight.flip(2, 3).permute(0, 2, 3, 1).reshape(self._many, length)
+        return weight
+
+    @functools.cached_property
+    def _gradient(self) -> Tensor:
+        return _zeros(9 * self._few, self._many)
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         batch, _, height, width = x.shape
@@ -167,7 +185,7 @@ class Direct(Convolution):
         ranges(function(self._library, "accumulate_patches"), job, parts)
 
     def gradient(self) -> Tensor:
-        filters = self._gradient[: 9 * self._few].view(3, 3, self._few, self._many)
+        filters = self._gradient.view(3, 3, self._few, self._many)
         return filters.permute(3, 2, 0, 1).contiguous()
 
 
@@ -187,14 +205,14 @@ class Reversed(Convolution):
         self._other.accumulate(y, x, alpha)
 
     def gradient(self) -> Tensor:
-        return _reversed(self._other.gradient())
+        return reversed_filters(self._other.gradient())
 
 
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
-def _reversed(weight: Tensor) -> Tensor:
+def reversed_filters(weight: Tensor) -> Tensor:
     """The weight ``(in, out, 3, 3)`` of the transpose of the convolution with a weight ``(out, in, 3, 3)``."""
     return weight.flip(2, 3).transpose(0, 1)
 
@@ -204,6 +222,12 @@ def _transformed(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape[:2]
     filters = weight.permute(2, 3, 1, 0).reshape(9, -1).double()
     return (_GG @ filters).view(-1, inputs, outputs).to(torch.float32)
+
+
+def _filters_of(gradient: Tensor) -> Tensor:
+    """The gradient of a weight, ``(out, in, 3, 3)``, from that of its U, ``(36, in, out)``."""
+    filters = (_GG.T @ gradient.double().flatten(1)).view(3, 3, *gradient.shape[1:])
+    return filters.permute(3, 2, 0, 1).to(torch.float32)
 
 
 def _tiles(x: Tensor) -> int:

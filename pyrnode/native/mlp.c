@@ -19,8 +19,6 @@
 #define PADDING_BYTES 128                 /* a row of a weight's gradient is a multiple of this */
 #define INTEGRALS 4                       /* l, E, n, 0 */
 
-enum activation { SOFTPLUS, TANH, SILU, GELU, ELU };
-
 /* Pointers are to arrays in C order, of floats or doubles; sum = sum of widths[1...]. */
 struct job {
     int64_t batch, layers, activation, stages, probes;
@@ -105,10 +103,6 @@ void discard(struct chunk *chunk) {
         chunk = next;
     }
 }
-
-#define PASTE_(name, suffix) name##_##suffix
-#define PASTE(name, suffix) PASTE_(name, suffix)
-#define NAME(name) PASTE(name, SUFFIX)
 
 #define REAL float
 #define INTEGER int32_t

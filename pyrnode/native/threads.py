@@ -3,6 +3,9 @@
 After an operation of torch its threads spin for milliseconds, waiting for the next, and any other threads would have to
 share the processors with them. They are entered in C (``threads.c``): a callback would have to wait for Python's lock
 in each of them, for longer than many a kernel takes.
+
+Whole solves of images (`apart`) have threads that are made for them: they take longer than that by far, and threads that
+sleep, where others would spin, leave the processor to whoever has work.
 """
 
 from __future__ import annotations
@@ -34,16 +37,44 @@ def ranges(work: Any, job: ctypes.Structure, count: int) -> None:
         MemoryError: There was no memory for a thread's intermediates.
     """
     parts = max(1, min(torch.get_num_threads(), count))
-    address = ctypes.addressof(job)
     team = _team() if parts > 1 else None
-    if team is not None:
-        library, runtime = team
-        failed = library.share(runtime, work, address, count, parts)
-    else:
-        bounds = [count * i // parts for i in range(parts + 1)]
-        others = [_pool(parts - 1).submit(work, address, *bounds[i : i + 2]) for i in range(1, parts)]
-        failed = work(address, *bounds[:2])
-        failed = any([other.result() for other in others]) or failed
+    if team is None:
+        _by_python(work, job, count, parts)
+        return
+    library, runtime = team
+    _check(library.share(runtime, work, ctypes.addressof(job), count, parts))
+
+
+def apart(work: Any, job: ctypes.Structure, count: int) -> None:
+    """As `ranges`, by threads that are made for this call and sleep where they wait.
+
+    Args:
+        work: A `WORK` in C.
+        job: What it reads.
+        count: Number of units.
+
+    Raises:
+        MemoryError: There was no memory for a thread's intermediates.
+    """
+    parts = max(1, min(torch.get_num_threads(), count))
+    library = native.library("threads") if parts > 1 else None
+    if library is None:
+        _by_python(work, job, count, parts)
+        return
+    library.apart.argtypes = [WORK, c_void_p, c_long, c_long]
+    _check(library.apart(work, ctypes.addressof(job), count, parts))
+
+
+def _by_python(work: Any, job: ctypes.Structure, count: int, parts: int) -> None:
+    """The same by Python's threads."""
+    address = ctypes.addressof(job)
+    bounds = [count * i // parts for i in range(parts + 1)]
+    others = [_pool(parts - 1).submit(work, address, *bounds[i : i + 2]) for i in range(1, parts)]
+    failed = work(address, *bounds[:2])
+    _check(any([other.result() for other in others]) or failed)
+
+
+def _check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for a kernel's intermediates")
 
