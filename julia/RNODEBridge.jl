@@ -209,6 +209,9 @@ original(e) = nothing
 "A batch is split over Julia's threads, each of which multiplies matrices of its own."
 start() = (Threads.nthreads() > 1 && BLAS.set_num_threads(1); nothing)
 
+"Bytes of the objects that are left when the collector has run."
+live_bytes() = (GC.gc(); Base.gc_live_bytes())
+
 version() = "$VERSION with $(Threads.nthreads()) thread$(Threads.nthreads() == 1 ? "" : "s")"
 
 names() = sort!(collect(keys(RNODE.algorithms())))
