@@ -1,5 +1,6 @@
 # The code that would run on a GPU, on arrays that forbid what a GPU cannot do: one number at a time. JLArrays' kernels are
-# GPUArrays' own, run on the CPU. Only cuDNN's part, the convolutions, is stood in for. Prints "<case> <largest relative error>".
+# GPUArrays' own, run on the CPU. Only what CUDA's libraries do, convolutions and products of many matrices, is stood in for.
+# Prints "<case> <largest relative error>".
 pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
 
 using JLArrays: JLArray, JLArrays
@@ -15,6 +16,12 @@ NNlib.conv!(y::Four, x::Four, w::Four, dims::DenseConvDims; kwargs...) =
     copyto!(y, NNlib.conv!(Array(y), Array(x), Array(w), dims; kwargs...))
 NNlib.∇conv_filter!(w̄::Four, x::Four, ȳ::Four, dims::DenseConvDims; kwargs...) =
     copyto!(w̄, NNlib.∇conv_filter!(Array(w̄), Array(x), Array(ȳ), dims; kwargs...))
+
+function NNlib._batched_gemm!(::Type{<:JLArray}, tA::Char, tB::Char, α, A, B, β, C)
+    out = Array(C)
+    NNlib._batched_gemm!(typeof(out), tA, tB, α, Array(A), Array(B), β, out)
+    return copyto!(C, out)
+end
 
 "State, integrals and gradients, all as plain arrays."
 function numbers(array, dynamics, θ, z, ε, z_bar, q_bar, solver; hjb=false)
