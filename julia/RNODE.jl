@@ -4,7 +4,7 @@
 Regularised neural ODEs (Finlay et al. 2020): the augmented system of one block, solved by any algorithm of OrdinaryDiffEq
 and differentiated by the adjoints of SciMLSensitivity or through the discrete steps. With probes `ε` held fixed,
 
-    z' = f(z, t; θ)      l' = εᵀ(∂f/∂z)ε      E' = ‖f‖²      n' = ‖εᵀ∂f/∂z‖²
+    z' = f(z, t; θ)      l' = εᵀ(∂f/∂z)ε      E' = ‖f‖²      n' = ‖εᵀ∂f/∂z‖²      H' = |∂Φ/∂t − ½‖∇Φ‖²| where f = −∇Φ
 
 The same names, symbols and memory as the Python package pyrnode (which comes in through `RNODEBridge`): a C-order torch array
 `(B, C, H, W)` is `(W, H, C, B)` here.
@@ -40,8 +40,8 @@ using SciMLSensitivity: SciMLSensitivity, BacksolveAdjoint, GaussAdjoint, Interp
 using SpecialFunctions: erfc
 using Zygote: Zygote
 
-export MLP, ConvNet, LuxDynamics, Probes, Solver, Solution, SolveError, RNODELayer
-export algorithms, algorithm, integrate, pullback
+export MLP, ConvNet, PotentialNetwork, LuxDynamics, Probes, Solver, Solution, SolveError, RNODELayer
+export algorithms, algorithm, exact_probes, integrate, potential, pullback
 
 include("activations.jl")  # φ, φ', φ''
 include("products.jl")     # c = a b for small matrices
@@ -50,6 +50,8 @@ include("layers.jl")       # a = s(t) ⊙ (W h) + β(t), and its transpose
 include("dynamics.jl")     # what dynamics are to the engine
 include("memory.jl")       # what evaluations keep for their pullbacks
 include("layered.jl")      # MLP and ConvNet with an explicit εᵀ∂f/∂z
+include("potential.jl")    # f = −∇Φ: the network of Φ, and its gradient
+include("bound_potential.jl") # its curvature in explicit products, and the pullback of all
 include("module.jl")       # any Lux model, through nested differentiation
 include("augmented.jl")    # the right-hand side, its pullback, and the norm of its error
 include("solvers.jl")      # algorithms by name, and their tableaus

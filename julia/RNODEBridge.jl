@@ -11,7 +11,8 @@ __precompile__(false)
 using LinearAlgebra: BLAS
 using PythonCall: C, PythonCall, Py, PyException, getptr, pybuiltins, pyconvert
 using DLPack: DLPack
-using RNODE: RNODE, ConvNet, Dynamics, MLP, Probes, SolveError, Solver, backward_count, counts, matrix, piece, results!, solve_backward!, solve_forward
+using RNODE: RNODE, Asked, ConvNet, Cotangents, Dynamics, Evaluation, MLP, PotentialNetwork, Probes, SolveError, Solver
+using RNODE: backward_count, counts, exact_probes, matrix, piece, results!, solve_backward!, solve_forward
 
 # --- arrays ---
 
@@ -60,6 +61,12 @@ function network(kind, event, hidden, activation, time, kernel_size, context)
     return ConvNet(reverse(size), widths; activation, time, kernel_size=pyconvert(Int, kernel_size), context)
 end
 
+function potential(dim, hidden, activation, time, rank, context)
+    activation, time = pyconvert(String, activation), Symbol(pyconvert(String, time))
+    rank, context = pyconvert(Int, rank), pyconvert(Bool, context)
+    return PotentialNetwork(pyconvert(Int, dim), Tuple(pyconvert(Vector{Int}, hidden)); activation, time, rank, context)
+end
+
 function solver(name, sensealg, numbers, error_control, memory, options)
     step_size, rtol, atol, maxiters = pyconvert(Vector{Float64}, numbers)
     keywords = Dict(Symbol(pyconvert(String, k)) => plain(v) for (k, v) in pyconvert(Dict{Any,Any}, options))
@@ -80,8 +87,8 @@ Dynamics that only Python can evaluate, such as a user's own `torch.nn.Module`. 
 sides see, so that a call carries no arrays.
 """
 Base.@kwdef struct ForeignDynamics{A,C,W,V} <: Dynamics
-    linearize::Py    # (t, probe, tape): z, c, ε → f, w, r
-    pull::Py         # (has_w): f̄, w̄, r̄ → z̄, c̄, the gradient of θ gathered by Python's bound dynamics
+    linearize::Py    # (t, probe, tape): z, c, ε → f, w, r, the residual of the Hamilton-Jacobi equation
+    pull::Py         # (has_w): their cotangents → z̄, c̄, the gradient of θ gathered by Python's bound dynamics
     collect::Py      # (): the gathered gradient → θ̄
     z::A
     c::C
@@ -89,43 +96,52 @@ Base.@kwdef struct ForeignDynamics{A,C,W,V} <: Dynamics
     f::A
     w::W
     r::Union{Nothing,A}
+    hjb::Union{Nothing,A}
     f̄::A
     w̄::W
     r̄::Union{Nothing,A}
+    hjb_bar::Union{Nothing,A}
     z̄::A
     c̄::C
     θ̄::V
 end
 
 "The dynamics that call `linearize`, `pull` and `collect`, on the buffers that Python's `Foreign` names."
-function foreign(linearize, pull, collect; z, c, eps, f, w, r, f_bar, w_bar, r_bar, z_bar, c_bar, theta_bar)
+function foreign(
+    linearize, pull, collect; z, c, eps, f, w, r, hjb, f_bar, w_bar, r_bar, hjb_bar, z_bar, c_bar, theta_bar,
+)
     state = matrix(view_of(z))
     flat(x) = x === nothing ? nothing : matrix(view_of(x))
+    row(x) = x === nothing ? nothing : reshape(view_of(x), 1, :)
     probes(x) = x === nothing ? nothing : reshape(view_of(x), size(state)..., :)
     return ForeignDynamics(;
         linearize=Py(linearize), pull=Py(pull), collect=Py(collect), z=state, c=view_of(c), ε=probes(eps), f=flat(f), w=probes(w),
-        r=flat(r), f̄=flat(f_bar), w̄=probes(w_bar), r̄=flat(r_bar), z̄=flat(z_bar), c̄=view_of(c_bar), θ̄=view_of(theta_bar),
+        r=flat(r), hjb=row(hjb), f̄=flat(f_bar), w̄=probes(w_bar), r̄=flat(r_bar), hjb_bar=row(hjb_bar), z̄=flat(z_bar),
+        c̄=view_of(c_bar), θ̄=view_of(theta_bar),
     )
 end
 
 RNODE.context_length(d::ForeignDynamics) = d.c === nothing ? 0 : size(d.c, 1)
 
+RNODE.has_potential(d::ForeignDynamics) = d.hjb !== nothing
+RNODE.has_total_derivative(d::ForeignDynamics) = d.r !== nothing
 RNODE.threaded(::ForeignDynamics) = false
-RNODE.bind(dynamics::ForeignDynamics, θ, z0, k) = dynamics
+RNODE.bind(dynamics::ForeignDynamics, θ, z0, ::Asked) = dynamics
 
 function RNODE.evaluate!(d::ForeignDynamics, t, z, c, ε, tape::Bool)
     copyto!(d.z, z)
     c === nothing || copyto!(d.c, c)
     ε === nothing || copyto!(d.ε, ε)
     d.linearize(Float64(t), ε !== nothing, tape)
-    return d.f, ε === nothing ? nothing : d.w, ε === nothing ? nothing : d.r
+    return ε === nothing ? Evaluation(d.f) : Evaluation(d.f; d.w, d.r, d.hjb)
 end
 
-function RNODE.pullback!(d::ForeignDynamics, z̄, c̄, f̄, w̄, r̄, α)
-    copyto!(d.f̄, f̄)
-    w̄ === nothing || copyto!(d.w̄, w̄)
-    r̄ === nothing || copyto!(d.r̄, r̄)
-    d.pull(w̄ !== nothing)
+function RNODE.pullback!(d::ForeignDynamics, z̄, c̄, bars::Cotangents, α)
+    copyto!(d.f̄, bars.f)
+    for (buffer, bar) in ((d.w̄, bars.w), (d.r̄, bars.r), (d.hjb_bar, bars.hjb))
+        bar === nothing || copyto!(buffer, bar)
+    end
+    d.pull(bars.w !== nothing)
     c̄ === nothing || (c̄ .+= α .* d.c̄)
     return copyto!(z̄, d.z̄)
 end
@@ -138,13 +154,13 @@ end
 # --- one solve ---
 
 """
-Integrates, writes the state to `z` and the integrals to `q` (4, batch), and gives what `backward` needs, if `record`, with the
-counts (nfe, nfe_max, accepted, rejected).
+Integrates, writes the state to `z` and the integrals to `q` (4 or 5, batch), and gives what `backward` needs, if `record`, with the
+counts (nfe, nfe_max, accepted, rejected). The probes are `ε`, the unit vectors (`axes`), or none.
 """
-function forward(dynamics, solver, θ, z0, context, ε, weight, t0, t1, total_derivative, record, z, q)
+function forward(dynamics, solver, θ, z0, context, ε, weight, axes, t0, t1, total_derivative, hjb, record, z, q)
     z0, context, ε = view_of(z0), view_of(context), view_of(ε)
-    probes = ε === nothing ? nothing : Probes(ε, Float64(weight))
-    solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; context, total_derivative, record)
+    probes = axes ? exact_probes() : ε === nothing ? nothing : Probes(ε, Float64(weight))
+    solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; context, total_derivative, hjb, record)
     state, q = matrix(view_of(z)), view_of(q)
     integrals = fill!(similar(q, reverse(size(q))), false)
     results!(state, integrals, solves)
@@ -192,6 +208,9 @@ original(e) = nothing
 
 "A batch is split over Julia's threads, each of which multiplies matrices of its own."
 start() = (Threads.nthreads() > 1 && BLAS.set_num_threads(1); nothing)
+
+"Bytes of the objects that are left when the collector has run."
+live_bytes() = (GC.gc(); Base.gc_live_bytes())
 
 version() = "$VERSION with $(Threads.nthreads()) thread$(Threads.nthreads() == 1 ? "" : "s")"
 

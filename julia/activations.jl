@@ -1,4 +1,5 @@
-# Activations φ with the two derivatives that an explicit vector-Jacobian product needs (pyrnode/dynamics/activations.py).
+# Activations φ with the two derivatives that an explicit vector-Jacobian product needs (pyrnode/dynamics/activations.py), and
+# the three of a potential (pyrnode/dynamics/scalar.py).
 #
 # `forward(φ, a)` gives (h, s) = (φ(a), φ'(a)), `bend(φ, a, h, s, g, r)` gives φ''(a) r where g = φ'(a) r. They are plain
 # functions of numbers without branches, so that a loop over them becomes vector instructions, and a broadcast a GPU kernel.
@@ -88,14 +89,35 @@ end
 end
 @inline bend(::ELU, a, h, s, g, r) = ifelse(h < 0, g, zero(g))
 
+# --- what a potential's curvature takes: three derivatives, each a simple function of one root ---
+
+"`log(2 cosh a)`, the antiderivative of tanh; of a potential alone."
+struct LogCosh <: Activation end
+
+"(φ(a), ρ): the value, and the root ρ of which `slope(φ, ρ)`, `bend(φ, ρ)` and `twist(φ, ρ)` are φ', φ'' and φ‴ at a."
+@inline curve(::LogCosh, a) = (abs(a) + log1p_unit(decay(2abs(a))), first(forward(Tanh(), a)))
+@inline curve(φ::Softplus, a) = forward(φ, a)
+@inline curve(φ::Tanh, a) = (h = first(forward(φ, a)); (h, h))
+
+@inline slope(::Union{LogCosh,Softplus}, ρ) = ρ
+@inline slope(::Tanh, ρ) = one(ρ) - ρ * ρ
+@inline bend(::LogCosh, ρ) = one(ρ) - ρ * ρ
+@inline bend(::Softplus, ρ) = ρ * (one(ρ) - ρ)
+@inline bend(φ::Tanh, ρ) = -2ρ * slope(φ, ρ)
+@inline twist(φ::LogCosh, ρ) = -2ρ * bend(φ, ρ)
+@inline twist(φ::Softplus, ρ) = bend(φ, ρ) * (one(ρ) - 2ρ)
+@inline twist(φ::Tanh, ρ) = slope(φ, ρ) * (6ρ * ρ - 2)
+
 const ACTIVATIONS = Dict(
     "softplus" => Softplus(), "tanh" => Tanh(), "silu" => SiLU(), "gelu" => GELU(), "elu" => ELU(),
 )
 
+const CURVES = Dict("logcosh" => LogCosh(), "softplus" => Softplus(), "tanh" => Tanh())
+
 "`φ` by its name."
-function activation(name)
-    haskey(ACTIVATIONS, name) || throw(ArgumentError("unknown activation $(repr(name)); known: $(known(ACTIVATIONS))"))
-    return ACTIVATIONS[name]
+function activation(name, table=ACTIVATIONS)
+    haskey(table, name) || throw(ArgumentError("unknown activation $(repr(name)); known: $(known(table))"))
+    return table[name]
 end
 
 known(table) = join(sort!(collect(keys(table))), ", ")

@@ -1,4 +1,4 @@
-# The augmented system of docs/design.md §2 as one flat state [z; l; E; n; D], its pullback, and the norm of its error
+# The augmented system of docs/design.md §2 as one flat state [z; l; E; n; D; H], its pullback, and the norm of its error
 # (pyrnode/engines/augmented.py). The blocks of the state are contiguous, so that z is seen as a matrix without a copy, and every
 # solver works on it.
 
@@ -12,13 +12,13 @@ struct Worker{K}
 end
 
 "Shares a batch of states like those of `z0` out to the threads, and binds the dynamics for them."
-function workers(dynamics::Dynamics, θ, z0, batch, k, threads)
-    each = z0 isa Array ? sample_bytes(dynamics, z0, k) : 0
+function workers(dynamics::Dynamics, θ, z0, batch, asked::Asked, threads)
+    each = z0 isa Array ? sample_bytes(dynamics, z0, asked) : 0
     states(n) = similar(z0, Base.front(size(z0))..., n)
     return map(split_range(1:batch, threads)) do columns
         most = each > 0 ? max(1, PIECE ÷ each) : length(columns)
         pieces = split_range(columns, cld(length(columns), most))
-        one = bind(dynamics, θ, states(length(pieces[1])), k)
+        one = bind(dynamics, θ, states(length(pieces[1])), asked)
         bindings = Dict(length(pieces[1]) => one)
         foreach(piece -> get!(() -> another(one, states(length(piece))), bindings, length(piece)), pieces)
         return Worker(pieces, bindings)
@@ -44,10 +44,10 @@ mutable struct Augmented{K,P,C}
     const workers::Vector{Worker{K}}
     const context::C         # c (s, batch), or `nothing`
     const context_bar::C     # its gathered cotangent
-    const probes::P          # ε (event, batch, k), or `nothing`: the state alone
+    const probes::P          # ε (event, batch, k), `UnitVectors` where nobody looks at them, or `nothing`: the state alone
     const weight::Float64
     const shape::Dims{2}     # (event, batch)
-    const integrals::Int     # 0 without probes, else 3, or 4 with the total derivative
+    const integrals::Int     # 0 without probes, else 3, 4 with the total derivative, or 5 with the residual
     nfe::Int
     nfe_backward::Int
     product::Any             # the last vector-Jacobian product, or `nothing` (see `product!`)
@@ -89,49 +89,65 @@ end
 columns_of(::Nothing, columns) = nothing
 columns_of(x, columns) = view(x, :, columns)
 
-probes_of(system::Augmented, columns) = system.probes === nothing ? nothing : view(system.probes, :, columns, :)
+probes_of(system::Augmented, columns) = probes_of(system.probes, columns)
+probes_of(ε, columns) = view(ε, :, columns, :)
+probes_of(ε::Union{Nothing,UnitVectors}, columns) = ε
 
-"du = (f, l', E', n', D'); by these bound dynamics, if any, whose pullback may follow."
+"du = (f, l', E', n', D', H'); by these bound dynamics, if any, whose pullback may follow."
 function rate!(du, system::Augmented, u, t, bindings=nothing)
     z, _ = parts(system, u)
     each_piece(system, bindings) do bound, columns
         ε = probes_of(system, columns)
-        found = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), ε, bindings !== nothing)
-        write_rate!(du, system, columns, found, ε)
+        at = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), ε, bindings !== nothing)
+        write_rate!(du, system, columns, at, ε)
     end
     return du
 end
 
-write_rate!(::Nothing, system, columns, found, ε) = nothing
+write_rate!(::Nothing, system, columns, at, ε) = nothing
 
-function write_rate!(du, system, columns, (f, w, r), ε)
+function write_rate!(du, system, columns, at, ε)
     dz, dq = parts(system, du)
-    copyto!(view(dz, :, columns), f)
-    ε === nothing || integrands!(view(dq, columns, :), f, w, r, ε, system.weight)
+    copyto!(view(dz, :, columns), at.f)
+    ε === nothing || integrands!(view(dq, columns, :), at, ε, system.weight)
     return nothing
 end
 
 "f alone, into `dz` (event, batch)."
 function state_rate!(dz, system::Augmented, z, t)
     each_piece(system) do bound, columns
-        f, _, _ = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), nothing, false)
-        copyto!(view(dz, :, columns), f)
+        at = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), nothing, false)
+        copyto!(view(dz, :, columns), at.f)
     end
     return dz
 end
 
-function integrands!(dq, f, w, r, ε, weight)
+"l', E', n', and D' and H' where the system has them."
+function integrands!(dq, at::Evaluation, ε, weight)
+    at.w === nothing ? closed!(dq, at) : probed!(dq, at.f, at.w, ε, weight)
+    size(dq, 2) ≥ 4 && (dq[:, 4] .= at.r === nothing ? false : vec(sum(abs2, at.r; dims=1)))
+    size(dq, 2) == 5 && (dq[:, 5] .= abs.(vec(at.hjb)))
+    return nothing
+end
+
+function closed!(dq, at)
+    dq[:, 1] .= vec(at.trace)
+    dq[:, 2] .= vec(sum(abs2, at.f; dims=1))
+    dq[:, 3] .= vec(at.norm)
+    return nothing
+end
+
+function probed!(dq, f, w, ε, weight)
     c = eltype(f)(weight)
     dq[:, 1] .= c .* vec(sum(ε .* w; dims=(1, 3)))
     dq[:, 2] .= vec(sum(abs2, f; dims=1))
     dq[:, 3] .= c .* vec(sum(abs2, w; dims=(1, 3)))
-    size(dq, 2) == 4 && (dq[:, 4] .= vec(sum(abs2, r; dims=1)))
     return nothing
 end
 
-function integrands!(dq, f::Matrix{T}, w::Array{T,3}, r, ε, weight) where {T<:AbstractFloat}
+function probed!(dq, f::Matrix{T}, w::Array{T,3}, ε, weight) where {T<:AbstractFloat}
     @inbounds for j in axes(f, 2)
-        l = E = n = D = zero(T)
+        l = E = n = zero(T)
         for k in axes(w, 3)
             @simd for i in axes(w, 1)
                 l = muladd(ε[i, j, k], w[i, j, k], l)
@@ -142,27 +158,21 @@ function integrands!(dq, f::Matrix{T}, w::Array{T,3}, r, ε, weight) where {T<:A
             E = muladd(f[i, j], f[i, j], E)
         end
         dq[j, 1], dq[j, 2], dq[j, 3] = T(weight) * l, E, T(weight) * n
-        if size(dq, 2) == 4
-            @simd for i in axes(f, 1)
-                D = muladd(r[i, j], r[i, j], D)
-            end
-            dq[j, 4] = D
-        end
     end
     return nothing
 end
 
 """
 Cotangent of the state into `ū` (event, batch) and, gathered in the bound dynamics, of θ, from `z_bar` of f and `q_bar`
-(batch, integrals; or `nothing`) of the integrands: f̄ = z̄ + 2 Ē f, w̄ = l̄ ε + 2 n̄ w, r̄ = 2 D̄ r. Evaluates at (t, z)
-first, piece by piece, and writes the rate to `du`, unless that is `nothing`. `z_bar` is overwritten.
+(batch, integrals; or `nothing`) of the integrands: f̄ = z̄ + 2 Ē f, w̄ = l̄ ε + 2 n̄ w, r̄ = 2 D̄ r, and that of the residual h is
+sign(h) H̄. Evaluates at (t, z) first, piece by piece, and writes the rate to `du`, unless that is `nothing`. `z_bar` is overwritten.
 """
 function pull_rate!(ū, system::Augmented, t, z, z_bar, q_bar, du=nothing)
     each_piece(system) do bound, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
-        found = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
-        write_rate!(du, system, columns, found, ε)
-        pull_piece!(ū, system, bound, columns, found, ε, z_bar, q_bar)
+        at = evaluate!(bound, t, view(z, :, columns), columns_of(system.context, columns), ε, true)
+        write_rate!(du, system, columns, at, ε)
+        pull_piece!(ū, system, bound, columns, at, ε, z_bar, q_bar)
     end
     system.nfe_backward += 1
     return ū
@@ -172,20 +182,25 @@ end
 function pull_kept!(ū, system::Augmented, bindings, z_bar, q_bar)
     each_piece(system, bindings) do bound, columns
         ε = q_bar === nothing ? nothing : probes_of(system, columns)
-        found = evaluated!(bound, columns_of(system.context, columns))
-        pull_piece!(ū, system, bound, columns, found, ε, z_bar, q_bar)
+        at = evaluated!(bound, columns_of(system.context, columns))
+        pull_piece!(ū, system, bound, columns, at, ε, z_bar, q_bar)
     end
     return ū
 end
 
-function pull_piece!(ū, system, bound, columns, (f, w, r), ε, z_bar, q_bar)
+function pull_piece!(ū, system, bound, columns, at, ε, z_bar, q_bar)
     part, c̄, f̄ = view(ū, :, columns), columns_of(system.context_bar, columns), view(z_bar, :, columns)
-    ε === nothing && return pullback!(bound, part, c̄, f̄, nothing, nothing, 1)
-    weight = eltype(f)(system.weight)
+    ε === nothing && return pullback!(bound, part, c̄, Cotangents(f̄), 1)
     bar(i) = reshape(view(q_bar, columns, i), 1, :)
-    f̄ .+= 2 .* bar(2) .* f
-    w̄ = weight .* (bar(1) .* ε .+ 2 .* bar(3) .* w)
-    return pullback!(bound, part, c̄, f̄, w̄, r === nothing ? nothing : 2 .* bar(4) .* r, 1)
+    f̄ .+= 2 .* bar(2) .* at.f
+    hjb = at.hjb === nothing ? nothing : sign.(at.hjb) .* bar(5)
+    if at.w === nothing
+        norm = any(!iszero, bar(3)) ? bar(3) : nothing  # without λ_J it is only looked at, and its pullback is the dearest
+        return pullback!(bound, part, c̄, Cotangents(f̄; trace=bar(1), norm, hjb), 1)
+    end
+    w = eltype(f̄)(system.weight) .* (bar(1) .* ε .+ 2 .* bar(3) .* at.w)
+    r = at.r === nothing ? nothing : 2 .* bar(4) .* at.r
+    return pullback!(bound, part, c̄, Cotangents(f̄; w, r, hjb), 1)
 end
 
 "Adds the gradients of θ and of the context (where there is one) that have gathered, and forgets them."

@@ -5,12 +5,11 @@
 """
 Dynamics `f(z, t; θ)` of one block, or conditional ones `f(z, t, c; θ)`. A subtype has
 
-    bind(dynamics, θ, z0, k)                 bound dynamics for states like `z0` (event..., batch) and `k` probes
-    evaluate!(bound, t, z, c, ε, tape)       (f, w, r): w = εᵀ∂f/∂z, or `nothing` where ε is; r the total derivative
-                                             (∂f/∂z) f + ∂f/∂t where they have it, else `nothing`; without `tape`
-                                             no pullback will follow
-    pullback!(bound, z̄, c̄, f̄, w̄, r̄, α)      writes the cotangent of z at the last evaluation, adds α times that of c to c̄,
-                                             and gathers α times that of θ; w̄ and r̄ may be `nothing`
+    bind(dynamics, θ, z0, asked)             bound dynamics for states like `z0` (event..., batch); what is `asked` of them: [`Asked`](@ref)
+    evaluate!(bound, t, z, c, ε, tape)       an [`Evaluation`](@ref), of f alone where ε is `nothing`; without `tape` no pullback
+                                             will follow
+    pullback!(bound, z̄, c̄, bars, α)          writes the cotangent of z at the last evaluation, adds α times that of c to c̄,
+                                             and gathers α times that of θ, given the [`Cotangents`](@ref)
     gradient!(θ̄, bound)                      adds the gathered gradient to θ̄, and forgets it
 
 The context `c` (s, batch) is what the network has made of it once and for all (`embed` in Python), and is the same along a solve;
@@ -18,14 +17,61 @@ The context `c` (s, batch) is what the network has made of it once and for all (
 """
 abstract type Dynamics <: AbstractLuxLayer end
 
+"""
+What is asked of an evaluation with probes beside f: the products with so many `probes`, or, where these are the unit vectors and the dynamics have
+a `closed_trace`, trace and norm in place of the products (`closed`); and the residual of the Hamilton-Jacobi equation (`hjb`).
+"""
+struct Asked
+    probes::Int
+    closed::Bool
+    hjb::Bool
+end
+
+"""
+The dynamics at a point: `f` (event, batch), the products `w` = εᵀ∂f/∂z (event, batch, k), the total derivative `r` = (∂f/∂z) f + ∂f/∂t
+(event, batch); `trace` and squared `norm` of ∂f/∂z in place of the products, and the residual `hjb` = ∂Φ/∂t − ½‖∇Φ‖² of a potential, each (1, batch).
+What was not asked for is `nothing`.
+"""
+struct Evaluation{F,W,R,N,H}
+    f::F
+    w::W
+    r::R
+    trace::N
+    norm::N
+    hjb::H
+end
+
+Evaluation(f; w=nothing, r=nothing, trace=nothing, norm=nothing, hjb=nothing) = Evaluation(f, w, r, trace, norm, hjb)
+
+"The cotangents of what an [`Evaluation`](@ref) has, of the same shapes; `nothing` is zero."
+struct Cotangents{F,W,R,T,N,H}
+    f::F
+    w::W
+    r::R
+    trace::T
+    norm::N
+    hjb::H
+end
+
+Cotangents(f; w=nothing, r=nothing, trace=nothing, norm=nothing, hjb=nothing) = Cotangents(f, w, r, trace, norm, hjb)
+
 "Length s of the embedded context that the dynamics take; 0 for none."
 context_length(::Dynamics) = 0
+
+"Whether they have trace and norm of their Jacobian in closed form."
+closed_trace(::Dynamics) = false
+
+"Whether they are the gradient of a potential, `f = −∇Φ`, and have the residual of its Hamilton-Jacobi equation."
+has_potential(::Dynamics) = false
+
+"Whether they have the total derivative."
+has_total_derivative(::Dynamics) = false
 
 "Whether the same dynamics, bound several times, can work in several threads at once."
 threaded(::Dynamics) = true
 
 "Bytes that bound dynamics hold for each sample; 0 where that is not known."
-sample_bytes(::Dynamics, z0, k) = 0
+sample_bytes(::Dynamics, z0, asked::Asked) = 0
 
 """
     another(bound, z0)
@@ -60,7 +106,10 @@ package image when it is loaded (JuliaLang/julia#62047).
 """
 dynamic(f, args...) = Base.inferencebarrier(f)(args...)
 
-"Directions in which the Jacobian is probed: `ε` (event..., batch, k), each weighted by 1/k, or by 1 for the unit vectors."
+"""
+Directions in which the Jacobian is probed: `ε` (event..., batch, k), each weighted by 1/k, or by 1 for the unit vectors, which are
+[`UnitVectors`](@ref) until something asks for their numbers.
+"""
 struct Probes{A}
     ε::A
     weight::Float64
@@ -74,9 +123,16 @@ function Probes(rng::AbstractRNG, z, k::Integer=1; noise::Symbol=:gaussian)
     return Probes(ε, 1 / k)
 end
 
-"The unit vectors: sums over them are the trace and the squared Frobenius norm themselves."
-function exact_probes(z)
+"The unit vectors of every sample's state, in their order."
+struct UnitVectors end
+
+"The unit vectors as probes: sums over them are the trace and the squared Frobenius norm themselves."
+exact_probes() = Probes(UnitVectors(), 1.0)
+
+"The unit vectors for states like `z`, as numbers: (event..., batch, d)."
+function unit_vectors(z)
     d, batch = size(matrix(z))
-    unit = [eltype(z)(i == j) for i in 1:d, _ in 1:batch, j in 1:d]
-    return Probes(copyto!(similar(z, size(z)..., d), reshape(unit, size(z)..., d)), 1.0)
+    ε = fill!(similar(z, d, batch, d), false)
+    foreach(i -> fill!(view(ε, i, :, i), true), 1:d)
+    return reshape(ε, size(z)..., d)
 end

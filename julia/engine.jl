@@ -75,7 +75,7 @@ function Solver(
 end
 
 """
-What one solve gives: the state `z` (event..., batch) at the end time, the integrals `l`, `E`, `n`, `D` (batch), counts, and
+What one solve gives: the state `z` (event..., batch) at the end time, the integrals `l`, `E`, `n`, `D`, `H` (batch), counts, and
 SciML's own solution `path` (one for each sample or share where these were solved separately), whose flat states begin with z.
 """
 struct Solution{A,V}
@@ -84,6 +84,7 @@ struct Solution{A,V}
     E::V
     n::V
     D::V
+    H::V
     stats::@NamedTuple{nfe::Float64, nfe_max::Int, accepted::Float64, rejected::Float64}
     path::Any
 end
@@ -121,22 +122,23 @@ separate(solver::Solver, z0) = solver.adaptive && !solver.together && z0 isa Arr
 
 "Integrates from `z0`; with `record`, keeps what the solver's sensitivity algorithm will ask for."
 function solve_forward(
-    dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative=false, record=false,
+    dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative=false, hjb=false, record=false,
 )
     T = eltype(z0)
     T <: AbstractFloat || throw(ArgumentError("the state has element type $T: expected floating point"))
-    ε, weight = directions(probes, z0)
+    ε, weight = directions(dynamics, probes, z0)
     check_context(dynamics, context, size(z0, ndims(z0)))
-    integrals = ε === nothing ? 0 : total_derivative ? 4 : 3
+    check_integrals(dynamics, total_derivative, hjb)
+    asked, integrals = Asked(probe_count(ε, z0), ε isa UnitVectors, hjb), ε === nothing ? 0 : hjb ? 5 : total_derivative ? 4 : 3
     batch = size(z0, ndims(z0))
     threads = threaded(dynamics) && z0 isa Array ? clamp(batch, 1, Threads.nthreads()) : 1
     columns = separate(solver, z0) ? [i:i for i in 1:batch] : split_range(1:batch, solver.adaptive ? 1 : threads)
     if length(columns) == 1
-        system = Augmented(workers(dynamics, θ, z0, batch, probe_count(ε), threads), context, ε, weight, size(matrix(z0)), integrals)
+        system = Augmented(workers(dynamics, θ, z0, batch, asked, threads), context, ε, weight, size(matrix(z0)), integrals)
         found = solve_system(system, flat_parameters(θ, context), matrix(z0), tspan, solver, record, 1)
         return Solves(Any[found], columns, [1:1])
     end
-    return solve_apart(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record, columns, threads)
+    return solve_apart(dynamics, θ, z0, context, ε, weight, asked, integrals, tspan, solver, record, columns, threads)
 end
 
 function check_context(dynamics, context, batch)
@@ -145,27 +147,40 @@ function check_context(dynamics, context, batch)
     given == expected || throw(DimensionMismatch("context of size $given: expected $expected"))
 end
 
-directions(::Nothing, z0) = (nothing, 0.0)
+function check_integrals(dynamics, total_derivative, hjb)
+    kind = nameof(typeof(dynamics))
+    total_derivative && !has_total_derivative(dynamics) && throw(ArgumentError("total_derivative = true: $kind has none"))
+    hjb && !has_potential(dynamics) && throw(ArgumentError(
+        "hjb = true needs dynamics that are the gradient of a potential, such as a PotentialNetwork, and $kind is none",
+    ))
+    return nothing
+end
 
-function directions(probes::Probes, z0)
+directions(dynamics, ::Nothing, z0) = (nothing, 0.0)
+directions(dynamics, probes::Probes{UnitVectors}, z0) =
+    closed_trace(dynamics) ? (probes.ε, probes.weight) : directions(dynamics, Probes(unit_vectors(z0), probes.weight), z0)
+
+function directions(dynamics, probes::Probes, z0)
     size(probes.ε)[1:(end - 1)] == size(z0) ||
         throw(DimensionMismatch("probes of size $(size(probes.ε)): expected $(size(z0)) and their number"))
     return reshape(probes.ε, size(matrix(z0))..., :), probes.weight
 end
 
-probe_count(ε) = ε === nothing ? 0 : size(ε, 3)
+probe_count(::Nothing, z0) = 0
+probe_count(::UnitVectors, z0) = size(matrix(z0), 1)
+probe_count(ε, z0) = size(ε, 3)
 
 "One solve for each range of `columns`, the solves shared out to the threads, so that these need not wait for one another."
-function solve_apart(dynamics, θ, z0, context, ε, weight, integrals, tspan, solver, record, columns, threads)
+function solve_apart(dynamics, θ, z0, context, ε, weight, asked, integrals, tspan, solver, record, columns, threads)
     z, found = matrix(z0), Vector{Any}(undef, length(columns))
     shares = split_range(1:length(columns), threads)
     part(x, j) = x === nothing ? nothing : x[:, columns[j]]
     in_threads(length(shares)) do i
         n = length(columns[first(shares[i])])  # as many in all of the share
-        own = workers(dynamics, θ, z0, n, probe_count(ε), 1)
+        own = workers(dynamics, θ, z0, n, asked, 1)
         p = flat_parameters(θ, part(context, first(shares[i])))  # nobody reads the values, so one vector is enough
         for j in shares[i]
-            e = ε === nothing ? nothing : ε[:, columns[j], :]
+            e = ε isa AbstractArray ? ε[:, columns[j], :] : ε
             system = Augmented(own, part(context, j), e, weight, (size(z, 1), n), integrals)
             found[j] = attempt(() -> solve_system(system, p, z[:, columns[j]], tspan, solver, record, length(columns)))
         end
@@ -239,7 +254,7 @@ function check(path, system::Augmented)
     throw(SolveError(status, last(path.t), system.shape[2] - sum(finite), system.shape[2]))
 end
 
-"Writes the state at the end and the integrals (batch, 3 or 4)."
+"Writes the state at the end and the integrals (batch, 3 to 5)."
 function results!(z, q, solves::Solves)
     foreach((solve, columns) -> dynamic(result!, z, q, solve, columns), solves.each, solves.columns)
     return nothing
@@ -267,31 +282,37 @@ backward_count(solves::Solves) = batch_mean(Int[solve.system.nfe_backward for so
 count_of(solve) = (solve.system.nfe, Int(solve.path.stats.naccept), Int(solve.path.stats.nreject))
 
 function Solution(solves::Solves, shape, like)
-    z, q = similar(like, prod(shape[1:(end - 1)]), shape[end]), fill!(similar(like, shape[end], 4), false)
+    z, q = similar(like, prod(shape[1:(end - 1)]), shape[end]), fill!(similar(like, shape[end], 5), false)
     results!(z, q, solves)
     path = length(solves.each) == 1 ? solves.each[1].path : [solve.path for solve in solves.each]
-    return Solution(reshape(z, shape), q[:, 1], q[:, 2], q[:, 3], q[:, 4], counts(solves), path)
+    return Solution(reshape(z, shape), q[:, 1], q[:, 2], q[:, 3], q[:, 4], q[:, 5], counts(solves), path)
 end
 
 """
-    integrate(dynamics, θ, z0, probes, tspan, solver; context=nothing, total_derivative=false)
+    integrate(dynamics, θ, z0, probes, tspan, solver; context=nothing, total_derivative=false, hjb=false)
 
 The augmented system of one block from `z0` (event..., batch): a [`Solution`](@ref). `probes` are [`Probes`](@ref), or `nothing`
 to solve for the state alone; the end of `tspan` may come first (decoding); `context` (s, batch) is the embedded context of
-conditional dynamics, held constant. Differentiable in `θ` and `z0` by Zygote (through `solver.sensealg`). Throws [`SolveError`](@ref) where SciML's return code is a failure.
+conditional dynamics, held constant. With `hjb`, of potentials alone, `H` = ∫|∂Φ/∂t − ½‖∇Φ‖²| is integrated too. Differentiable in
+`θ` and `z0` by Zygote (through `solver.sensealg`). Throws [`SolveError`](@ref) where SciML's return code is a failure, and
+`ArgumentError` where the dynamics lack what is asked for.
 """
-function integrate(dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative::Bool=false)
-    return Solution(solve_forward(dynamics, θ, z0, probes, tspan, solver; context, total_derivative), size(z0), z0)
+function integrate(
+    dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative::Bool=false, hjb::Bool=false,
+)
+    return Solution(solve_forward(dynamics, θ, z0, probes, tspan, solver; context, total_derivative, hjb), size(z0), z0)
 end
 
 """
-    pullback(dynamics, θ, z0, probes, tspan, solver; context=nothing, total_derivative=false)
+    pullback(dynamics, θ, z0, probes, tspan, solver; context=nothing, total_derivative=false, hjb=false)
 
 The [`Solution`](@ref), and a function that gives the cotangents of `z0` and `θ` from those of `z` and of the integrals
-(batch, 3 or 4).
+(batch, 3, 4 with `D`, or 5 with `H`).
 """
-function pullback(dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative::Bool=false)
-    solves = solve_forward(dynamics, θ, z0, probes, tspan, solver; context, total_derivative, record=true)
+function pullback(
+    dynamics, θ, z0, probes, tspan, solver::Solver; context=nothing, total_derivative::Bool=false, hjb::Bool=false,
+)
+    solves = solve_forward(dynamics, θ, z0, probes, tspan, solver; context, total_derivative, hjb, record=true)
     return Solution(solves, size(z0), z0), Pullback(solves, z0, θ)
 end
 
@@ -377,7 +398,7 @@ function ChainRulesCore.rrule(::typeof(integrate), dynamics, θ, z0, probes, tsp
     function integrate_pullback(Δ)
         Δ = unthunk(Δ)
         bar(name, like) = (x = unthunk(getproperty(Δ, name)); x isa ChainRulesCore.AbstractZero || x === nothing ? zero(like) : x)
-        q_bar = hcat(bar(:l, solution.l), bar(:E, solution.E), bar(:n, solution.n), bar(:D, solution.D))
+        q_bar = reduce(hcat, [bar(name, getproperty(solution, name)) for name in (:l, :E, :n, :D, :H)])
         z0_bar, θ̄ = back(bar(:z, solution.z), q_bar)
         return NoTangent(), NoTangent(), θ̄, z0_bar, NoTangent(), NoTangent(), NoTangent()
     end

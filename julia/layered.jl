@@ -67,9 +67,9 @@ function LuxCore.initialparameters(rng::AbstractRNG, dynamics::Layered)
     return (; θ)
 end
 
-function sample_bytes(dynamics::Layered, z0, k)
+function sample_bytes(dynamics::Layered, z0, asked::Asked)
     channels = sum(spec.inputs for spec in dynamics.specs)
-    return sizeof(eltype(z0)) * pixels(dynamics.specs[1]) * channels * (5 + (2 + keeps(dynamics.φ)) * k)
+    return sizeof(eltype(z0)) * pixels(dynamics.specs[1]) * channels * (5 + (2 + keeps(dynamics.φ)) * asked.probes)
 end
 
 "What an evaluation leaves for its pullback."
@@ -124,18 +124,23 @@ struct BoundLayers{D<:Layered,A<:AbstractArray,Φ<:Activation,L,E,P,V}
     k::Int
 end
 
-function bind(dynamics::Layered, θ, z0, k)
-    specs, T = dynamics.specs, eltype(z0)
-    eltype(θ) === T || throw(ArgumentError("parameters are $(eltype(θ)) and the state is $T: convert one of them"))
-    length(θ) == LuxCore.parameterlength(dynamics) ||
-        throw(DimensionMismatch("$(length(θ)) parameters: expected $(LuxCore.parameterlength(dynamics))"))
-    size(z0)[1:(end - 1)] == dynamics.event ||
-        throw(DimensionMismatch("state of size $(size(z0)): expected $(dynamics.event) and the batch"))
+function bind(dynamics::Layered, θ, z0, asked::Asked)
+    specs = dynamics.specs
+    check_sizes(dynamics, dynamics.event, θ, z0)
     θ̄ = fill!(similar(θ), false)
     named, bars = [Slices(spec, θ) for spec in specs], [Slices(spec, θ̄) for spec in specs]
     layers = [linear(dynamics.space, specs[i], named[i].weight, bars[i].weight) for i in eachindex(specs)]
     entries = [time_entry(dynamics.time, specs[i], named[i], bars[i]) for i in eachindex(specs)]
-    return bound_layers(dynamics, layers, entries, bars, θ, θ̄, z0, k)
+    return bound_layers(dynamics, layers, entries, bars, θ, θ̄, z0, asked.probes)
+end
+
+"Throws where parameters and states are not those of dynamics whose states have the size `event`."
+function check_sizes(dynamics, event, θ, z0)
+    eltype(θ) === eltype(z0) || throw(ArgumentError("parameters are $(eltype(θ)) and the state is $(eltype(z0)): convert one of them"))
+    length(θ) == LuxCore.parameterlength(dynamics) ||
+        throw(DimensionMismatch("$(length(θ)) parameters: expected $(LuxCore.parameterlength(dynamics))"))
+    size(z0)[1:(end - 1)] == event || throw(DimensionMismatch("state of size $(size(z0)): expected $event and the batch"))
+    return nothing
 end
 
 another(bound::BoundLayers, z0) = bound_layers(
@@ -184,7 +189,8 @@ function evaluated!(bound::BoundLayers, c)
         at!(bound.entries[i], bound.specs[i], T(tape.t[]), context_of(bound, c, i))
         bound.k == 0 || scale_probes!(bound, i)
     end
-    return matrix(tape.a[end]), bound.k == 0 ? nothing : probes(bound, tape.r[1]), nothing
+    f = matrix(tape.a[end])
+    return bound.k == 0 ? Evaluation(f) : Evaluation(f; w=probes(bound, tape.r[1]))
 end
 
 without_context(entry::TimeEntry) = entry
@@ -215,9 +221,9 @@ function evaluate!(bound::BoundLayers, t, z, c, ε, tape::Bool)
         end
     end
     f = matrix(tape.a[last])
-    ε === nothing && return f, nothing, nothing
+    ε === nothing && return Evaluation(f)
     copyto!(tape.g[last], ε)
-    return f, product!(bound), nothing
+    return Evaluation(f; w=product!(bound))
 end
 
 "w = εᵀ∂f/∂z, (event, batch, k)."
@@ -244,11 +250,12 @@ function probes(bound::BoundLayers, x)
     return reshape(m, size(m, 1), :, bound.k)
 end
 
-function pullback!(bound::BoundLayers, z̄, c̄, f̄, w̄, r̄, α)
+function pullback!(bound::BoundLayers, z̄, c̄, bars::Cotangents, α)
+    w̄ = bars.w
     w̄ === nothing ? foreach(x -> fill!(x, false), bound.ab) : pull_product!(bound, w̄, α)
     last, tape, T = length(bound.layers), bound.tape, eltype(bound.θ̄)
     t = T(tape.t[])
-    a_bar = copyto!(bound.f̄[1], f̄)
+    a_bar = copyto!(bound.f̄[1], bars.f)
     for i in last:-1:1
         layer, entry, spec = bound.layers[i], bound.entries[i], bound.specs[i]
         s = scale(entry)

@@ -47,7 +47,7 @@ mutable struct BoundModel{D<:LuxDynamics,V}
     back::Any
 end
 
-function bind(dynamics::LuxDynamics, θ, z0, k)
+function bind(dynamics::LuxDynamics, θ, z0, ::Asked)
     size(z0)[1:(end - 1)] == dynamics.event ||
         throw(DimensionMismatch("state of size $(size(z0)): expected $(dynamics.event) and the batch"))
     return BoundModel(dynamics, θ, fill!(similar(θ), false), size(z0), nothing)
@@ -68,12 +68,12 @@ function evaluate!(bound::BoundModel, t, z, ::Nothing, ε, tape::Bool)
     end
     x = reshape(copy(z), bound.size)
     (f, w), bound.back = tape ? Zygote.pullback(products, x, bound.θ) : (products(x, bound.θ), nothing)
-    return matrix(f), ε === nothing ? nothing : cat(map(matrix, w)...; dims=3), nothing
+    return ε === nothing ? Evaluation(matrix(f)) : Evaluation(matrix(f); w=cat(map(matrix, w)...; dims=3))
 end
 
-function pullback!(bound::BoundModel, z̄, ::Nothing, f̄, w̄, r̄, α)
-    each = w̄ === nothing ? () : [reshape(view(w̄, :, :, i), bound.size) for i in axes(w̄, 3)]
-    x̄, θ̄ = bound.back((reshape(f̄, bound.size), each))
+function pullback!(bound::BoundModel, z̄, ::Nothing, bars::Cotangents, α)
+    each = bars.w === nothing ? () : [reshape(view(bars.w, :, :, i), bound.size) for i in axes(bars.w, 3)]
+    x̄, θ̄ = bound.back((reshape(bars.f, bound.size), each))
     θ̄ === nothing || (bound.θ̄ .+= eltype(bound.θ̄)(α) .* getdata(θ̄))
     x̄ === nothing ? fill!(z̄, false) : copyto!(z̄, x̄)
     return z̄

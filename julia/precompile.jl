@@ -20,9 +20,9 @@ function exercise(dynamics, z::Array{T}, solver) where {T}
     θ = fill(T(0.1), LuxCore.parameterlength(dynamics))
     probes = Probes(fill!(similar(z, size(z)..., 1), one(T)), 1.0)
     solves = solve_forward(dynamics, θ, z, probes, (0.0, 1.0), solver; record=true)
-    dynamic(finish, solves, matrix(z), fill(one(T), size(z, ndims(z)), 4), θ)
+    dynamic(finish, solves, matrix(z), fill(one(T), size(z, ndims(z)), 5), θ)
     back = solve_forward(dynamics, θ, z, nothing, (1.0, 0.0), solver)
-    dynamic(results!, similar(matrix(z)), fill(zero(T), size(z, ndims(z)), 4), back)
+    dynamic(results!, similar(matrix(z)), fill(zero(T), size(z, ndims(z)), 5), back)
     return nothing
 end
 

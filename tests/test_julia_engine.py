@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import os
 import signal
@@ -298,28 +297,7 @@ def test_ctrl_c_ends_training_with_a_checkpoint(tmp_path: Path) -> None:
     assert steps == list(range(1, done[-1] + 3))
 
 
-# -- memory and threads ----------------------------------------------------------------------------------------------
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_memory_is_flat_over_two_thousand_solves(julia_engine: Engine) -> None:
-    """What a solve keeps is some 200 kB here, so a leak of it would be 400 MB."""
-    dynamics = make("mlp")
-    solvers = [SolverConfig(step_size=0.5, sensealg=name) for name in ("Backprop", "InterpolatingAdjoint")]
-
-    def work(count: int) -> int:
-        for number in range(count):
-            solve(julia_engine, dynamics, solvers[number % 2], batch=128)
-        gc.collect()
-        return resident()
-
-    start = work(600)
-    assert work(2_000) - start < 40e6
+# -- threads ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sensealg", ["Backprop", "InterpolatingAdjoint"])

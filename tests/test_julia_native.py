@@ -31,7 +31,7 @@ def test_gpu_arrays() -> None:
     if "JLArrays" not in (Path(str(julia_setup.status().project)) / "Project.toml").read_text(encoding="utf-8"):
         pytest.skip("JLArrays, which stands for a GPU, is not in the Julia project")
     errors = run("gpu_arrays.jl")
-    assert len(errors) == 16
+    assert len(errors) == 18
     assert max(errors.values()) < 1e-10
 
 
@@ -41,6 +41,20 @@ def test_package_image(tmp_path: Path) -> None:
     assert found["image"] == 0
     assert found["default"] == 0
     assert found["other"] > 0  # so that it would be seen
+
+
+def test_native_potential() -> None:
+    found = run("potential.jl")
+    assert found["f"] < 1e-12  # against Zygote's gradient of the potential
+    assert found["products"] < 1e-6  # central differences of that
+    assert found["residual"] < 1e-8
+    assert found["exact"] < 1e-12  # closed form against the products along the unit vectors
+    assert found["default"] == 1
+    assert found["start"] < 1e-4
+    assert found["layer"] < 1e-14
+    assert found["gradient"] < 1e-7
+    assert found["trained"] < -0.5
+    assert found["refused"] == 1
 
 
 def test_native_layer() -> None:

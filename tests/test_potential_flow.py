@@ -18,7 +18,6 @@ from pyrnode.dynamics import MLP, GradientDynamics
 from pyrnode.engines import Engine, Solution, create
 from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.plain import ModuleRates, PotentialRates
-from pyrnode.errors import EngineUnavailableError
 from pyrnode.estimator import RNODEDensity
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
@@ -314,7 +313,7 @@ def test_the_estimator() -> None:
 
 
 def test_what_julia_calls_back_has_products_for_unit_vectors_too() -> None:
-    """Julia knows no closed trace: evaluated from there, the same dynamics give εᵀ∂f/∂z for every ε."""
+    """Of what Python evaluates Julia takes no closed trace: from there, the same dynamics give εᵀ∂f/∂z for every ε."""
     dynamics, z0 = make(), numbers(BATCH, D)
     foreign = Foreign(dynamics, z0, None, Probes.exact(z0), total_derivative=False)
     foreign.z.copy_(z0)
@@ -325,17 +324,3 @@ def test_what_julia_calls_back_has_products_for_unit_vectors_too() -> None:
     reference = Reference(dynamics, 0.3, z0, None)
     same(foreign.f, reference.f)
     same(foreign.w, reference.products(foreign.eps))
-
-
-@pytest.mark.needs_julia
-def test_julia_takes_the_dynamics_and_refuses_the_penalty() -> None:
-    """The dynamics go there as a user's own do, through Python; the residual does not."""
-    dynamics, z0 = make(), 0.3 * numbers(BATCH, D)
-    for probes in (Probes.exact(z0), Probes.draw(z0, 2, generator=torch.Generator().manual_seed(3))):
-        found = [
-            create(name).integrate(dynamics, z0, probes, (0.0, 1.0), SOLVERS["fixed"]) for name in ("torch", "julia")
-        ]
-        for name in ("z", "l", "E", "n"):
-            same(getattr(found[1], name).detach(), getattr(found[0], name).detach(), 1e-10)
-    with pytest.raises(EngineUnavailableError, match=r'penalties\.hjb.*use engine="torch"'):
-        create("julia").integrate(dynamics, z0, Probes.exact(z0), (0.0, 1.0), SOLVERS["fixed"], hjb=True)

@@ -9,7 +9,8 @@ from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.base import BoundDynamics, Cotangents, Linearization
 from pyrnode.probes import Probes
 
-_BUFFERS = ("z", "c", "eps", "f", "w", "r", "f_bar", "w_bar", "r_bar", "z_bar", "c_bar", "theta_bar")
+_GIVEN = ("f", "w", "r", "hjb")  # of a linearization
+_BUFFERS = ("z", "c", "eps", *_GIVEN, *(f"{name}_bar" for name in _GIVEN), "z_bar", "c_bar", "theta_bar")
 
 
 class Foreign:
@@ -19,44 +20,51 @@ class Foreign:
     """
 
     def __init__(
-        self, dynamics: Dynamics, like: Tensor, c: Tensor | None, probes: Probes | None, total_derivative: bool
+        self,
+        dynamics: Dynamics,
+        like: Tensor,
+        c: Tensor | None,
+        probes: Probes | None,
+        *,
+        total_derivative: bool,
+        hjb: bool = False,
     ) -> None:
-        self.dynamics, self.total_derivative = dynamics, total_derivative
+        self.dynamics, self.total_derivative, self.has_residual = dynamics, total_derivative, hjb
         self.theta = torch.cat([like.new_zeros(0), *(p.detach().reshape(-1) for p in dynamics.solved_parameters())])
         self.c, self.c_bar = (None if c is None else torch.zeros_like(c) for _ in range(2))
         self.z, self.f, self.f_bar, self.z_bar = (torch.empty_like(like) for _ in range(4))
         k = 0 if probes is None else len(probes.eps)
         self.eps, self.w, self.w_bar = (like.new_empty(k, *like.shape) if k else None for _ in range(3))
         self.r, self.r_bar = (torch.empty_like(like) if total_derivative else None for _ in range(2))
+        self.hjb, self.hjb_bar = (like.new_empty(len(like)) if hjb else None for _ in range(2))
         self.theta_bar = torch.zeros_like(self.theta)
         self.linearization: Linearization | None = None
         self.bound = self._bind()
 
     def _bind(self) -> BoundDynamics:
-        return self.dynamics.bind(total_derivative=self.total_derivative)
+        return self.dynamics.bind(total_derivative=self.total_derivative, hjb=self.has_residual)
 
     def buffers(self) -> dict[str, Tensor | None]:
         """What both sides see, by the names that Julia's `foreign` knows."""
         return {name: getattr(self, name) for name in _BUFFERS}
 
     def linearize(self, t: float, probe: bool, tape: bool) -> None:
-        """``z, c, ε → f, w, r`` at time `t`."""
+        """``z, c, ε → f, w, r``, and the residual of a potential, at time `t`."""
         eps = self.eps.clone() if probe and self.eps is not None else None
         z, c = self.bound.layout(self.z.clone()), None if self.c is None else self.c.clone()
         self.linearization = self.bound.linearize(t, z, eps, c=c, tape=tape)
-        for buffer, value in (
-            (self.f, self.linearization.f),
-            (self.w, self.linearization.w),
-            (self.r, self.linearization.r),
-        ):
+        for name in _GIVEN:
+            buffer, value = getattr(self, name), getattr(self.linearization, name)
             if buffer is not None and value is not None:
                 buffer.copy_(value)
 
     def pull(self, has_w: bool) -> None:
-        """``f̄, w̄, r̄ → z̄, c̄`` at the last evaluation; the gradient of θ gathers in the bound dynamics."""
+        """The cotangents of what `linearize` gave ``→ z̄, c̄``; the gradient of θ gathers in the bound dynamics."""
         assert self.linearization is not None
-        w_bar, r_bar = (self.w_bar, self.r_bar) if has_w else (None, None)
-        z_bar, c_bar = self.bound.pullback(self.linearization, Cotangents(self.f_bar, w_bar, r_bar))
+        bars = Cotangents(self.f_bar)
+        if has_w:
+            bars = Cotangents(self.f_bar, self.w_bar, self.r_bar, hjb=self.hjb_bar)
+        z_bar, c_bar = self.bound.pullback(self.linearization, bars)
         self.z_bar.copy_(z_bar)
         if self.c_bar is not None and c_bar is not None:
             self.c_bar.copy_(c_bar)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,13 +24,14 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics import MLP, ConvNet, Dynamics
+from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.base import (
     STUCK,
     Engine,
     Solution,
     Stats,
+    check_potential,
     check_state,
     embedded,
     not_finite_at_start,
@@ -53,6 +54,9 @@ SENSITIVITIES: dict[str, str] = {
 }
 
 _DEVICES = ("cpu", "cuda")
+_NATIVE = (MLP, ConvNet, Potential)
+"""Networks that Julia has too; what is only derived from one may be anything."""
+
 _forked = False
 
 
@@ -198,7 +202,7 @@ class JuliaEngine(Engine):
                 raise ConfigError(f"solver {solver.name!r}: {failure}") from None
         return self._solvers[key]
 
-    def _network(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> _Network:
+    def _network(self, dynamics: LayeredDynamics | Potential, parameters: Sequence[Tensor]) -> _Network:
         """Julia's side of a network that both engines have; made anew where it has changed or its parameters moved."""
         network = self._networks.get(dynamics)
         if network is None or not network.is_of(dynamics, parameters):
@@ -217,13 +221,10 @@ class JuliaEngine(Engine):
         total_derivative: bool = False,
         hjb: bool = False,
     ) -> Solution:
-        if hjb:
-            raise EngineUnavailableError(
-                "the Julia engine does not integrate the Hamilton-Jacobi residual (penalties.hjb) yet; "
-                'use engine="torch", or set penalties.hjb = 0'
-            )
         handle = self._solver(solver)
         check_state(dynamics, z0, probes)
+        if hjb:
+            check_potential(dynamics)
         if z0.dtype not in (torch.float32, torch.float64) or z0.device.type not in _DEVICES:
             raise ConfigError(
                 f"a state of {z0.dtype} on {z0.device}: the Julia engine takes float32 and float64, CPU or CUDA"
@@ -232,11 +233,11 @@ class JuliaEngine(Engine):
             raise EngineUnavailableError(
                 "CUDA.jl is not installed for the Julia engine; run: pyrnode install-julia --cuda"
             )
-        total_derivative = total_derivative and probes is not None
+        further = _Further(total_derivative and probes is not None, hjb and probes is not None)
         c = embedded(dynamics, context, len(z0))
         detached = None if c is None else c.detach()
         parameters = tuple(dynamics.solved_parameters())
-        solve = _Solve(self, dynamics, parameters, probes, detached, t_span, solver, handle, total_derivative)
+        solve = _Solve(self, dynamics, parameters, probes, detached, t_span, solver, handle, further)
         z, q = run(z0.contiguous(), c, parameters, plain=solve.plain, recorded=lambda _: solve)
         return Solution.of(z, q if probes is not None else q[:, :0], solve.stats)
 
@@ -272,27 +273,41 @@ def _shared(x: Tensor | None) -> Any:
     return to_dlpack(x)
 
 
+def _form(dynamics: LayeredDynamics | Potential) -> tuple[str, str]:
+    """What a network has besides its parameters: activation, and the way of time."""
+    if isinstance(dynamics, Potential):
+        return dynamics.activation, "concat" if dynamics.timed else "none"
+    return dynamics.activation, dynamics.layers[0].time  # type: ignore[return-value]
+
+
 class _Network:
     """A network that Julia has too: its description there, and Julia's view of the parameters' memory."""
 
-    def __init__(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> None:
-        layers: list[Any] = list(dynamics.layers)
-        hidden = [layer.weight.shape[0] for layer in layers[:-1]]
-        side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
-        kind = "mlp" if isinstance(dynamics, MLP) else "conv"
-        self.activation, self.time = dynamics.activation, layers[0].time
-        rest = (self.activation, self.time, side, dynamics.context_dim > 0)
-        bridge = _bridge()
-        self.handle = bridge.network(kind, list(dynamics.event_shape), hidden, *rest)
+    def __init__(self, dynamics: LayeredDynamics | Potential, parameters: Sequence[Tensor]) -> None:
+        bridge, layers, event = _bridge(), list[Any](dynamics.layers), list(dynamics.event_shape)
+        widths, context = [layer.weight.shape[0] for layer in layers], dynamics.context_dim > 0
+        self.form = _form(dynamics)
+        if isinstance(dynamics, Potential):
+            self.handle = bridge.potential(*event, widths, *self.form, len(dynamics.A), context)
+        else:
+            side = layers[0].weight.shape[-1] if isinstance(dynamics, ConvNet) else 0
+            kind = "mlp" if isinstance(dynamics, MLP) else "conv"
+            self.handle = bridge.network(kind, event, widths[:-1], *self.form, side, context)
         self.flat = flat_parameters(parameters)  # its memory is not another's as long as this holds it
         self.addresses = [p.data_ptr() for p in parameters]
         self.theta = bridge.view_of(_shared(self.flat))
 
-    def is_of(self, dynamics: LayeredDynamics, parameters: Sequence[Tensor]) -> bool:
+    def is_of(self, dynamics: LayeredDynamics | Potential, parameters: Sequence[Tensor]) -> bool:
         """Whether it is still what the dynamics are, and their parameters lie where they lay."""
-        named = (self.activation, self.time) == (dynamics.activation, dynamics.layers[0].time)
         places = [p.data_ptr() for p in parameters if p.is_contiguous()]
-        return named and places == self.addresses
+        return self.form == _form(dynamics) and places == self.addresses
+
+
+class _Further(NamedTuple):
+    """What a solve integrates beside l, E and n."""
+
+    total_derivative: bool
+    hjb: bool
 
 
 @dataclass
@@ -307,7 +322,7 @@ class _Solve:
     t_span: tuple[float, float]
     solver: SolverConfig
     handle: Any
-    total_derivative: bool
+    further: _Further
     stats: Stats = field(default_factory=Stats)
     recorded: Any = None
     kept: tuple[Any, ...] = ()  # memory that Julia looks at until the backward pass
@@ -323,9 +338,10 @@ class _Solve:
     def _solve(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
         bridge = _bridge()
         z0 = z0.detach()
-        eps = None if self.probes is None else self.probes.eps.contiguous()
-        native = type(self.dynamics) in (MLP, ConvNet) and not self.total_derivative
-        if native:
+        axes = self.probes is not None and self.probes.axes  # Julia has them by itself, where it needs them at all
+        eps = None if self.probes is None or axes else self.probes.eps.contiguous()
+        total_derivative, hjb = self.further
+        if type(self.dynamics) in _NATIVE and not total_derivative:
             network = self.engine._network(self.dynamics, self.parameters)  # type: ignore[arg-type]
             dynamics, theta = network.handle, network.theta
             held: _Network | Foreign = network
@@ -333,17 +349,17 @@ class _Solve:
             alone = bool(bridge.is_separate(self.handle, _shared(z0)))
             rows = slice(0, 1 if alone else len(z0))
             c = None if self.context is None else self.context[rows]
-            foreign = Foreign(self.dynamics, z0[rows], c, self.probes, self.total_derivative)
+            foreign = Foreign(self.dynamics, z0[rows], c, self.probes, total_derivative=total_derivative, hjb=hjb)
             buffers = {name: _shared(buffer) for name, buffer in foreign.buffers().items()}
             dynamics = bridge.foreign(foreign.linearize, foreign.pull, foreign.collect, **buffers)
             theta, held = _shared(foreign.theta), foreign
-        z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4)
+        z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4 + hjb)
         weight = 0.0 if self.probes is None else self.probes.weight
-        inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, *self.t_span)
+        inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, axes, *self.t_span)
         _synchronize(z0)
         try:
             solve, nfe, nfe_max, accepted, rejected = _call(
-                bridge.forward, dynamics, self.handle, *inputs, self.total_derivative, record, _shared(z), _shared(q)
+                bridge.forward, dynamics, self.handle, *inputs, *self.further, record, _shared(z), _shared(q)
             )
         except _JuliaFailure as failure:
             raise self._error(failure) from None

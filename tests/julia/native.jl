@@ -22,7 +22,7 @@ let rng = MersenneTwister(0)
     x = randn(rng, 2, 32) .+ [2.0, -1.0]
 
     # The layer is `integrate` with the base density, and its gradient is that of central differences.
-    solution = integrate(layer.model, ps.θ, x, RNODE.exact_probes(x), (0.0, 1.0), layer.solver)
+    solution = integrate(layer.model, ps.θ, x, exact_probes(), (0.0, 1.0), layer.solver)
     expected = vec(-sum(abs2, solution.z; dims=1) ./ 2) .- log(2π) .+ solution.l
     println("layer ", relative(first(layer(x, ps, st)).logp, expected))
     gradient = only(Zygote.gradient(p -> loss(layer, p, st, x), ps)).θ
@@ -161,7 +161,8 @@ function cost(::Type{T}) where {T}
     dynamics = MLP(2, (64, 64, 64))
     θ = fill(T(0.1), sum(length, dynamics.specs))
     z = ones(T, 2, 512)
-    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, size(z, 2), 1, 1), nothing, ones(T, 2, 512, 1), 1.0, size(z), 3)
+    asked = RNODE.Asked(1, false, false)
+    system = RNODE.Augmented(RNODE.workers(dynamics, θ, z, size(z, 2), asked, 1), nothing, ones(T, 2, 512, 1), 1.0, size(z), 3)
     u = RNODE.initial_state(system, z)
     du = similar(u)
     RNODE.rate!(du, system, u, 0.5)
