@@ -46,7 +46,9 @@ def models(quick: bool) -> dict[str, Pipeline | GridSearchCV]:
         name: GridSearchCV(Pipeline([("scale", StandardScaler()), ("density", estimator)]), grid, cv=folds)
         for name, (estimator, grid) in peers.items()
     }
-    density = RNODEDensity(random_state=0, **({"max_steps": 10} if quick else {}))
+    density = RNODEDensity(random_state=0)
+    if quick:
+        density.set_params(max_steps=10)
     return {**searches, "RNODE": Pipeline([("scale", StandardScaler()), ("density", density)])}
 
 

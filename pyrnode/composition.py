@@ -330,7 +330,7 @@ class Composition(nn.Module):
         return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions)
 
     def transformed(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """Samples in the flow's space and type, ``(batch, *event)``, and the transform's log-determinant, in nats."""
+        """Samples in the flow's space and type, ``(batch, *state)``, and the transform's log-determinant, in nats."""
         y, log_det = self.transform(x, generator)
         return y.to(self.reference.dtype), log_det.to(self.reference.dtype)
 
@@ -338,7 +338,7 @@ class Composition(nn.Module):
         """The inverse of `transformed`, in the type of the data.
 
         Args:
-            y: ``(batch, *event)`` in the flow's space.
+            y: ``(batch, *state)`` in the flow's space.
             rounded: Discrete data as integers; else as ``p + u``.
         """
         x = self.transform.inverse(y) if rounded else self.transform.continuous(y)
@@ -346,7 +346,7 @@ class Composition(nn.Module):
 
     @in_own_precision
     def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
-        """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *event)``."""
+        """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *state)``."""
         shapes = self._latent_shapes()
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
@@ -395,7 +395,7 @@ class Composition(nn.Module):
 
     def _latent_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of what is factored out, in order, and of the last state."""
-        shape, shapes = self.event_shape, list[tuple[int, ...]]()
+        shape, shapes = self.transform.shape(self.event_shape), list[tuple[int, ...]]()
         for part in self.parts:
             if isinstance(part, Squeeze | FactorOut):
                 shape = part.shape(shape)

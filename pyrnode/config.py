@@ -140,9 +140,11 @@ class FlowConfig(Section):
             (28×28: 3, 32×32: 4, 8×8: 2).
         end_time: Integration time ``T`` of each block.
         alpha: ``α`` of the logit transform of pixels, in [0, 0.5).
-        standardize: What continuous features are brought to first: mean 0 and variance 1 (``"scale"``), on their
-            principal axes (``"whiten"``, vectors alone), or as they are (``"none"``). ``"auto"`` whitens vectors as far
-            as cross-validation finds it better. Contexts are scaled.
+        flatten: Whether images are taken for vectors of their pixels, for the networks of vectors: no neighbourhoods
+            and no scales, but principal axes.
+        standardize: What continuous features, and the logits of flattened images, are brought to first: mean 0 and
+            variance 1 (``"scale"``), on their principal axes (``"whiten"``, vectors alone), or as they are
+            (``"none"``). ``"auto"`` whitens vectors as far as cross-validation finds it better. Contexts are scaled.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -150,6 +152,7 @@ class FlowConfig(Section):
     scales: int | Literal["auto"] = "auto"
     end_time: float = 1.0
     alpha: float = 1e-5
+    flatten: bool = False
     standardize: Literal["auto", "whiten", "scale", "none"] = "scale"
 
     def _validate(self) -> None:
@@ -163,13 +166,20 @@ class FlowConfig(Section):
         """Whether continuous features and contexts are brought to mean 0 and variance 1."""
         return self.standardize != "none"
 
+    def state_shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the states of samples of that shape."""
+        return (math.prod(event_shape),) if self.flatten else event_shape
+
     def whitens(self, event_shape: tuple[int, ...]) -> bool:
         """Whether samples of that shape go on to their principal axes; raises `ConfigError` for images."""
-        vectors = len(event_shape) == 1
+        shape = self.state_shape(event_shape)
+        vectors = len(shape) == 1
         if self.standardize == "whiten" and not vectors:
-            raise ConfigError(f"standardize = 'whiten': for vectors, not for samples of shape {event_shape}; 'scale'")
+            raise ConfigError(
+                f"standardize = 'whiten': for vectors, not for samples of shape {shape}; take 'scale', or flatten=true"
+            )
         return vectors and (
-            self.standardize == "whiten" or (self.standardize == "auto" and math.prod(event_shape) <= WHITENED)
+            self.standardize == "whiten" or (self.standardize == "auto" and math.prod(shape) <= WHITENED)
         )
 
 

@@ -26,7 +26,7 @@ from pyrnode.errors import ConfigError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
 from pyrnode.probes import SampleNoise
-from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Whiten
+from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Transform, Whiten
 
 
 class Flow(Composition):
@@ -110,19 +110,16 @@ class Flow(Composition):
             ConfigError: The settings do not fit the shape.
         """
         dtype = getattr(torch, config.dtype)
+        shape = config.flow.state_shape(event_shape)
         if dynamics is None:
             on_meta = torch.get_default_device().type == "meta"  # whose tensors have no values to be drawn
             generator = None if on_meta else torch.Generator("cpu").manual_seed(config.seed)
-            parts = list(multi_scale(config, event_shape, network(config, event_shape, context_dim, generator)))
+            parts = list(multi_scale(config, shape, network(config, shape, context_dim, generator)))
         else:
             with seeds.seeded(config.seed):
-                parts = list(multi_scale(config, event_shape, dynamics))
-        if transform is None and levels is not None:
-            transform = Chain([Dequantize(levels, dtype), Logit(config.flow.alpha)])
-        elif transform is None:
-            scaled = [Standardize.identity(event_shape)] if config.flow.scales_features else []
-            whitened = [Whiten.identity(*event_shape)] if config.flow.whitens(event_shape) else []
-            transform = Chain([*scaled, *whitened])
+                parts = list(multi_scale(config, shape, dynamics))
+        if transform is None:
+            transform = Chain([*outset(config, event_shape, levels), *_unfitted(config, event_shape, levels)])
         if context_transform is None:
             standardised = context_dim and config.flow.scales_features
             context_transform = Chain([Standardize.identity((context_dim,))] if standardised else [])
@@ -235,7 +232,7 @@ class Flow(Composition):
         z, contexts = self.admit_latents(z, context)
         pieces = chunked(z, contexts, self.chunk)
         parts = [self.restored(self.unsolve(piece, solver, context=c), rounded=True) for piece, c in pieces]
-        return torch.cat(parts) if parts else self.restored(z.reshape(0, *self.event_shape), rounded=True)
+        return torch.cat(parts) if parts else self.restored(self.unsolve(z, solver, context=contexts), rounded=True)
 
     @torch.no_grad()
     def sample(
@@ -333,3 +330,23 @@ def load(path: str | Path, *, engine: str | None = None, device: str = "cpu") ->
     """
     target = resolve_device(device)
     return checkpoint.load(path, Flow.build, engine=engine).to(target).eval()
+
+
+def outset(config: Config, event_shape: tuple[int, ...], levels: int | None) -> list[Transform]:
+    """The transforms of which nothing is taken from data: grey levels become logits, and images vectors if so asked."""
+    logits = [] if levels is None else [Dequantize(levels, getattr(torch, config.dtype)), Logit(config.flow.alpha)]
+    return [*logits, *([Flatten(event_shape)] if config.flow.state_shape(event_shape) != event_shape else [])]
+
+
+def standardizes(config: Config, event_shape: tuple[int, ...], levels: int | None) -> bool:
+    """Whether what comes next is taken from data. The logits of images that stay images are left as they are."""
+    return config.flow.scales_features and (levels is None or len(config.flow.state_shape(event_shape)) == 1)
+
+
+def _unfitted(config: Config, event_shape: tuple[int, ...], levels: int | None) -> Iterator[Transform]:
+    """Transforms to load those of data into."""
+    shape = config.flow.state_shape(event_shape)
+    if standardizes(config, event_shape, levels):
+        yield Standardize.identity(shape)
+        if config.flow.whitens(event_shape):
+            yield Whiten.identity(*shape)

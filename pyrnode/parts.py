@@ -75,7 +75,7 @@ def network(
         check_shape(event_shape)
         check_settings(network.hidden, network.activation, network.time, network.rank, network.initial)
     if kind == "mlp" and image:
-        raise ConfigError(f"network.kind = 'mlp' needs vectors (d,); the data has shape {event_shape}: flatten it")
+        raise ConfigError(f"network.kind = 'mlp' needs vectors (d,); the data has shape {event_shape}: flatten = true")
 
     def make(shape: tuple[int, ...]) -> Dynamics:
         if len(shape) == 3:

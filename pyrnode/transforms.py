@@ -19,7 +19,7 @@ from pyrnode.tracing import holds, recording
 
 
 class Transform(nn.Module, ABC):
-    """A bijection of ``(batch, *event)`` onto the same shape."""
+    """A bijection of ``(batch, *event)``, most often onto the same shape."""
 
     @abstractmethod
     def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
@@ -35,6 +35,10 @@ class Transform(nn.Module, ABC):
     def continuous(self, y: Tensor) -> Tensor:
         """`inverse` without rounding to integers: differentiable, ``p + u`` for discrete data."""
         return self.inverse(y)
+
+    def shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what comes out of samples of that shape."""
+        return event_shape
 
 
 _THIN = 1e-10
@@ -127,6 +131,30 @@ class Logit(Transform):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
+
+
+class Flatten(Transform):
+    """Images ``(C, H, W)`` as vectors of their pixels, row by row, channel by channel.
+
+    Args:
+        event_shape: Shape of an image.
+    """
+
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+
+    def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), _zeros(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.reshape(-1, *self.event_shape)
+
+    def shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(event_shape),)
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}"
 
 
 class DoubleTransform(Transform):
@@ -259,12 +287,6 @@ class Whiten(DoubleTransform):
         return cls(rotation, shrunk.sqrt())
 
     @classmethod
-    def chosen(cls, x: Tensor, weight: Tensor | None = None) -> Whiten:
-        """As `fit`, with the shrinkage that `best_shrinkage` finds; the identity where it is 1."""
-        best = cls.best_shrinkage(x, weight)
-        return cls.identity(x.shape[1]) if best == 1 else cls.fit(x, weight, shrinkage=best)
-
-    @classmethod
     def best_shrinkage(cls, x: Tensor, weight: Tensor | None = None) -> float:
         """The shrinkage under which the normal density scores best in cross-validation.
 
@@ -325,3 +347,9 @@ class Chain(Transform):
             assert isinstance(transform, Transform)
             y = transform.continuous(y)
         return y
+
+    def shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+        for transform in self.transforms:
+            assert isinstance(transform, Transform)
+            event_shape = transform.shape(event_shape)
+        return event_shape

@@ -123,7 +123,7 @@ def test_onnx_sampler(tmp_path: Path) -> None:
         export.save(to_torch(build((2,)), {"step_size": 0.5}), tmp_path / "double.onnx", to="onnx")
 
 
-@pytest.mark.parametrize("name", ["vector, two blocks", "vector, as it is", "images, two scales"])
+@pytest.mark.parametrize("name", ["vector, two blocks", "vector, as it is", "images, two scales", "images, flattened"])
 @pytest.mark.parametrize(
     "settings",
     [{"solver": {"step_size": 0.5}, "divergence": {"kind": "hutchinson", "seed": 3}}, {"solver": {"rtol": 1e-3}}],

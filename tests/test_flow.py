@@ -55,6 +55,7 @@ FLOWS = {
     "images, one scale": lambda: build((1, 4, 4), levels=17),
     "images, two scales": lambda: build((1, 8, 8), levels=17, flow__alpha=0.05),
     "images, colour": lambda: build((3, 4, 4), levels=256, flow__scales=2, flow__network__time="none"),
+    "images, flattened": lambda: build((1, 3, 2), levels=17, flow__flatten=True, flow__standardize="whiten"),
     "images, fixed step": lambda: build((1, 4, 4), levels=17, evaluation__solver={"name": "RK4", "step_size": 0.05}),
 }
 

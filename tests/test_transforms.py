@@ -132,23 +132,27 @@ def test_whitening_stays_double_where_the_flow_is_single() -> None:
     assert whiten(torch.ones(2, 3))[0].dtype == torch.float64
 
 
+def chosen(x: Tensor, weight: Tensor | None = None) -> Whiten:
+    return Whiten.fit(x, weight, shrinkage=Whiten.best_shrinkage(x, weight))
+
+
 def test_as_much_is_whitened_as_other_samples_bear() -> None:
     def score(whiten: Whiten, x: Tensor) -> float:
         y, log_det = whiten(x)
         return float((log_det - y.square().sum(1) / 2).mean())
 
     train, other = mixed(4000), mixed(1000, seed=1)
-    assert torch.equal(Whiten.chosen(train).scale, Whiten.fit(train).scale)
+    assert torch.equal(chosen(train).scale, Whiten.fit(train).scale)
     few = torch.randn(20, 18, generator=torch.Generator().manual_seed(2), dtype=torch.double)
     rest = torch.randn(500, 18, generator=torch.Generator().manual_seed(3), dtype=torch.double)
-    assert score(Whiten.chosen(few), rest) > score(Whiten.fit(few), rest) + 10
-    assert score(Whiten.chosen(few), rest) > score(Whiten.identity(18), rest) - 0.5
+    assert score(chosen(few), rest) > score(Whiten.fit(few), rest) + 10
+    assert score(chosen(few), rest) > score(Whiten.identity(18), rest) - 0.5
     far = train.clone()
     far[7] = torch.tensor([30.0, -30.0, 30.0])  # beside the sheet, and in one fold alone
-    assert score(Whiten.chosen(far), other) > score(Whiten.identity(3), other) - 0.5
+    assert score(chosen(far), other) > score(Whiten.identity(3), other) - 0.5
     weight = torch.ones(4000)
     weight[7] = 0
-    assert torch.equal(Whiten.chosen(far, weight).scale, Whiten.fit(far, weight).scale)
+    assert torch.equal(chosen(far, weight).scale, Whiten.fit(far, weight).scale)
 
 
 def test_axes_that_are_not_orthogonal_are_refused() -> None:

@@ -181,7 +181,7 @@ def check_shape(event_shape: tuple[int, ...]) -> None:
         raise ConfigError(
             f"a potential of states {tuple(event_shape)}: expected vectors (d,). The first layer joins every number "
             "with every other, so a network for images would have neither their neighbourhoods nor an affordable "
-            "Laplacian: flatten them to (d,), or use network.kind = 'conv'"
+            "Laplacian: flatten = true takes them for vectors, or use network.kind = 'conv'"
         )
 
 

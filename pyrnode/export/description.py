@@ -18,7 +18,7 @@ from pyrnode.dynamics.layers import Layer
 from pyrnode.errors import ConfigError, unknown_name
 from pyrnode.export.torch_flow import TorchFlow
 from pyrnode.parts import Block, FactorOut, Squeeze
-from pyrnode.transforms import Chain, Dequantize, Logit, Standardize, Transform, Whiten
+from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Transform, Whiten
 
 READING = {
     "encode": "x -> transforms in order -> parts in order -> z, flattened; log_det sums the log-determinants; "
@@ -28,6 +28,7 @@ READING = {
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
+    "flatten": "(C, H, W) -> (C H W), channel by channel, row by row; log_det = 0",
     "squeeze": "(C, H, W) -> (4C, H/2, W/2): channel 4c + 2i + j of pixel (h, w) is channel c of (2h + i, 2w + j)",
     "factor_out": "the second half of the channels goes to z, in order, before what remains at the end",
     "block": "dz/dt = f(z, t), dl/dt = trace(df/dz), from t = 0 to end_time; log_det = l(end_time)",
@@ -104,6 +105,8 @@ def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
         return {"kind": "dequantize", "levels": transform.levels}
     if isinstance(transform, Logit):
         return {"kind": "logit", "alpha": transform.alpha}
+    if isinstance(transform, Flatten):
+        return {"kind": "flatten"}
     raise ConfigError(f"a transform of type {type(transform).__name__} has no description; export to torch.export")
 
 
@@ -181,29 +184,24 @@ def _build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tor
     shape, (context_dim,) = _sizes(description["event_shape"]), _sizes([description["context_dim"]], least=0)
     solver, divergence = description["solver"], description["divergence"]
     given = {key: solver[key] for key in ("name", "step_size", "rtol", "atol") if key in solver}
-    contexts = [
-        _build_transform(entry, f"context_transform.transforms.{i}", tensors, (context_dim,))
-        for i, entry in enumerate(description["context_transforms"])
-    ]
+    transform = _build_chain(description["transforms"], "transform", tensors, shape)
+    context_transform = _build_chain(description["context_transforms"], "context_transform", tensors, (context_dim,))
     levels = description["levels"]
     if levels is not None:
         _sizes([levels], least=2)
     with torch.device("meta"):
-        parts = _build_parts(description["parts"], shape, context_dim)
+        parts = _build_parts(description["parts"], transform.shape(shape), context_dim)
     if divergence["kind"] != "exact":
         _check_probes(divergence["probes"], [part for part in parts if isinstance(part, Block)], tensors)
     flow = TorchFlow(
-        Chain(
-            _build_transform(entry, f"transform.transforms.{i}", tensors, shape)
-            for i, entry in enumerate(description["transforms"])
-        ),
+        transform,
         parts,
         shape,
         levels,
         solver=SolverConfig(adaptive="step_size" not in solver, **given),
         data_dtype=None if description["data_dtype"] is None else _dtype(description["data_dtype"]),
         divergence=Divergence(divergence["kind"], divergence.get("probes"), divergence.get("seed", 0)),
-        context_transform=Chain(contexts),
+        context_transform=context_transform,
     )
     flow = flow.to(_dtype(description["dtype"]))
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in flow.state_dict().items()}
@@ -248,6 +246,17 @@ def _check_probes(probes: Any, blocks: list[Block], tensors: Mapping[str, Tensor
             raise ConfigError(f"noise_{i}: the description says {expected}, the file holds {found}")
 
 
+def _build_chain(
+    entries: list[Mapping[str, Any]], name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Chain:
+    """The transforms, each of which fits what the one before it leaves."""
+    transforms = list[Transform]()
+    for i, entry in enumerate(entries):
+        transforms.append(_build_transform(entry, f"{name}.transforms.{i}", tensors, shape))
+        shape = transforms[-1].shape(shape)
+    return Chain(transforms)
+
+
 def _build_transform(
     entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> Transform:
@@ -267,7 +276,9 @@ def _build_transform(
         return Dequantize(levels)
     if kind == "logit":
         return Logit(float(entry["alpha"]))
-    raise ConfigError(unknown_name("transform", kind, ("standardize", "whiten", "dequantize", "logit")))
+    if kind == "flatten":
+        return Flatten(shape)
+    raise ConfigError(unknown_name("transform", kind, ("standardize", "whiten", "dequantize", "logit", "flatten")))
 
 
 def _build_parts(entries: list[Mapping[str, Any]], shape: tuple[int, ...], context_dim: int) -> list[nn.Module]:

@@ -181,9 +181,7 @@ class Solve:
         bar = None if context_bar is None else self._context_back(context_bar)
         return Cotangents(self._given(z0_bar), self._layer_bars(bars[0], held.weight_bars), bar)
 
-    def _run(
-        self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held
-    ) -> None:
+    def _run(self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held) -> None:
         """Transforms the weights and calls a C function; `fields` are those of the job that not all functions have."""
         job = self._job(batch, directions, fields, held)
         function(self.library, "transform")(ctypes.addressof(job), 0, held.units)

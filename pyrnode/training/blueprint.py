@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -12,8 +14,11 @@ from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
-from pyrnode.flow import Flow
+from pyrnode.flow import Flow, outset, standardizes
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
+
+_DRAWN = 20_000
+"""Draws of discrete samples, at least, that their standardisation is taken from."""
 
 
 class Blueprint:
@@ -55,25 +60,52 @@ class Blueprint:
 def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
-    if config.flow.scales_features and splits.levels is None:
-        mapped = train if isinstance(train, MappedSamples) else None
-        transform = Chain(
-            _to_standard(config, splits) if mapped is None else _to_standard_mapped(config, splits, mapped, world)
-        )
+    if standardizes(config, splits.event_shape, splits.levels):
+        begin = Chain(outset(config, splits.event_shape, splits.levels))
+        if isinstance(train, MappedSamples) and splits.levels is None:
+            found = _to_standard_mapped(config, splits, train, begin, world)
+        else:
+            found = _to_standard(config, splits, begin)
+        transform = Chain([*begin.transforms, *found])
     if config.flow.scales_features and train.context is not None:
         context_transform = Chain([Standardize.fit_context(train.context)])
     return transform, context_transform
 
 
-def _to_standard(config: Config, splits: Splits) -> Iterator[Transform]:
-    """Takes the training samples to mean 0 and variance 1, and on their principal axes where that is asked for."""
-    x, weight = splits.train.tensor(), splits.train.weight
-    yield (scale := Standardize.fit(x, weight))
+def _to_standard(config: Config, splits: Splits, begin: Chain) -> Iterator[Transform]:
+    """Takes the training samples to mean 0 and variance 1, and on their principal axes where that is asked for.
+
+    Args:
+        config: Settings.
+        splits: Data. Of discrete data the first samples, each under several draws of its noise where there are few.
+        begin: What they go through before.
+    """
+    train, copies = splits.train, 1
+    if splits.levels is None:
+        x, weight = train.tensor(), train.weight
+    else:
+        few = train.first(CHOSEN_ON)
+        x, weight, copies = few.x, few.weight, math.ceil(_DRAWN / len(few))
+    noise = torch.Generator("cpu").manual_seed(config.seed)
+    y = torch.cat([begin(x, noise)[0] for _ in range(copies)])
+    weights = None if weight is None else weight.repeat(copies)
+    yield (scale := Standardize.fit(y, weights))
     if config.flow.whitens(splits.event_shape):
-        yield (Whiten.fit if config.flow.standardize == "whiten" else Whiten.chosen)(scale(x)[0], weight)
+        y = scale(y)[0]
+        yield _whitening(config, y[: len(x)], weight, lambda shrinkage: Whiten.fit(y, weights, shrinkage=shrinkage))
 
 
-def _to_standard_mapped(config: Config, splits: Splits, train: MappedSamples, world: World) -> Iterator[Transform]:
+def _whitening(config: Config, few: Tensor, weight: Tensor | None, fit: Callable[[float], Whiten]) -> Whiten:
+    """The whitening, with the shrinkage that is best of some of the samples, no two of which are draws of one."""
+    if config.flow.standardize == "whiten":
+        return fit(0.0)
+    shrinkage = Whiten.best_shrinkage(few, weight)
+    return Whiten.identity(few.shape[1]) if shrinkage == 1 else fit(shrinkage)
+
+
+def _to_standard_mapped(
+    config: Config, splits: Splits, train: MappedSamples, begin: Chain, world: World
+) -> Iterator[Transform]:
     """The same of samples that are not in memory: from sums over pieces of the file, which the processes divide."""
 
     def mean(values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -84,7 +116,7 @@ def _to_standard_mapped(config: Config, splits: Splits, train: MappedSamples, wo
             for piece in train.pieces(world.rank, world.size):
                 weight = torch.ones(len(piece), dtype=torch.float64, device="cpu")
                 weight = weight if piece.weight is None else piece.weight
-                found.append((values(piece.x.double(), weight), weight.sum()))
+                found.append((values(begin(piece.x)[0].double(), weight), weight.sum()))
             return found
 
         pieces = [piece for turn in zip_longest(*world.gathered(here)) for piece in turn if piece is not None]
@@ -94,23 +126,16 @@ def _to_standard_mapped(config: Config, splits: Splits, train: MappedSamples, wo
     def weighed(x: Tensor, weight: Tensor) -> Tensor:
         return (weight.reshape(-1, *[1] * (x.ndim - 1)) * x).sum(0)
 
-    centre = mean(weighed)
-    yield (scale := Standardize(centre, mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()))
-    if not config.flow.whitens(splits.event_shape):
-        return
-    shrinkage = 0.0
-    if config.flow.standardize != "whiten":
-        few = train.first(CHOSEN_ON)
-        shrinkage = Whiten.best_shrinkage(scale(few.x)[0], few.weight)
-    if shrinkage == 1:
-        yield Whiten.identity(len(centre))
-        return
-
     def products(x: Tensor, weight: Tensor) -> Tensor:
         y: Tensor = scale(x)[0]
         return (y * weight[:, None]).T @ y
 
-    yield Whiten.of_covariance(mean(products), shrinkage=shrinkage)
+    centre = mean(weighed)
+    yield (scale := Standardize(centre, mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()))
+    if config.flow.whitens(splits.event_shape):
+        few = train.first(CHOSEN_ON)
+        fit = partial(Whiten.of_covariance, mean(products))
+        yield _whitening(config, scale(begin(few.x)[0])[0], few.weight, lambda shrinkage: fit(shrinkage=shrinkage))
 
 
 def _data_dtype(splits: Splits) -> torch.dtype | None:
