@@ -29,11 +29,11 @@ the unit vectors (`RNODELayer` takes them by default), and it has the residual o
 
 Throws `ArgumentError` for widths that differ and for what is not among these. [`potential`](@ref) gives Φ itself.
 """
-struct PotentialNetwork{Φ<:Activation} <: Dynamics
+struct PotentialNetwork <: Dynamics
     dim::Int
     width::Int
     depth::Int
-    φ::Φ
+    φ::Activation  # not part of the type, so that what is not a loop over numbers is compiled once for all
     timed::Bool
     rank::Int
     initial::Symbol
@@ -134,8 +134,8 @@ end
 
 # --- bound: f, and ∂Φ/∂t − ½‖∇Φ‖² ---
 
-"What an evaluation leaves for its pullback: matrices of as many columns as samples, and what the curvature leaves."
-struct PotentialTape{A<:AbstractArray,K}
+"What an evaluation of ∇Φ leaves for its pullback: matrices of as many columns as samples."
+struct PotentialTape{A<:AbstractArray}
     s::A
     u::Vector{A}      # of all layers but the last, whose value is Φ's alone
     ρ::Vector{A}      # the activations' roots
@@ -145,7 +145,6 @@ struct PotentialTape{A<:AbstractArray,K}
     G::A              # ∇Φ in s
     f::A
     hjb::A            # (1, batch)
-    curvature::K      # `Products`, `Jacobians`, or `nothing`
 end
 
 "Memory that one evaluation and its pullback take for themselves, and the next ones again."
@@ -162,18 +161,24 @@ struct PotentialWork{A<:AbstractArray}
     M::A              # like the Hessian
 end
 
-"A `PotentialNetwork`, bound."
-struct BoundPotential{N<:PotentialNetwork,T,L,P<:PotentialSlices,V,Tp<:PotentialTape,W<:PotentialWork,Q}
-    network::N
+"A network with its parameters and memory, but for what the curvature leaves."
+struct PotentialCore{T,A<:AbstractArray,P<:PotentialSlices}
+    network::PotentialNetwork
     h::Vector{T}
-    layers::Vector{L}
-    A::Q
+    layers::Vector{Any}  # the maps W_i; likewise not part of the type, and what their products return is not looked at
+    A::Any
     named::P
     bars::P
+    tape::PotentialTape{A}
+    work::PotentialWork{A}
+end
+
+"A `PotentialNetwork`, bound."
+struct BoundPotential{C<:PotentialCore,K,V}
+    core::C
+    curvature::K         # `Products`, `Jacobians`, or `nothing`
     θ::V
     θ̄::V
-    tape::Tp
-    work::W
     asked::Asked
 end
 
@@ -186,37 +191,43 @@ function bind(network::PotentialNetwork, θ, z0, asked::Asked)
     check_sizes(network, (network.dim,), θ, z0)
     θ̄ = fill!(similar(θ), false)
     named, bars = PotentialSlices(network, θ), PotentialSlices(network, θ̄)
-    layers = [dense(W, W̄) for (W, W̄) in zip(named.weights, bars.weights)]
+    layers = Any[dense(W, W̄) for (W, W̄) in zip(named.weights, bars.weights)]
     h = [eltype(z0)(weight_of(network, i)) for i in 1:(network.depth)]
     return bound_potential(network, h, layers, dense(named.A, bars.A), named, bars, θ, θ̄, z0, asked)
 end
 
-another(bound::BoundPotential, z0) = bound_potential(
-    bound.network, bound.h, bound.layers, bound.A, bound.named, bound.bars, bound.θ, bound.θ̄, z0, bound.asked,
-)
+function another(bound::BoundPotential, z0)
+    core = bound.core
+    return bound_potential(
+        core.network, core.h, core.layers, core.A, core.named, core.bars, bound.θ, bound.θ̄, z0, bound.asked,
+    )
+end
 
 function bound_potential(network, h, layers, A, named, bars, θ, θ̄, z0, asked)
     batch, array = size(z0, 2), array_like(z0)
     y = array(network.width, batch)
     y .= named.w
+    core = PotentialCore(
+        network, h, layers, A, named, bars, PotentialTape(array, network, batch, y), PotentialWork(array, network, batch, asked),
+    )
     fixed = asked.closed ? fixed_curvature(array, network, named, batch) : (y, y)
-    tape = PotentialTape(array, network, batch, asked, y, fixed)
-    return BoundPotential(
-        network, h, layers, A, named, bars, θ, θ̄, tape, PotentialWork(array, network, batch, asked), asked,
+    return BoundPotential(core, curvature_of(array, network, batch, asked, fixed), θ, θ̄, asked)
+end
+
+"A tape in the arrays that `array(rows, columns)` gives; `y` is w for every sample."
+function PotentialTape(array, network::PotentialNetwork, batch, y)
+    s, m, L = inputs(network), network.width, network.depth
+    arrays(n) = [array(m, batch) for _ in 1:n]
+    return PotentialTape(
+        array(s, batch), arrays(L - 1), arrays(L), [arrays(L - 1); [y]], arrays(L), array(network.rank, batch), array(s, batch),
+        array(network.dim, batch), array(1, batch),
     )
 end
 
-"A tape in the arrays that `array(rows, columns)` gives; `y` is w, and `fixed` what [`fixed_curvature`](@ref) gives, for all samples."
-function PotentialTape(array, network::PotentialNetwork, batch, asked::Asked, y, fixed)
-    s, m, L, d = inputs(network), network.width, network.depth, network.dim
-    arrays(n) = [array(m, batch) for _ in 1:n]
-    curvature =
-        asked.probes == 0 ? nothing :
-        asked.closed ? Jacobians(array, network, batch, fixed...) : Products(array, network, batch * asked.probes)
-    return PotentialTape(
-        array(s, batch), arrays(L - 1), arrays(L), [arrays(L - 1); [y]], arrays(L), array(network.rank, batch), array(s, batch),
-        array(d, batch), array(1, batch), curvature,
-    )
+"What the curvature that is asked for will leave; `fixed` is what [`fixed_curvature`](@ref) gives."
+function curvature_of(array, network, batch, asked::Asked, fixed)
+    asked.probes == 0 && return nothing
+    return asked.closed ? Jacobians(array, network, batch, fixed...) : Products(array, network, batch * asked.probes)
 end
 
 function PotentialWork(array, network::PotentialNetwork, batch, asked::Asked)
@@ -231,13 +242,12 @@ function PotentialWork(array, network::PotentialNetwork, batch, asked::Asked)
 end
 
 function keeping(bound::BoundPotential, memory)
-    own = bound.tape
+    core, own = bound.core, bound.core.tape
     array(rows, columns) = take!(memory, own.f, (rows, columns))
-    fixed = own.curvature isa Jacobians ? (own.curvature.J[1], own.curvature.quadratic) : (own.f, own.f)
-    tape = PotentialTape(array, bound.network, size(own.f, 2), bound.asked, own.y[end], fixed)
-    return BoundPotential(
-        bound.network, bound.h, bound.layers, bound.A, bound.named, bound.bars, bound.θ, bound.θ̄, tape, bound.work, bound.asked,
-    )
+    tape = PotentialTape(array, core.network, size(own.f, 2), own.y[end])
+    curvature = curvature_of(array, core.network, size(own.f, 2), bound.asked, fixed_part(bound.curvature))
+    kept = PotentialCore(core.network, core.h, core.layers, core.A, core.named, core.bars, tape, core.work)
+    return BoundPotential(kept, curvature, bound.θ, bound.θ̄, bound.asked)
 end
 
 function kept_bytes(bound::BoundPotential)
@@ -247,42 +257,48 @@ function kept_bytes(bound::BoundPotential)
 end
 
 function evaluate!(bound::BoundPotential, t, z, c, ε, ::Bool)
-    tape, d = bound.tape, bound.network.dim
-    view(tape.s, 1:d, :) .= z
-    bound.network.timed && fill!(view(tape.s, d + 1, :), t)
-    slopes!(bound, c)
-    tape.f .= .-view(tape.G, 1:d, :)
-    ε === nothing && return Evaluation(tape.f)
-    bound.asked.hjb && residual!(tape.hjb, tape.G, tape.f)
-    curve!(bound, tape.curvature, ε)
+    core = bound.core
+    in_rows!(core.tape.s, z, t)
+    slopes!(core, c)
+    ε === nothing && return Evaluation(core.tape.f)
+    bound.asked.hjb && residual!(core.tape.hjb, core.tape.G, core.tape.f)
+    curve!(core, bound.curvature, ε)
     return evaluated!(bound, c)
 end
 
 function evaluated!(bound::BoundPotential, c)
-    tape = bound.tape
-    tape.curvature === nothing && return Evaluation(tape.f)
-    return seen(tape, tape.curvature, bound.asked.hjb ? tape.hjb : nothing)
+    tape = bound.core.tape
+    bound.curvature === nothing && return Evaluation(tape.f)
+    return seen(tape, bound.curvature, bound.asked.hjb ? tape.hjb : nothing)
 end
 
-"∇Φ in s: once forward through the layers, and once back."
-function slopes!(bound::BoundPotential, c)
-    tape, work, m, L = bound.tape, bound.work, bound.network.width, length(bound.layers)
+"∇Φ in s, and f: once forward through the layers, and once back."
+function slopes!(core::PotentialCore, c)
+    tape, φ, L = core.tape, core.network.φ, length(core.layers)
     for i in 1:L
-        a = apply!(tape.ρ[i], bound.layers[i], i == 1 ? tape.s : tape.u[i - 1])
-        i == 1 && c !== nothing && (a .+= view(c, 1:m, :))
-        enter!(bound.network.φ, i == L ? nothing : tape.u[i], a, i == 1 ? nothing : tape.u[i - 1], bound.named.biases[i], bound.h[i])
+        before = i == 1 ? tape.s : tape.u[i - 1]
+        apply!(tape.ρ[i], core.layers[i], before)
+        i == 1 && add_rows!(tape.ρ[1], c, 0)
+        enter!(φ, i == L ? nothing : tape.u[i], tape.ρ[i], i == 1 ? nothing : before, core.named.biases[i], core.h[i])
     end
     for i in L:-1:1
-        h, φ = bound.h[i], bound.network.φ
-        each!((ρ, y) -> h * slope(φ, ρ) * y, tape.v[i], tape.ρ[i], tape.y[i])
+        sloped!(tape.v[i], φ, core.h[i], tape.ρ[i], tape.y[i])
         i == 1 && break
-        transpose!(tape.y[i - 1], bound.layers[i], tape.v[i])
-        tape.y[i - 1] .+= tape.y[i]
+        transpose!(tape.y[i - 1], core.layers[i], tape.v[i])
+        each!(+, tape.y[i - 1], tape.y[i - 1], tape.y[i])
     end
-    transpose!(tape.G, bound.layers[1], tape.v[1])
-    apply!(tape.As, bound.A, tape.s)
-    tape.G .+= transpose!(work.s[1], bound.A, tape.As) .+ bound.named.b
-    c === nothing || (tape.G .+= view(c, (m + 1):size(c, 1), :))
+    transpose!(tape.G, core.layers[1], tape.v[1])
+    apply!(tape.As, core.A, tape.s)
+    transpose!(core.work.s[1], core.A, tape.As)
+    finish_slopes!(tape.G, tape.f, core.work.s[1], core.named.b)
+    add_rows!(tape.G, c, core.network.width)
+    c === nothing || from_rows!(-, tape.f, tape.G)
+    return nothing
+end
+
+function finish_slopes!(G, f, AAs, b)
+    G .+= AAs .+ b
+    from_rows!(-, f, G)
     return nothing
 end
 
@@ -291,6 +307,21 @@ function residual!(hjb, G, f)
     size(G, 1) > size(f, 1) && (hjb .+= view(G, size(G, 1):size(G, 1), :))
     return nothing
 end
+
+"x ← x + the rows of the context c after the first `skip`."
+add_rows!(x, ::Nothing, skip) = nothing
+add_rows!(x, c, skip) = (x .+= view(c, (skip + 1):(skip + size(x, 1)), :); nothing)
+
+"(s, batch) ← (d, batch), and t below it where there is a row for it."
+function in_rows!(out, x, t)
+    d = size(x, 1)
+    view(out, 1:d, :) .= x
+    size(out, 1) > d && fill!(view(out, d + 1, :), t)
+    return nothing
+end
+
+"out (d, batch) ← op(the first rows of x...)."
+from_rows!(op, out, xs...) = (out .= op.(map(x -> view(x, axes(out, 1), :), xs)...); nothing)
 
 "u ← u' + h φ(a + β), of the first layer φ(a + β) alone; and a gives way to the root."
 function enter!(φ, u, a, before, bias, h)
@@ -307,16 +338,6 @@ function enter!(φ, u, a::Matrix, before, bias::Vector, h)
             a[i, j] = root
             u === nothing || (u[i, j] = before === nothing ? value : muladd(h, value, before[i, j]))
         end
-    end
-    return nothing
-end
-
-"out ← op(xs...), number by number."
-each!(op::F, out, xs...) where {F} = (out .= op.(xs...); nothing)
-
-function each!(op::F, out::Matrix{T}, xs::Vararg{Matrix{T},N}) where {F,T,N}
-    @inbounds @simd ivdep for i in eachindex(out, xs...)
-        out[i] = op(map(x -> x[i], xs)...)
     end
     return nothing
 end
