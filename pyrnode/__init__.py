@@ -42,6 +42,7 @@ from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow, load
 from pyrnode.optimisation import TrainingConfig
+from pyrnode.pages import report
 from pyrnode.training import TrainingResult, train
 from pyrnode.version import VERSION
 
@@ -93,6 +94,7 @@ __all__ = [
     "export",
     "load",
     "presets",
+    "report",
     "reproduce",
     "score_file",
     "train",
