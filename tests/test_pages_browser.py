@@ -1,4 +1,4 @@
-"""Pages on runs in a real browser: no error, a slider that moves, a long comparison that stays usable, keyboard, print."""
+"""Pages on runs in a real browser: no error, sliders that move, long comparisons that stay usable, keyboard, paper."""
 
 from __future__ import annotations
 
@@ -195,7 +195,8 @@ def test_every_control_is_reached_by_tab_and_has_a_name(browser: Any, single: st
     for _ in range(120):
         opened.page.keyboard.press("Tab")
         about = opened(
-            "(e => [e.tagName, e.id || e.dataset.do || e.textContent, e.matches(':focus-visible')])(document.activeElement)"
+            "(e => [e.tagName, e.id || e.dataset.do || e.textContent, e.matches(':focus-visible')])"
+            "(document.activeElement)"
         )
         if about[0] == "BODY":
             break

@@ -24,6 +24,7 @@ class Page:
         parts: HTML by name.
         data: What its scripts draw.
         width: Steps that are a point of a curve.
+        first: Name, title and content of what stands before all that.
     """
 
     title: str
@@ -31,10 +32,19 @@ class Page:
     parts: dict[str, Html]
     data: dict[str, Any]
     width: int
+    first: Sequence[tuple[str, str, Html]] = ()
 
     @classmethod
-    def of(cls, stories: Sequence[Story]) -> Page:
-        """From what the runs' folders say."""
+    def of(
+        cls, stories: Sequence[Story], *, title: str | None = None, first: Sequence[tuple[str, str, Html]] = ()
+    ) -> Page:
+        """From what the runs' folders say.
+
+        Args:
+            stories: The runs.
+            title: Of the page; default the run's name, or how many there are.
+            first: Name, title and content of sections that stand before those on the runs.
+        """
         columns, width = curves.of_runs(stories)
         particles, drawn = paths.section(stories)
         made = {
@@ -54,8 +64,9 @@ class Page:
             for story, own in zip(stories, columns, strict=True)
         ]
         data = {"runs": runs, "charts": [asdict(chart) for chart in CHARTS], "paths": drawn}
-        title = stories[0].label if len(stories) == 1 else f"{len(stories)} runs compared"
-        return cls(title, list(stories), parts, data, width)
+        if title is None:
+            title = stories[0].label if len(stories) == 1 else f"{len(stories)} runs compared"
+        return cls(title, list(stories), parts, data, width, first)
 
     def html(self, *, live: bool = False) -> str:
         """The whole page.
@@ -63,18 +74,20 @@ class Page:
         Args:
             live: It asks its server for news.
         """
-        return document(f"{self.title} · pyrnode", self.body(live=live), self.data, live=live)
+        data = self.data if self.stories else None
+        return document(f"{self.title} · pyrnode", self.body(live=live), data, live=live)
 
     def body(self, *, live: bool = False) -> Html:
         """What stands in the page."""
         shown = self._sections()
         links = [tag("li", tag("a", title, href=f"#{id_}")) for id_, title, _ in shown]
+        kind = "a run" if len(self.stories) == 1 else "a comparison"
         head = tag(
             "header",
-            tag("p", "pyrnode · a run" if len(self.stories) == 1 else "pyrnode · a comparison", class_="kind"),
+            tag("p", f"pyrnode · {'the paper, repeated' if self.first else kind}", class_="kind"),
             tag("h1", name(self.title)),
             _followed() if live else "",
-            part("lead", self.parts["lead"]),
+            "" if self.first else part("lead", self.parts["lead"]),
             part("problems", self.parts["problems"]),
             tag("nav", tag("ul", *links), aria_label="Sections"),
         )
@@ -87,8 +100,10 @@ class Page:
 
     def _sections(self) -> list[tuple[str, str, Html]]:
         """Name, title and content of each section, in order."""
+        if not self.stories:
+            return list(self.first)
         parts, many = self.parts, len(self.stories) > 1
-        shown = [("runs", "Runs", part("runs", parts["runs"]))] if many else []
+        shown = [*self.first, *([("runs", "Runs", part("runs", parts["runs"]))] if many else [])]
         titles = {"scores": "Scores", "pictures": "Pictures"}
         shown += [("curves", "Curves", sections.charts(self.stories, parts, self.width))]
         shown += [(key, title, part(key, parts[key])) for key, title in titles.items()]
