@@ -41,10 +41,18 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.asked: list[str] = []
         self.page.goto(address)
-        self.page.wait_for_function("report.charts.size > 0 && [...report.charts.values()].every(c => c.plot.status)")
+        self.until("report.charts.size > 0 && [...report.charts.values()].every(c => c.plot.status)")
 
     def __call__(self, script: str) -> Any:
         return self.page.evaluate(script)
+
+    def until(self, script: str) -> None:
+        """Waits for something to be true; playwright's own way needs eval, which the page's policy forbids."""
+        for _ in range(2000):
+            if self(script):
+                return
+            self.page.wait_for_timeout(50)
+        pytest.fail(f"never true: {script}")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,7 @@ def test_the_slider_of_time_moves_the_particles_by_key(browser: Any, single: str
     opened.page.keyboard.press("End")
     assert opened("document.getElementById('time-value').textContent") == "t = 1.00 of 1.00, the base"
     opened.page.click("#play")
-    opened.page.wait_for_function("+document.getElementById('time').value > 20")
+    opened.until("+document.getElementById('time').value > 20")
     assert opened("document.getElementById('play').textContent") == "Pause"
     opened.page.click("#play")
     assert opened("document.getElementById('play').textContent") == "Play"
@@ -118,7 +126,7 @@ def test_values_are_read_by_key_and_are_those_of_the_run(browser: Any, single: s
     shown = "document.querySelector('[data-readout=energy]').textContent.trim()"
     assert float(opened(shown).replace("−", "-")) == pytest.approx(energy[0], rel=1e-3, abs=1e-9)
     opened.page.keyboard.press("End")
-    assert float(opened(shown)) == pytest.approx(energy[-1], rel=1e-3)
+    assert float(opened(shown).replace("−", "-")) == pytest.approx(energy[-1], rel=1e-3)
     opened.page.hover("[data-chart=energy] .u-over")
     assert 12 <= int(opened("document.getElementById('at-value').textContent").removeprefix("step ")) <= 18
 
@@ -129,9 +137,9 @@ def test_controls_change_what_is_drawn(browser: Any, single: str) -> None:
     title = "document.querySelector('[data-title=likelihood]').textContent"
     assert opened(scale) == [1, 30]
     opened.page.click("[data-do=in]")
-    opened.page.wait_for_function(f"{scale}[0] > 10")
+    opened.until(f"{scale}[0] > 10")
     opened.page.click("[data-do=reset]")
-    opened.page.wait_for_function(f"{scale}[0] === 1")
+    opened.until(f"{scale}[0] === 1")
     opened.page.select_option("#unit", label="bits/dim")
     assert opened(title) == "Negative log-likelihood, bits/dim"
     nats = opened("report.data.runs[0].train.nll[29]")
@@ -158,7 +166,7 @@ def test_a_long_comparison_stays_usable(browser: Any, tmp_path: Path) -> None:
 
     before = worked()
     opened.page.uncheck("#run3")
-    opened.page.wait_for_function("report.charts.get('energy').plot.series[4].show === false")
+    opened.until("report.charts.get('energy').plot.series[4].show === false")
     assert worked() - before < 4
     before = worked()
     for place in range(0, 1000, 100):
@@ -231,13 +239,13 @@ def test_a_run_is_followed_while_it_goes_on(browser: Any, tmp_path: Path) -> Non
         opened.page.focus("#unit")
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 21, "loss": 1.0, "nll": 1.0, "E": 77.0, "seconds": 3}) + "\n")
-        opened.page.wait_for_function("report.data.runs[0].train.step.at(-1) === 21")
+        opened.until("report.data.runs[0].train.step.at(-1) === 21")
         assert opened("report.charts.get('energy').curves[0].y.at(-1)") == 77
-        opened.page.wait_for_function("document.getElementById('numbers-energy').textContent.includes('77')")
+        opened.until("document.getElementById('numbers-energy').textContent.includes('77')")
         assert opened("document.getElementById('numbers-energy').open")
         assert opened("document.activeElement.id") == "unit"
         assert "step 21" in opened("document.getElementById('live').textContent")
         assert opened.wrong == []
         server.shutdown()
         thread.join()
-    opened.page.wait_for_function("document.getElementById('live').textContent.includes('no longer answers')")
+    opened.until("document.getElementById('live').textContent.includes('no longer answers')")

@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: Server
     server_version, sys_version = "pyrnode", ""
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection for each question: when the server ends, no thread answers on
 
     def do_GET(self) -> None:
         """The page, or its news."""
