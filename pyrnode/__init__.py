@@ -43,6 +43,7 @@ from pyrnode.evaluation import Report, evaluate
 from pyrnode.export import TorchFlow
 from pyrnode.flow import Flow, load
 from pyrnode.optimisation import TrainingConfig
+from pyrnode.pages import report
 from pyrnode.shards import merge_shards, score_shard
 from pyrnode.training import TrainingResult, train
 from pyrnode.version import VERSION
@@ -97,6 +98,7 @@ __all__ = [
     "load",
     "merge_shards",
     "presets",
+    "report",
     "reproduce",
     "score_file",
     "score_shard",

@@ -103,6 +103,24 @@ class RunFolder:
         with files.converted(f"{path} is damaged or of another version"):
             return Config.from_toml(path.read_text(encoding="utf-8"))
 
+    def owner(self) -> int | None:
+        """The number of the process that trains in the folder now; `None` if none does, as far as can be seen.
+
+        The lock itself is left alone, so that whoever begins to train meanwhile finds it free.
+        """
+        try:
+            lock = self.path / ".lock"
+            if os.name != "posix" or not lock.is_file():  # elsewhere the signal 0 is one that ends a process
+                return None
+            if (number := int(lock.read_bytes()[:20])) <= 0:
+                return None
+            os.kill(number, 0)
+        except PermissionError:  # it is there, and another user's
+            return number
+        except (OSError, ValueError, OverflowError):
+            return None
+        return number
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the folder, and keeps it from everyone else who would write a run there.
@@ -251,23 +269,35 @@ def read_metrics(path: str | Path) -> list[Record]:
     Raises:
         CheckpointError: A line before the last one is damaged.
     """
-    file = Path(path) / "metrics.jsonl"
-    if not os.path.lexists(file):
-        return []
-    with files.converted(f"{file} cannot be read"):
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            records.append(_record(line))
-        except Exception:  # whatever JSON, or what is none, can be
-            if number == len(lines) - 1:
-                break
-            raise CheckpointError(f"{file}, line {number + 1} is damaged") from None
+    records, damaged = legible_metrics(path)
+    if damaged:
+        raise CheckpointError(f"{Path(path) / 'metrics.jsonl'}, line {damaged[0]} is damaged")
     return records
 
 
-_TEXTS = {"event", "cause", "changes"}
+def legible_metrics(path: str | Path) -> tuple[list[Record], list[int]]:
+    """The metrics of a run's folder that can be read, and the numbers of the lines that cannot.
+
+    A last line that was cut short, by a kill or because it is being written now, counts as neither.
+
+    Raises:
+        CheckpointError: The file cannot be read at all.
+    """
+    file = Path(path) / "metrics.jsonl"
+    if not os.path.lexists(file):
+        return [], []
+    with files.converted(f"{file} cannot be read"):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    records, damaged = list[Record](), list[int]()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(_record(line))
+        except Exception:  # whatever JSON, or what is none, can be
+            damaged.append(number)
+    return records, [number for number in damaged if number < len(lines)]
+
+
+_TEXTS = {"event", "cause", "changes", "solver", "note"}
 """What is no number in a record."""
 
 

@@ -172,6 +172,7 @@ LAYERS = (
         "runs",
         "evaluation",
         "reports",
+        "pages",
         "baselines",
         "anomalies",
         "shards",

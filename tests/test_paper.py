@@ -37,6 +37,7 @@ from pyrnode.paper.scales import METHODS, PRESETS
 from pyrnode.paper.study import Need, Study
 from pyrnode.runs import RunFolder, read_metrics
 from pyrnode.training.trainer import Trainer
+from tests.page_runs import Look
 
 TINY = SCALES["tiny"]
 
@@ -74,6 +75,11 @@ def test_an_experiment_writes_pictures_numbers_settings_and_reports(name: str, r
         assert "not comparable with the paper" in text
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
     assert len(re.findall("<img", page)) == len(finding.figures)
+    found = Look(page)
+    assert found.problems == []
+    assert {run["name"] for run in found.data["runs"]} == set(finding.configs)
+    for claim in finding.claims:
+        assert " ".join(claim.ours.split()) in found.text
     for target in re.findall(r"\]\(([^)]+)\)", report):
         assert (folder / target).is_file(), target
     assert "torch" in json.loads((folder / "versions.json").read_text())["packages"]

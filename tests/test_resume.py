@@ -26,6 +26,7 @@ from pyrnode.errors import (
 from pyrnode.runs import read_metrics
 from pyrnode.training import TrainingResult
 from pyrnode.training import trainer as loop
+from pyrnode.training.validation import Validation
 from tests.small_runs import (
     FULL,
     SMALL,
@@ -104,6 +105,22 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, uninterrupted: 
     result = train(tmp_path, resume=True, **FULL)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert_same_weights(result.flow, pyrnode.load(uninterrupted))
+
+
+@pytest.mark.parametrize("solver", [{"step_size": "auto"}, {"step_size": 1.0}], ids=["moved", "noted"])
+def test_a_run_whose_solver_was_changed_or_remarked_on_is_resumed(
+    solver: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records hold texts: the solver that was taken, the remark that the training solver is wrong."""
+    monkeypatch.setattr(Validation, "differ", lambda self, one, other: 1.0)
+    settings = SMALL | solver | {"solver": "Euler", "tolerance": 1e-12, "learning_rate": 0.01, "max_steps": 8}
+    said = "event" if solver["step_size"] == "auto" else "note"
+    result = train(tmp_path, **settings)
+    assert [record[said] for record in result.history if said in record]
+    assert read_metrics(tmp_path) == result.history
+    longer = train(tmp_path, resume=True, **settings | {"max_steps": 10})
+    assert longer.history[: len(result.history)] == result.history
+    assert steps(longer.history)[-1]["step"] == 10
 
 
 def test_a_run_may_be_prolonged(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyrnode
 from pyrnode import demo, distributed, doctor, engines, julia_install, julia_setup
-from pyrnode.cli import export, score, train
+from pyrnode.cli import export, report, score, train
 from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
@@ -199,6 +199,12 @@ _COMMANDS: dict[str, _Command] = {
         "anomaly scores (log-density, p-value) of the samples of a file",
         "pyrnode score runs/toy new.csv --out scores.csv --calibrate test",
         score.score_arguments,
+    ),
+    "report": _Command(
+        report.report,
+        "one page on a run, or on several side by side: curves, scores, samples, settings",
+        "pyrnode report runs/digits runs/digits-free --open",
+        report.report_arguments,
     ),
     "presets": _Command(_presets, "list the presets, or show one", "pyrnode presets toy", _presets_arguments),
     "solvers": _Command(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,12 @@ import tomli_w
 from pyrnode import plotting
 from pyrnode.config import Config
 from pyrnode.files import read_json, write_atomically
+from pyrnode.pages import MOST
+from pyrnode.pages.markup import Html, join, listing, picture, tag
+from pyrnode.pages.markup import table as html_table
+from pyrnode.pages.page import Page
+from pyrnode.pages.reading import Story, is_run
+from pyrnode.pages.reading import read as read_run
 from pyrnode.runs import versions
 
 if TYPE_CHECKING:
@@ -105,6 +109,7 @@ def write(finding: Finding, folder: Path, *, scale: str, published: bool) -> Non
         "pictures": list(finding.figures),
         "table": [{key: _cell(value) for key, value in row.items()} for row in finding.tables[finding.shown]],
         "tables": list(finding.tables),
+        "runs": list(finding.configs),
     }
     write_atomically(folder / "finding.json", (json.dumps(plain, indent=2) + "\n").encode())
     write_reports(folder, [(plain, folder)])
@@ -128,35 +133,40 @@ def read(folder: Path) -> dict[str, Any]:
         CheckpointError: The file is damaged.
     """
     remedy = f"delete {folder} and run its experiment again"
-    plain: dict[str, Any] = read_json(
-        folder / "finding.json", remedy=remedy, check=lambda plain: _sections([(plain, folder)], folder)
-    )
+
+    def check(plain: Any) -> None:
+        _sections([(plain, folder)], folder)
+        _stories([(plain, folder)])
+
+    plain: dict[str, Any] = read_json(folder / "finding.json", remedy=remedy, check=check)
     return plain
 
 
 def write_reports(folder: Path, findings: Sequence[tuple[dict[str, Any], Path]]) -> None:
-    """Writes ``report.md`` and a ``report.html`` that holds its pictures, of one or more findings and their folders."""
+    """Writes ``report.md`` and ``report.html``, of one or more findings and their folders.
+
+    The page holds the pictures, and the runs that the findings are made from, with their curves, as `pyrnode.report`'s.
+    """
     sections = _sections(findings, folder)
     write_atomically(folder / "report.md", "\n".join(part for part, _ in sections).encode())
-    body = "\n".join(part for _, part in sections)
-    write_atomically(folder / "report.html", _PAGE.format(body=body).encode())
+    zipped = zip(findings, sections, strict=True)
+    shown = [(plain["name"], f"{plain['name']}: {plain['title']}", html) for (plain, _), (_, html) in zipped]
+    title = "How to train your neural ODE, repeated" if len(findings) > 1 else shown[0][1]
+    page = Page.of(_stories(findings), title=title, first=shown).html()
+    write_atomically(folder / "report.html", page.encode())
+
+
+def _stories(findings: Sequence[tuple[dict[str, Any], Path]]) -> list[Story]:
+    """The runs that the findings are made from, as far as they are there still."""
+    folders = {name: where.parent / "runs" / str(name) for plain, where in findings for name in plain["runs"]}
+    return [read_run(folder, name) for name, folder in folders.items() if folder.is_dir() and is_run(folder)][:MOST]
 
 
 _COLUMNS = ("statement", "paper", "ours", "verdict")
 _HEADS = ("The paper's statement", "Its number", "Here", "Verdict")
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>How to train your neural ODE, reproduced</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }} th, td {{ border: 1px solid #ccc; padding: .3rem .6rem; }}
-th {{ background: #f3f3f3; text-align: left; }} td {{ vertical-align: top; }} img {{ max-width: 100%; }}
-</style></head><body>
-{body}
-</body></html>
-"""
 
 
-def _sections(findings: Sequence[tuple[dict[str, Any], Path]], folder: Path) -> list[tuple[str, str]]:
+def _sections(findings: Sequence[tuple[dict[str, Any], Path]], folder: Path) -> list[tuple[str, Html]]:
     """Each finding in Markdown and in HTML."""
     return [(_markdown(plain, where, folder), _html(plain, where)) for plain, where in findings]
 
@@ -190,27 +200,20 @@ def _markdown_table(rows: Sequence[Row]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
-def _html(plain: dict[str, Any], where: Path) -> str:
-    parts = [f"<h1>{html.escape(plain['name'])}: {html.escape(plain['title'])}</h1>"]
-    parts.append(_html_table([dict(zip(_HEADS, (c[key] for key in _COLUMNS), strict=True)) for c in plain["claims"]]))
-    parts.append(_html_list(_notes(plain)))
+def _html(plain: dict[str, Any], where: Path) -> Html:
+    claims = [[claim[key] for key in _COLUMNS[:-1]] + [_verdict(claim)] for claim in plain["claims"]]
+    parts = [html_table(_HEADS, claims, caption="What the paper says, and what came out"), listing(_notes(plain))]
     for name in plain["pictures"]:
-        data = base64.b64encode((where / f"{name}.png").read_bytes()).decode()
-        parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>')
-    parts += [_html_table(plain["table"]), _html_list(plain["remarks"])]
-    return "\n".join(parts)
+        png, alt = (where / f"{name}.png").read_bytes(), f"{plain['title']} ({name}); the numbers are in the tables"
+        parts.append(picture(png, alt=alt, caption=f"{name}: {plain['title']}"))
+    if rows := plain["table"]:
+        heads = list(rows[0])
+        parts.append(html_table(heads, [list(row.values()) for row in rows], caption="The numbers"))
+    return join(*parts, listing(plain["remarks"]))
 
 
-def _html_list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>" if items else ""
-
-
-def _html_table(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _verdict(claim: Row) -> Html:
+    return tag("span", claim["verdict"], class_="verdict")
 
 
 def _cell(value: Any) -> str:
