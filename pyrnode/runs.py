@@ -255,7 +255,7 @@ def read_metrics(path: str | Path) -> list[Record]:
     return records
 
 
-_TEXTS = {"event", "cause", "changes"}
+_TEXTS = {"event", "cause", "changes", "note", "solver"}
 """What is no number in a record."""
 
 
