@@ -14,9 +14,6 @@
 
 #include "vectors.h"
 
-#define ROW_BYTES 256                     /* of one feature of a block */
-#define VECTORS (ROW_BYTES / VECTOR_BYTES) /* of one feature of a block */
-#define PADDING_BYTES 128                 /* a row of a weight's gradient is a multiple of this */
 #define INTEGRALS 4                       /* l, E, n, 0 */
 
 enum activation { SOFTPLUS, TANH, SILU, GELU, ELU };
@@ -106,14 +103,11 @@ void discard(struct chunk *chunk) {
     }
 }
 
-#define PASTE_(name, suffix) name##_##suffix
-#define PASTE(name, suffix) PASTE_(name, suffix)
-#define NAME(name) PASTE(name, SUFFIX)
-
 #define REAL float
 #define INTEGER int32_t
 #define SUFFIX f32
 #define SINGLE 1
+#include "blocks.h"
 #include "network.h"
 #include "fixed.h"
 #include "adaptive.h"
@@ -125,6 +119,7 @@ void discard(struct chunk *chunk) {
 #define INTEGER int64_t
 #define SUFFIX f64
 #define SINGLE 0
+#include "blocks.h"
 #include "network.h"
 #include "fixed.h"
 #include "adaptive.h"
