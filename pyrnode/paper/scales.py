@@ -197,7 +197,7 @@ SCALES = {
                 "training.max_steps": 1000,
                 "training.validate_every": 200,
             },
-            "8gaussians": {"training.max_steps": 1000, "training.validate_every": 50},
+            "8gaussians": {"training.max_steps": 500, "training.validate_every": 50},
         },
         potentials=_small_potentials(width=32, layer=128),
         learning_rates=(3e-3, 1e-2, 3e-2),
