@@ -34,9 +34,14 @@ import torch
 
 from benchmarks import tables
 from benchmarks.density_models import CLOCKS, MODELS, train_pyrnode
+from pyrnode import particles
+from pyrnode.flow import Flow
 
 SCORED = {"validation": 2_000, "test": 5_000}
 """Rows that are scored after training, the same for all models."""
+
+FOLLOWED = 500
+"""Test rows whose paths are followed."""
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -84,6 +89,26 @@ def measure(run: Run, path: Path) -> Line:
         "error": float(test.std() / math.sqrt(len(test))),
         "median": float(np.median(test)),
         "worst": float(test.min()),
+        **({} if fitted.flow is None else movement(fitted.flow, table.test[:FOLLOWED])),
+    }
+
+
+@torch.no_grad()
+def movement(flow: Flow, rows: tables.Array) -> dict[str, float]:
+    """How a flow of ours moves rows ``(n, d)`` to the base, by its accurate solver, in its own space.
+
+    ``weights``; ``evaluations`` of f; ``detour``, the median of path length over distance; ``variation`` of a
+    particle's speed along its path, the mean; ``inversion``, the largest error of the way there and back.
+    """
+    x = torch.from_numpy(rows)
+    _, states = particles.particle_paths(flow, x)
+    passage = flow.solve(flow.admit(x)[0])
+    return {
+        "weights": sum(p.numel() for p in flow.parameters()),
+        "evaluations": float(passage.nfe),
+        "detour": float(particles.detours(states).median()),
+        "variation": particles.speed_variation(states),
+        "inversion": float((flow.unsolve(passage.z) - passage.y).abs().max()),
     }
 
 
@@ -180,10 +205,25 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def report(lines: list[Line]) -> str:
     """A Markdown table for each training time: mean ± standard error over the seeds, the best of a table in bold."""
-    return "\n\n".join(
-        f"{budget:g} s of training:\n\n{_table([line for line in lines if line['budget'] == budget])}"
-        for budget in sorted({line["budget"] for line in lines})
-    )
+    parts = []
+    for budget in sorted({line["budget"] for line in lines}):
+        of_budget = [line for line in lines if line["budget"] == budget]
+        parts.append(f"{budget:g} s of training:\n\n{_table(of_budget)}")
+        if moved := [line for line in of_budget if "detour" in line]:
+            parts.append(_movements(moved))
+    return "\n\n".join(parts)
+
+
+def _movements(lines: list[Line]) -> str:
+    """A row for each run of ours: what `movement` says of its paths."""
+    head = ("table", "ours", "seed", "nats", "steps", "weights", "evaluations", "length / distance", "speed varies by")
+    rows = ["| " + " | ".join((*head, "inversion error")) + " |", "|---" * (len(head) + 1) + "|"]
+    for line in lines:
+        text = f"{line['nats']:.2f}".replace("-", "−")
+        counts = f"{line['steps']} | {line['weights']} | {line['evaluations']:.0f}"
+        paths = f"{line['detour']:.3f} | {100 * line['variation']:.0f} % | {line['inversion']:.0e}"
+        rows.append(f"| {line['table']} | {line['configuration']} | {line['seed']} | {text} | {counts} | {paths} |")
+    return "\n".join(rows)
 
 
 def _table(lines: list[Line]) -> str:

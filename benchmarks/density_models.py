@@ -37,6 +37,8 @@ class Fitted:
     """Training, validation included."""
     steps: int
     note: str = ""
+    flow: pyrnode.Flow | None = None
+    """Ours, so that its paths can be measured."""
 
 
 Fit = Callable[..., Fitted]
@@ -71,7 +73,7 @@ def train_pyrnode(table: Table, seconds: float, seed: int, *, clock: str = "wall
     def log_prob(x: Array) -> Array:
         return flow.log_prob(torch.from_numpy(x)).double().numpy()
 
-    return Fitted(log_prob, elapsed, max(record["step"] for record in result.history), "; ".join(result.notes))
+    return Fitted(log_prob, elapsed, max(record["step"] for record in result.history), "; ".join(result.notes), flow)
 
 
 # -- zuko --------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Step, device_mib, milliseconds
+from benchmarks.clock import Step, device_mib, milliseconds, peak_mib
 from benchmarks.reference import ReferenceImageFlow, ReferenceMLPFlow
 from pyrnode.config import Config, Divergence
 from pyrnode.devices import resolve_device
@@ -113,18 +113,10 @@ def memory(case: str, side: str) -> float:
     """Growth of the resident set over five steps, MiB; to be called once in a fresh process."""
     step = _make(case, side, CPU)
     torch.nn.functional.conv2d(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3))  # the libraries' own start-up
-    before = _peak()
+    before = peak_mib()
     for _ in range(5):
         step()
-    return _peak() - before
-
-
-def _peak() -> float:
-    """Largest resident set of this process so far, MiB (``ru_maxrss`` would be inherited from the parent)."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
+    return peak_mib() - before
 
 
 def throughput(batch: int, device: torch.device) -> float:

@@ -68,8 +68,16 @@ def classifier(found: Finding) -> None:
         print(f"{row['data']:<8} {row['classifier']:<16} seed {row['seed']}: accuracy {row['accuracy']:.1%}, {cost}")
 
 
+def potential(found: Finding) -> None:
+    """The flows along the gradient of a potential, which the paper leaves out: cost, and how straight they go."""
+    for row in found.tables["potential"]:
+        cost = f"{row['weights']} weights, {row['evaluations']:.0f} evaluations, {1000 * row['seconds a step']:.3g} ms"
+        straight = f"length / distance {row['length / distance']:.3f}"
+        print(f"{row['data']:<10} {row['flow']:<17} {row['nats']:.3f} nats, {straight}, {cost} a step")
+
+
 HEADLINES: dict[str, Callable[[Finding], None]] = {
-    tell.__name__: tell for tell in (fig1, fig2, fig3, fig4, fig5, table1, steps, classifier)
+    tell.__name__: tell for tell in (fig1, fig2, fig3, fig4, fig5, table1, steps, classifier, potential)
 }
 
 

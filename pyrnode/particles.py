@@ -85,11 +85,18 @@ def straightness(states: Tensor) -> float:
     Args:
         states: ``(points, n, d)``; a particle that does not move counts as straight.
     """
-    return float(_detours(states).mean())
+    return float(detours(states).mean())
 
 
-def _detours(states: Tensor) -> Tensor:
-    """Length over distance of each path, ``(n,)``."""
+def detours(states: Tensor) -> Tensor:
+    """Length of each particle's path over the distance between its ends, ``(n,)``: what `straightness` is the mean of.
+
+    Args:
+        states: ``(points, n, d)``; a particle that does not move counts as straight.
+
+    Raises:
+        DataError: The states are of another shape.
+    """
     lengths, distance, moves = _segments(states)
     return torch.where(moves, lengths.sum(0) / distance, 1.0)
 
@@ -126,8 +133,11 @@ def trajectories(flow: Flow, x: Tensor, *, points: int = 33) -> Figure:
     if flow.dim == 1:
         _paths_over_time(axes, np.asarray(times), z[..., 0], [block.end_time for block in flow.blocks])
     else:
-        _paths_in_plane(axes, z)
-    ratio, variation = float(_detours(states).quantile(0.5)), speed_variation(states)
+        draw_in_plane(axes, z)
+        axes.set(xlabel="$z_1$", ylabel="$z_2$")
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
+    ratio, variation = float(detours(states).quantile(0.5)), speed_variation(states)
     axes.set_title(f"path length / distance {ratio:.3f} (median), speed varies by {100 * variation:.0f} %", fontsize=11)
     return figure
 
@@ -144,10 +154,8 @@ def _paths_over_time(axes: Axes, times: Array, z: Array, lengths: list[float]) -
     axes.set_xlim(times[0], times[-1])
 
 
-def _paths_in_plane(axes: Axes, z: Array) -> None:
+def draw_in_plane(axes: Axes, z: Array) -> None:
+    """Draws paths ``(points, n, 2)`` with their ends; the axes' limits, scale and legend are the caller's."""
     axes.plot(z[..., 0], z[..., 1], color=GREY, lw=0.7, alpha=0.55, zorder=1)
     for state, colour, label in ((z[0], BLUE, "start (data)"), (z[-1], ORANGE, "end (base)")):
         axes.scatter(state[:, 0], state[:, 1], s=14, color=colour, linewidths=0, zorder=2, label=label)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$")
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)

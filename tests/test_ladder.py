@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.data import load
 from pyrnode.errors import ConfigError, SolverError, SolverWarning
 from pyrnode.estimator import RNODEDensity
+from pyrnode.runs import RunFolder, read_metrics
 from pyrnode.training.ladder import Ladder
 from pyrnode.training.trainer import Trainer
 from pyrnode.training.validation import Outcome, Validation
@@ -26,9 +28,9 @@ SMALL: dict[str, Any] = {"flow.network.hidden": [8], "data.samples": 400, "batch
 SMALL |= {"warmup_steps": 0, "schedule": "constant", "engine": "torch", "device": "cpu"}
 
 
-def trainer(**settings: Any) -> Trainer:
+def trainer(folder: RunFolder | None = None, **settings: Any) -> Trainer:
     config = Config.preset("toy").override({"data.name": "8gaussians", "solver": "auto", **SMALL, **settings})
-    return Trainer(config, load("8gaussians", config=config.data), None, progress=False)
+    return Trainer(config, load("8gaussians", config=config.data), folder, progress=False)
 
 
 def validations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,6 +221,15 @@ def test_a_solver_that_the_accurate_one_contradicts_is_refined_and_earlier_score
     assert [r["step_size"] for r in validations(subject.history)] == [1.0, 1.0, 0.5]  # RK4, and then DP5 twice
     assert (subject.state.progress.best, subject.state.progress.best_step) == (1.0, 4)
     assert subject.notes == []
+
+
+def test_a_change_of_the_solver_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Validation, "differ", lambda self, one, other: 1.0)
+    monkeypatch.setattr(Validation, "score", lambda self, solver: Outcome(1.0, 0.1, 0.5, 1.0))
+    subject = trainer(folder=RunFolder(tmp_path), max_steps=2, validate_every=1)
+    assert subject.run()
+    assert "DP5 step 0.015625" in [r["solver"] for r in subject.history if r.get("event") == "solver"]
+    assert read_metrics(tmp_path) == subject.history
 
 
 def test_refinement_is_bounded_and_what_it_cannot_mend_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

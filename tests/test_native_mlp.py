@@ -233,8 +233,8 @@ def test_gradients_do_not_depend_on_the_number_of_threads(
 
 
 def test_parts_are_many_where_they_are_small_and_bounded() -> None:
-    assert [mlp._parts(blocks, 2**14) for blocks in (0, 1, 7, 64, 10**6)] == [1, 1, 7, 64, 64]
-    assert mlp._parts(10**6, 2**21) == 32
-    assert mlp._parts(10**6, 2**30) == 16
+    assert [mlp.parts_of(blocks, 2**14) for blocks in (0, 1, 7, 64, 10**6)] == [1, 1, 7, 64, 64]
+    assert mlp.parts_of(10**6, 2**21) == 32
+    assert mlp.parts_of(10**6, 2**30) == 16
     bars = torch.arange(7 * 3, dtype=torch.float64).reshape(7, 3)
-    assert torch.equal(mlp._total(bars.clone()), bars.sum(0))
+    assert torch.equal(mlp.total(bars.clone()), bars.sum(0))

@@ -33,7 +33,7 @@ from pyrnode.paper import (
     stiffness,
     trajectories,
 )
-from pyrnode.paper.scales import METHODS, PRESETS
+from pyrnode.paper.scales import LABELS, PRESETS
 from pyrnode.paper.study import Need, Study
 from pyrnode.runs import RunFolder, read_metrics
 from pyrnode.training.trainer import Trainer
@@ -403,7 +403,7 @@ def test_every_scale_has_all_that_the_experiments_need(scale: Any) -> None:
         for need in experiment.needs(scale):
             config = scale.config(need.data, need.method, seed=need.seed)
             assert config.data.name == need.data in PRESETS
-            assert need.method in METHODS
+            assert need.method in LABELS
             if need.data in scale.images:
                 assert config.training.snapshots
 

@@ -147,7 +147,7 @@ def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="fig1 to fig5, table1, steps, classifier, or all")
+    parser.add_argument("experiment", help="fig1 to fig5, table1, steps, classifier, potential, or all")
     parser.add_argument("--scale", default="cpu", help="cpu: small, for two cores (default); paper: as published; tiny")
     parser.add_argument("--out", default="runs/reproduce", help="folder to write to (default runs/reproduce)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")

@@ -21,7 +21,8 @@ from pyrnode.engines.augmented import Augmented, integrate
 from pyrnode.engines.backprop import Checkpointed, Kept, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
 from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
-from pyrnode.engines.fused import Fused, compiled_solve
+from pyrnode.engines.fused import CompiledSolve, Fused, compiled_solve
+from pyrnode.engines.fused_potential import compiled_potential
 from pyrnode.engines.runge_kutta import grid, not_finite, retrace
 from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.errors import ConfigError
@@ -127,7 +128,7 @@ def solve_plainly(
     system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig, stats: Stats
 ) -> tuple[Tensor, Tensor]:
     """The solve where no gradient can be asked for: nothing is kept."""
-    compiled = compiled_solve(system, z0, t_span, solver)
+    compiled = _compiled(system, z0, t_span, solver)
     found = None if compiled is None else compiled.forward(z0, record=False)
     if found is None:  # no kernel, or a result that is not finite: these operations find the step and name it
         found = integrate(system, z0, system.no_integrals(z0), t_span, solver)
@@ -153,8 +154,16 @@ def choose(
         way = Kept if system.bound.split() is None else Stored
         return way(system, t_span, solver, stats)
 
-    compiled = compiled_solve(system, z0, t_span, solver, store=store)
+    compiled = _compiled(system, z0, t_span, solver, store=store)
     return by_operations(z0) if compiled is None else Fused(system, t_span, solver, stats, compiled, by_operations)
+
+
+def _compiled(
+    system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig, *, store: bool = False
+) -> CompiledSolve | None:
+    """The solve by a kernel, whichever has one for these dynamics."""
+    found = compiled_solve(system, z0, t_span, solver, store=store)
+    return found or compiled_potential(system, z0, t_span, solver)
 
 
 def _stores(system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig) -> bool:

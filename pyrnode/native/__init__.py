@@ -22,7 +22,7 @@ from typing import NamedTuple
 from pyrnode.errors import ConfigError
 from pyrnode.native import cache
 
-NAMES = ("mlp", "conv", "convnet", "softplus", "threads")
+NAMES = ("mlp", "conv", "convnet", "potential", "softplus", "threads")
 """The libraries that there are: kernels, and what shares their work among threads."""
 
 VARIABLE = "PYRNODE_NATIVE"

@@ -14,9 +14,6 @@
 
 #include "vectors.h"
 
-#define ROW_BYTES 256                     /* of one feature of a block */
-#define VECTORS (ROW_BYTES / VECTOR_BYTES) /* of one feature of a block */
-#define PADDING_BYTES 128                 /* a row of a weight's gradient is a multiple of this */
 #define INTEGRALS 4                       /* l, E, n, 0 */
 
 /* Pointers are to arrays in C order, of floats or doubles; sum = sum of widths[1...]. */
@@ -108,6 +105,7 @@ void discard(struct chunk *chunk) {
 #define INTEGER int32_t
 #define SUFFIX f32
 #define SINGLE 1
+#include "blocks.h"
 #include "network.h"
 #include "fixed.h"
 #include "adaptive.h"
@@ -119,6 +117,7 @@ void discard(struct chunk *chunk) {
 #define INTEGER int64_t
 #define SUFFIX f64
 #define SINGLE 0
+#include "blocks.h"
 #include "network.h"
 #include "fixed.h"
 #include "adaptive.h"

@@ -16,16 +16,16 @@ from pyrnode.native.threads import function, ranges
 ACTIVATIONS = ("softplus", "tanh", "silu", "gelu", "elu")
 """Names of the activations, in the order of the C source."""
 
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-_ROW_BYTES = 256  # of one feature of a block of samples
-_PADDING_BYTES = 128  # a row of a weight's gradient has a multiple of this, and so has all that a thread gathers
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+ROW_BYTES = 256  # of one feature of a block of samples
+PADDING_BYTES = 128  # a row of a weight's gradient has a multiple of this, and so has all that a thread gathers
 
 _MOST_PARTS, _FEWEST_PARTS = 64, 16
 _PARTS_BYTES = 2**26  # of the gradients of all parts, where there are more than the fewest
 
-_INTEGERS = ctypes.POINTER(ctypes.c_int64)
-_DOUBLES = ctypes.POINTER(ctypes.c_double)
-_ARRAYS = ctypes.POINTER(ctypes.c_void_p)
+INTEGERS = ctypes.POINTER(ctypes.c_int64)
+DOUBLES = ctypes.POINTER(ctypes.c_double)
+ARRAYS = ctypes.POINTER(ctypes.c_void_p)
 
 
 class Shared(ctypes.Structure):
@@ -38,17 +38,17 @@ class _Job(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "layers", "activation", "stages", "probes")),
         ("weight", ctypes.c_double),
-        ("widths", _INTEGERS),
-        *((name, _DOUBLES) for name in ("a", "b", "c")),
-        *((name, _ARRAYS) for name in ("w", "wt")),
+        ("widths", INTEGERS),
+        *((name, DOUBLES) for name in ("a", "b", "c")),
+        *((name, ARRAYS) for name in ("w", "wt")),
         *((name, ctypes.c_void_p) for name in ("z0", "eps", "z1", "q", "z1_bar", "q_bar", "z0_bar")),
-        ("bars", _ARRAYS),
+        ("bars", ARRAYS),
         *((name, ctypes.c_int64) for name in ("parts", "steps")),
-        ("h", _DOUBLES),
+        ("h", DOUBLES),
         *((name, ctypes.c_void_p) for name in ("shift", "scale", "record")),
         ("terms", ctypes.c_int64),
         ("entries", ctypes.c_void_p),
-        *((name, _DOUBLES) for name in ("e", "e3")),
+        *((name, DOUBLES) for name in ("e", "e3")),
         *((name, ctypes.c_double) for name in ("t0", "t1", "rtol", "atol", "order")),
         *((name, ctypes.c_int64) for name in ("controlled", "most")),
         *((name, ctypes.c_void_p) for name in ("first", "rate", "q_rate", "counts", "ends", "ranking")),
@@ -58,7 +58,7 @@ class _Job(ctypes.Structure):
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels, if there are some for numbers of this type on this machine."""
-    return native.library("mlp") if dtype in _SUFFIX else None
+    return native.library("mlp") if dtype in SUFFIX else None
 
 
 class Directions(NamedTuple):
@@ -102,16 +102,16 @@ class Network:
         self, name: str, z1_bar: Tensor, directions: Directions | None, entries: int, fields: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
         """Calls a C function that pulls cotangents back; gives those of the weights and of that many entries."""
-        unit = _PADDING_BYTES // z1_bar.element_size()
+        unit = PADDING_BYTES // z1_bar.element_size()
         columns = [-(-weight.shape[1] // unit) * unit for weight in self.weights]
         sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
         kinds = [sum(sizes), entries]
         kinds.append(-sum(kinds) % unit)  # so that each part's begins at a whole vector, which is how it is written
-        parts = _parts(blocks(z1_bar), sum(kinds) * z1_bar.element_size())
+        parts = parts_of(blocks(z1_bar), sum(kinds) * z1_bar.element_size())
         bars = z1_bar.new_zeros(parts, sum(kinds))
         rows = (ctypes.c_void_p * parts)(*(bar.data_ptr() for bar in bars))
         self._run(name, z1_bar, directions, parts, fields | {"bars": rows, "parts": parts})
-        w_bar, entry_bar, _ = _total(bars).split(kinds)
+        w_bar, entry_bar, _ = total(bars).split(kinds)
         w_bars = [
             bar.view(len(weight), -1)[:, : weight.shape[1]]
             for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
@@ -135,10 +135,10 @@ class Network:
             b=doubles(self.b),
             w=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.weights)),
             wt=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.transposed)),
-            eps=_pointer(eps),
-            **{key: _pointer(field) if isinstance(field, Tensor) else field for key, field in fields.items()},
+            eps=pointer(eps),
+            **{key: pointer(field) if isinstance(field, Tensor) else field for key, field in fields.items()},
         )
-        ranges(function(self.library, f"{name}_{_SUFFIX[z.dtype]}"), job, units)
+        ranges(function(self.library, f"{name}_{SUFFIX[z.dtype]}"), job, units)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Solve(Network):
         z0 = z0.contiguous()
         z1, q = torch.empty_like(z0), z0.new_zeros(len(z0), 4 if directions else 0)
         if record:
-            lanes = _ROW_BYTES // z0.element_size()
+            lanes = ROW_BYTES // z0.element_size()
             self.record = z0.new_empty(blocks(z0), self.grid.stages, z0.shape[1], lanes)
         self._run("forward", z0, directions, blocks(z0), self._fields | {"z0": z0, "z1": z1, "q": q})
         return z1, q
@@ -218,11 +218,11 @@ class Solve(Network):
 
 def blocks(z: Tensor) -> int:
     """Number of the blocks of samples that go through a solve side by side."""
-    lanes = _ROW_BYTES // z.element_size()
+    lanes = ROW_BYTES // z.element_size()
     return -(-len(z) // lanes)
 
 
-def _parts(blocks: int, size: int) -> int:
+def parts_of(blocks: int, size: int) -> int:
     """Into how many parts the blocks are divided, whose gradients of so many bytes are summed apart.
 
     Threads share the parts out among themselves. Their number does not depend on that of the threads, nor do the sums:
@@ -231,7 +231,7 @@ def _parts(blocks: int, size: int) -> int:
     return max(1, min(blocks, _MOST_PARTS, max(_FEWEST_PARTS, _PARTS_BYTES // size)))
 
 
-def _total(bars: Tensor) -> Tensor:
+def total(bars: Tensor) -> Tensor:
     """The sum of the rows, pair by pair: always in the same order, which torch's own sum leaves to its threads."""
     while len(bars) > 1:
         half = len(bars) // 2
@@ -245,5 +245,6 @@ def doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
     return (ctypes.c_double * len(values))(*values)
 
 
-def _pointer(array: Tensor | None) -> int | None:
+def pointer(array: Tensor | None) -> int | None:
+    """Where a tensor's numbers are; `None` of none."""
     return None if array is None else array.data_ptr()

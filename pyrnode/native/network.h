@@ -1,70 +1,9 @@
 /* A multilayer perceptron on a block of samples: its evaluation, the vector-Jacobian product, and their pullback. Included by
    mlp.c for each type REAL. */
 
-#undef half
 #undef work
-#undef LANES
 #undef gradients
 #undef lanes
-
-#include "activations.h"
-
-#define half NAME(half)
-typedef REAL half __attribute__((vector_size(VECTOR_BYTES / 2)));
-#define LANES (ROW_BYTES / (int)sizeof(REAL))
-
-/* Products ----------------------------------------------------------------------------------------------------------- */
-
-/* `rows` rows by two vectors of out (+)= a b; strides from row to row, of out and b in vectors. */
-INLINE void NAME(tile)(int rows, int add, vec *out, int64_t out_stride, const REAL *a, int64_t a_stride, const vec *b,
-                       int64_t b_stride, int64_t inner) {
-    vec sum[6][2];
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = NAME(all)(0);
-    for (int64_t k = 0; k < inner; k++) {
-        vec left = b[k * b_stride], right = b[k * b_stride + 1];
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            vec x = NAME(all)(a[i * a_stride + k]);
-            sum[i][0] += x * left, sum[i][1] += x * right;
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) out[i * out_stride + j] = add ? out[i * out_stride + j] + sum[i][j] : sum[i][j];
-}
-
-INLINE void NAME(tiles)(int add, vec *out, int64_t out_stride, const REAL *a, int64_t a_stride, const vec *b,
-                        int64_t b_stride, int64_t rows, int64_t inner, int64_t columns) {
-#define TILE(n) NAME(tile)(n, add, out + i * out_stride + j, out_stride, a + i * a_stride, a_stride, b + j, b_stride, inner)
-    for (int64_t j = 0; j < columns; j += 2)
-        for (int64_t i = 0; i < rows; i += 6)
-            switch (rows - i) {
-            case 5: TILE(5); break;
-            case 4: TILE(4); break;
-            case 3: TILE(3); break;
-            case 2: TILE(2); break;
-            case 1: TILE(1); break;
-            default: TILE(6);
-            }
-#undef TILE
-}
-
-
-/* Numbers in a row of a weight's gradient with so many columns. */
-INLINE int64_t NAME(padded)(int64_t columns) {
-    int64_t unit = PADDING_BYTES / (int64_t)sizeof(REAL);
-    return (columns + unit - 1) / unit * unit;
-}
-
-INLINE REAL NAME(lane_sum)(vec v) {
-    union { vec whole; half part[2]; } split = {v};
-    half x = split.part[0] + split.part[1];
-    REAL low = 0, high = 0;
-    for (int i = 0; i < WIDTH / 4; i++) low += x[i], high += x[WIDTH / 4 + i];
-    return WIDTH == 2 ? x[0] : low + high;
-}
 
 /* One evaluation and its pullback ------------------------------------------------------------------------------------- */
 
@@ -134,15 +73,6 @@ static void NAME(gradient)(const struct work *w, REAL *out, const vec *a, const 
         for (int64_t j = 0; j < columns; j++) w->scratch[i * stride + j] = ((const REAL *)b)[j * LANES + i];
     NAME(tiles)(1, (vec *)out, vectors, (const REAL *)a, LANES, (const vec *)w->scratch, vectors, rows, lanes,
                 (columns + WIDTH - 1) / WIDTH);
-}
-
-/* A sample's numbers into its lane of as many rows, and back. */
-INLINE void NAME(put)(vec *rows, int64_t lane, const REAL *sample, int64_t count) {
-    for (int64_t j = 0; j < count; j++) ((REAL *)rows)[j * LANES + lane] = sample[j];
-}
-
-INLINE void NAME(take)(const vec *rows, int64_t lane, REAL *sample, int64_t count) {
-    for (int64_t j = 0; j < count; j++) sample[j] = ((const REAL *)rows)[j * LANES + lane];
 }
 
 /* The probes of a sample into its lane. */

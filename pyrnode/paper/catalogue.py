@@ -9,7 +9,7 @@ from typing import Any
 from pyrnode import distributed, engines
 from pyrnode.errors import CheckpointError, ConfigError, unknown_name
 from pyrnode.files import write_atomically
-from pyrnode.paper import ablation, classifier, convergence, galleries, steps, stiffness, table, trajectories
+from pyrnode.paper import ablation, classifier, convergence, galleries, potential, steps, stiffness, table, trajectories
 from pyrnode.paper.experiment import Experiment
 from pyrnode.paper.report import Finding, read, write, write_reports
 from pyrnode.paper.scales import Scale, scale_of
@@ -26,6 +26,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         table.EXPERIMENT,
         steps.EXPERIMENT,
         classifier.EXPERIMENT,
+        potential.EXPERIMENT,
     )
 }
 """The experiments by name, in the order of the paper."""
@@ -51,7 +52,7 @@ def reproduce(
     test set. They must see the same `out`.
 
     Args:
-        name: ``"fig1"`` to ``"fig5"``, ``"table1"``, ``"steps"``, ``"classifier"``, or ``"all"``.
+        name: ``"fig1"`` to ``"fig5"``, ``"table1"``, ``"steps"``, ``"classifier"``, ``"potential"``, or ``"all"``.
         scale: ``"cpu"`` (small, for two cores), ``"paper"`` (the published configuration, for a GPU), ``"tiny"`` (a
             minute, to see that everything works), or one of your own.
         out: Folder to write to.
@@ -73,7 +74,7 @@ def reproduce(
     Example:
         >>> from pyrnode.paper import EXPERIMENTS
         >>> list(EXPERIMENTS)
-        ['fig1', 'fig2', 'fig3', 'fig4', 'fig5', 'table1', 'steps', 'classifier']
+        ['fig1', 'fig2', 'fig3', 'fig4', 'fig5', 'table1', 'steps', 'classifier', 'potential']
     """
     if name != "all" and name not in EXPERIMENTS:
         raise ConfigError(unknown_name("experiment", name, [*EXPERIMENTS, "all"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyrnode.config import Config
@@ -24,22 +24,38 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What each method changes in the regularised preset: vanilla FFJORD, and the ablations with the fixed-step solver."""
 
+POTENTIALS = ("monge-ampere", "potential-flow", "ot-flow")
+"""Flows along the gradient of a potential, which the paper leaves out (§8): each has a preset of its name."""
+
 LABELS = {
     "rnode": "RNODE",
     "ffjord": "FFJORD",
     "none": "no penalty",
     "kinetic": "kinetic only",
     "jacobian": "Jacobian only",
+    "monge-ampere": "Monge-Ampère flow",
+    "potential-flow": "potential flow",
+    "ot-flow": "OT-Flow",
 }
 """What the methods are called in pictures and reports."""
 
-COLOURS = {"rnode": "#0b6bb3", "ffjord": "#d95f0e", "none": "#7a7a7a", "kinetic": "#2f8f4e", "jacobian": "#8e44ad"}
+COLOURS = {
+    "rnode": "#0b6bb3",
+    "ffjord": "#d95f0e",
+    "none": "#7a7a7a",
+    "kinetic": "#2f8f4e",
+    "jacobian": "#8e44ad",
+    "monge-ampere": "#b8860b",
+    "potential-flow": "#2f8f4e",
+    "ot-flow": "#8e44ad",
+}
 
 PRESETS = {
     "mnist": "finlay2020-mnist",
     "cifar10": "finlay2020-cifar10",
     "digits": "digits",
     "two-bumps": "toy",
+    "8gaussians": "toy",
 }
 """The regularised preset of each data set."""
 
@@ -54,6 +70,7 @@ class Scale:
         images: Sets of images, the one of the ablation first and the one of the timings last.
         seeds: Seeds of the runs whose spread is shown.
         overrides: Settings by data set, on top of its preset.
+        potentials: Settings by flow of a potential, on top of its preset.
         learning_rates: Grid over which each method's learning rate is tuned on validation; one is taken as it is.
         tuning_steps: Optimiser steps of a tuning run.
         scored: Validation images on which the model of every validation is scored.
@@ -67,6 +84,7 @@ class Scale:
     images: tuple[str, ...]
     seeds: tuple[int, ...]
     overrides: Mapping[str, Mapping[str, Any]]
+    potentials: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = (1e-3,)
     tuning_steps: int = 0
     scored: int = 1000
@@ -75,11 +93,33 @@ class Scale:
     classifier: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, data: str, method: str = "rnode", *, seed: int = 0) -> Config:
-        """The settings of one run, before any tuning."""
+        """The settings of one run, before any tuning.
+
+        A flow of a potential has the data and the evaluation of the data set's own preset, and in a scale that is not
+        published also its training and its solver; what the scale says of it comes last.
+        """
         if data not in PRESETS:
             raise ConfigError(unknown_name("data set of the experiments", data, PRESETS))
         config = Config.preset(PRESETS[data]).override({"data.name": data, "seed": seed})
-        return config.override(self.overrides.get(data, {})).override(METHODS[method])
+        config = config.override(self.overrides.get(data, {}))
+        if method not in POTENTIALS:
+            return config.override(METHODS[method])
+        own = replace(Config.preset(method), data=config.data, evaluation=config.evaluation, seed=seed)
+        if not self.published:
+            flow = replace(config.flow, network=own.flow.network)
+            own = replace(own, flow=flow, training=config.training, solver=config.solver, dtype=config.dtype)
+        return own.override(self.potentials.get(method, {}))
+
+
+def _small_potentials(*, width: int, layer: int) -> dict[str, dict[str, Any]]:
+    """The potentials with networks of that width, and one layer in Monge-Ampère's; their training is the MLPs'."""
+    shared = {"training.learning_rate": 0.01}
+    two = shared | {"flow.network.hidden": [width, width]}
+    return {
+        "monge-ampere": shared | {"flow.network.hidden": [layer]},
+        "potential-flow": two,
+        "ot-flow": two,
+    }
 
 
 _SMALL_IMAGES = {
@@ -127,7 +167,16 @@ SCALES = {
                 "training.validate_every": 20,
                 "training.checkpoint_every": 10,
             },
+            "8gaussians": {
+                "data.samples": 1000,
+                "flow.network.hidden": [8, 8],
+                "training.max_steps": 20,
+                "training.warmup_steps": 0,
+                "training.batch_size": 64,
+                "training.validate_every": 10,
+            },
         },
+        potentials=_small_potentials(width=4, layer=8),
         learning_rates=(1e-3, 1e-2),
         tuning_steps=3,
         scored=20,
@@ -148,7 +197,9 @@ SCALES = {
                 "training.max_steps": 1000,
                 "training.validate_every": 200,
             },
+            "8gaussians": {"training.max_steps": 500, "training.validate_every": 50},
         },
+        potentials=_small_potentials(width=32, layer=128),
         learning_rates=(3e-3, 1e-2, 3e-2),
         tuning_steps=30,
         scored=100,
@@ -164,6 +215,7 @@ SCALES = {
             "mnist": {"training.snapshots": True},
             "cifar10": {"training.snapshots": True},
             "two-bumps": {"penalties.kinetic": 0.05, "penalties.jacobian": 0.05},
+            "8gaussians": {"data.samples": 100000},
         },
         classifier={"limit": None, "epochs": 30, "hidden": [64, 64, 64]},
     ),

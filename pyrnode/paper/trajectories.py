@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyrnode import evaluation, particles, plotting
+from pyrnode import evaluation, particles, plotting, solvers
 from pyrnode.flow import Flow
 from pyrnode.paper.experiment import Experiment
 from pyrnode.paper.report import Claim, Finding, Row
@@ -65,6 +66,7 @@ def _measure(study: Study) -> Finding:
     changes = [float(row["squared change of speed"]) for row in rows]
     nats = [float(row["nats"]) for row in rows]
     kinetic, jacobian, _ = runs["rnode"].config.penalties.weights
+    solver = solvers.describe(runs["rnode"].config.solver)
     return Finding(
         name=EXPERIMENT.name,
         title=EXPERIMENT.title,
@@ -86,11 +88,10 @@ def _measure(study: Study) -> Finding:
         numbers={f"{key} {METHODS[m]}": float(r[key]) for m, r in zip(METHODS, rows, strict=True) for key in _KEYS},
         tables={"fig1": rows, "paths": curves},
         shown="fig1",
-        figures={"fig1": _draw(runs, paths)},
+        figures={"fig1": draw(runs, paths, METHODS)},
         remarks=[
-            "Both flows have the same network, solver (RK4, step 0.25), learning rate, batches and seed; they "
-            f"differ in the penalties alone (λ_K = {kinetic:g}, λ_J = "
-            f"{jacobian:g} against 0).",
+            f"Both flows have the same network, solver ({solver}), learning rate, batches and seed; they "
+            f"differ in the penalties alone (λ_K = {kinetic:g}, λ_J = {jacobian:g} against 0).",
             f"Speeds along {PARTICLES} paths at {TIMES} times, solved with DP5 at 1e-5, in standardised units.",
         ],
         configs={run.need.name: run.config for run in runs.values()},
@@ -106,11 +107,11 @@ def _entropy(study: Study, run: Run) -> float:
     return density.entropy()
 
 
-def _draw(runs: dict[str, Run], paths: dict[str, tuple[Tensor, Tensor]]) -> Figure:
-    """For each flow: learned density, trajectories, base."""
-    figure = plotting.new_figure(9, 6.4)
-    grid = figure.subplots(2, 3, width_ratios=(1, 4, 1), sharey=True)
-    for row, (method, label) in zip(grid, METHODS.items(), strict=True):
+def draw(runs: Mapping[str, Run], paths: Mapping[str, tuple[Tensor, Tensor]], labels: Mapping[str, str]) -> Figure:
+    """For each flow of one dimension: learned density, trajectories, base."""
+    figure = plotting.new_figure(9, 3.2 * len(labels))
+    grid = figure.subplots(len(labels), 3, width_ratios=(1, 4, 1), sharey=True)
+    for row, (method, label) in zip(grid, labels.items(), strict=True):
         times, states = paths[method]
         flow, limit = runs[method].flow, float(states.abs().max()) * 1.05
         z = torch.linspace(-limit, limit, 301, dtype=torch.float32, device="cpu")
@@ -124,7 +125,7 @@ def _draw(runs: dict[str, Run], paths: dict[str, tuple[Tensor, Tensor]]) -> Figu
             side.set_xticks([])
     grid[0, 0].set_title("learned density")
     grid[0, 2].set_title("base")
-    grid[1, 1].set_xlabel("time $t$")
+    grid[-1, 1].set_xlabel("time $t$")
     return figure
 
 
