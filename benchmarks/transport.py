@@ -102,7 +102,8 @@ class Sobol:
         """The next `n` points, ``(n, d)``."""
         uniform = self._engine.draw(n, dtype=torch.double)
         edge = 2.0**-31  # half of the sequence's own unit: no point is at 0 or 1
-        return torch.special.ndtri(uniform.clamp(edge, 1 - edge))
+        normal: Tensor = torch.special.ndtri(uniform.clamp(edge, 1 - edge))
+        return normal
 
 
 @dataclass
