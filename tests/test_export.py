@@ -26,7 +26,14 @@ from tests.test_dynamics import CASES, EVENTS, jacobian, make
 from tests.test_flow import FLOWS, build, data_for
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["vector", "vector, two blocks", "vector, own module", "vector, potential", "images, one scale", "images, flattened"]
+QUICK = [
+    "vector",
+    "vector, two blocks",
+    "vector, own module",
+    "vector, potential",
+    "images, one scale",
+    "images, flattened",
+]
 
 
 def small(**overrides: object) -> Flow:

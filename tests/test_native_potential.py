@@ -166,12 +166,14 @@ def test_threads_change_nothing_but_the_order_of_a_sum(dtype: torch.dtype, toler
 
 
 def test_saturated_activations_are_finite_and_right() -> None:
-    """At arguments of hundreds, where e^a would overflow."""
+    """At arguments of hundreds, where e^a would overflow; beside double precision: torch's single is further from it."""
     for activation in potential.CURVES:
         dynamics = make("two layers", activation=activation, dtype=torch.float32)
         with torch.no_grad():
             dynamics.layers[0].bias.copy_(torch.linspace(-300, 300, 7))  # type: ignore[union-attr]
-        assert largest(results(dynamics, 20, FUSED), results(dynamics, 20, PLAIN)) < 1e-5
+        found = results(dynamics, 20, FUSED)
+        for value, true in zip(found, results(dynamics.double(), 20, PLAIN), strict=True):
+            assert float((value - true).abs().max()) < 1e-5 * float(true.abs().max()) + 1e-8, activation
 
 
 def test_twice_through_one_graph() -> None:

@@ -279,7 +279,9 @@ class Solve:
             out, into = layer.weight.shape[:2]
             found.append(
                 LayerBar(
-                    weight[:out, :into].clone(memory_format=torch.contiguous_format),  # no view of all parts may be left
+                    weight[:out, :into].clone(
+                        memory_format=torch.contiguous_format
+                    ),  # no view of all parts may be left
                     bias[:out].clone(),
                     time.view(BORDERS, outputs)[:, :out].clone(),
                     None if layer.gate is None else gate.view(2, outputs)[:, :out].clone(),
