@@ -247,9 +247,13 @@ def test_a_step_that_is_stored_is_kept_till_it_is_pulled_back() -> None:
         solution = TorchEngine().integrate(dynamics, z0, probes(z0, 1), (0.0, 1.0), replace(SOLVER, memory=memory))
         (node,) = [x for x in gc.get_objects() if issubclass(type(x), convnet.Solve) and x.record is not None]
         tapes.append(None if node.tape is None else node.tape.numel())
-        solution.z.sum().backward()
+        loss = solution.z.sum()
+        loss.backward(retain_graph=True)
+        assert solution.stats.nfe_backward == (8 if memory == "checkpoint" else 0)
+        loss.backward()  # evaluates again
+        assert solution.stats.nfe_backward == (16 if memory == "checkpoint" else 8)
         assert node.tape is None
-        del solution, node
+        del solution, node, loss
         gc.collect()
     groups, pixels, evaluations = 3, 49, 8  # two samples in each group; φ(a), φ'(a) and g of two layers, f and w
     assert tapes[0] is None

@@ -166,7 +166,7 @@ def test_threads_change_nothing_but_the_order_of_a_sum(dtype: torch.dtype, toler
 
 
 def test_saturated_activations_are_finite_and_right() -> None:
-    """At arguments of hundreds, where e^a would overflow; beside double precision, since torch's single is less right."""
+    """At arguments of hundreds, where e^a would overflow; beside double precision: torch's single is less right."""
     for activation in potential.CURVES:
         dynamics = make("two layers", activation=activation, dtype=torch.float32)
         with torch.no_grad():

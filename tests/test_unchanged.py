@@ -3,7 +3,8 @@
 They were made before the structure changed (commit 2343fd7), and came out the same bit for bit after it. Since then
 data are centred in double precision: what is trained on float32 tables moved by up to 6e-7, relatively, and estimates
 with probes have other noise (that of a sample's value, whatever its type). Since adaptive solves take other steps, what
-they give moved by up to 4e-6, relatively, and their evaluations are fewer. Images are else the same bit for bit.
+they give moved by up to 4e-6, relatively, and their evaluations are fewer. Since a kernel of its own trains images, its
+sums are in another order, and what comes of it (weights, history, scores, files) moved by up to 6e-8, relatively.
 
 On the machine that made them (its processor, its torch, its compiler) they are compared bit for bit; elsewhere
 libraries sum in another order, and the sums of the numbers are compared, to the rounding of a short training run.

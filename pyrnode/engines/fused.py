@@ -210,7 +210,7 @@ class CompiledImages(CompiledSolve):
 
     @property
     def evaluations(self) -> int:
-        return sum(self.counted) * len(self.steps)
+        return 0 if self.solve.tape is not None else sum(self.counted) * len(self.steps)
 
     def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor, Stats] | None:
         z, q = self.solve.forward(z0, self.directions, record=record, store=self.store)
