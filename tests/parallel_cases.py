@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import pyrnode
-from pyrnode import distributed, evaluation, files
+from pyrnode import distributed, doctor, evaluation, files
 from pyrnode.cli import main
 from pyrnode.data import Splits, load, mapped
 from pyrnode.errors import DataError, ProcessError, PyrnodeError, SolverError
@@ -269,6 +269,11 @@ def in_turn(out: Path) -> Found:
     return {"there": found, "sum": total.tolist(), "gathered": world.gathered(rank), "once": world.once(rank)}
 
 
+def doctored(out: Path) -> Found:
+    checks = doctor.diagnose_all(distributed.world())
+    return {"checks": len(checks), "last": [checks[-1].name, checks[-1].status, checks[-1].detail]}
+
+
 def killed(out: Path) -> Found:
     """The last process is killed in a step: the others end, soon, and say why."""
     original = loop.loss
@@ -304,6 +309,7 @@ TOGETHER: dict[str, Callable[[Path], Found]] = {
     "resumed": resumed,
     "shared errors": shared_errors,
     "in turn": in_turn,
+    "doctor": doctored,
     "killed": killed,
 }
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pyrnode
-from pyrnode import distributed, seeds
+from pyrnode import distributed, doctor, seeds
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import alone
 from pyrnode.errors import ConfigError, SolverError
@@ -189,6 +189,13 @@ def test_the_first_process_goes_first(several: tuple[list[dict[str, Found]], Pat
         assert rank["once"] == 0
 
 
+def test_the_doctor_lets_them_add_up(several: tuple[list[dict[str, Found]], Path]) -> None:
+    size = len(several[0])
+    for found in (rank["doctor"] for rank in several[0]):
+        assert found["last"] == ["their sum", "ok", f"{size} of {size} ones"]
+        assert found["checks"] == len(doctor.diagnose()) + size
+
+
 # -- by itself -------------------------------------------------------------------------------------------------------
 
 
@@ -276,4 +283,4 @@ def test_an_error_of_a_solver_crosses_with_all_that_it_says() -> None:
 
 def test_every_case_is_looked_at() -> None:
     text = Path(__file__).read_text()
-    assert all(f'"{name}"' in text or name in ("table",) for name in TOGETHER)
+    assert all(f'"{name}"' in text for name in TOGETHER)

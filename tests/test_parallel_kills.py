@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.small_runs import FULL, assert_same_run
-from tests.test_parallel import environment
+from tests.test_parallel import LIMIT, environment
 
 # Attempts at one run by two processes, forked from one that has imported torch. In each, one of them is killed at its
 # n-th event: before a sum and after it, before an optimiser step, with a file half written, or just in place. The other
@@ -134,16 +134,16 @@ def test_torchrun_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment(),
-            start_new_session=True,
         )
         try:
             if name == "killed":
                 victim = wait_for_worker(out, process)
                 os.kill(victim, signal.SIGKILL)
-            said = process.communicate(timeout=300)[0]
+            said = process.communicate(timeout=LIMIT)[0]
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.terminate()  # which it hands on to the workers, whose sessions are their own
+                process.wait(timeout=60)
         assert process.returncode == 0, said
         assert said.count("trained, not evaluated") == 1
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
@@ -152,7 +152,7 @@ def test_torchrun_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
 
 def wait_for_worker(out: Path, launcher: subprocess.Popen[str]) -> int:
     """The last of the launcher's children, once there is a checkpoint."""
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + LIMIT
     while not (out / "checkpoint.safetensors").exists():
         assert time.monotonic() < limit
         assert launcher.poll() is None
