@@ -181,9 +181,7 @@ class Solve:
         bar = None if context_bar is None else self._context_back(context_bar)
         return Cotangents(self._given(z0_bar), self._layer_bars(bars[0], held.weight_bars), bar)
 
-    def _run(
-        self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held
-    ) -> None:
+    def _run(self, name: str, batch: int, directions: Directions | None, fields: dict[str, Any], held: _Held) -> None:
         """Transforms the weights and calls a C function; `fields` are those of the job that not all functions have."""
         job = self._job(batch, directions, fields, held)
         function(self.library, "transform")(ctypes.addressof(job), 0, held.units)
@@ -279,9 +277,9 @@ class Solve:
             elif weight is None:
                 weight = reversed_filters(filters.view(3, 3, outputs, inputs).permute(3, 2, 0, 1))
             out, into = layer.weight.shape[:2]
-            found.append(
+            found.append(  # copies, since a view would hold the sums of all parts
                 LayerBar(
-                    weight[:out, :into].clone(memory_format=torch.contiguous_format),  # no view of all parts may be left
+                    weight[:out, :into].clone(memory_format=torch.contiguous_format),
                     bias[:out].clone(),
                     time.view(BORDERS, outputs)[:, :out].clone(),
                     None if layer.gate is None else gate.view(2, outputs)[:, :out].clone(),
