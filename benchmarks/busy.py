@@ -2,10 +2,10 @@
 
     python -m benchmarks.busy [--repeats N] [--loops 0 1 2] [--threads 1 2] [--width 16] [--batch 16]
 
-Beside so many busy loops (``while 1: pass``, started here and ended here) a step of five blocks on 28×28 images (RK4, step
-0.25, one probe, both penalties) is taken with each number of threads in turn. Times are medians of a step's, by the clock
-and of the processor's; the ratio is the median, over the turns, of the first number's time over the other's: below 1
-where more threads are slower. README.md says what came out.
+Beside so many busy loops (``while 1: pass``, started here and ended here) a step of five blocks on 28×28 images (RK4,
+step 0.25, one probe, both penalties) is taken with each number of threads in turn. Times are medians of a step's, by
+the clock and of the processor's; the ratio is the median, over the turns, of the first number's time over the other's:
+below 1 where more threads are slower. README.md says what came out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyrnode.objective import objective
 
 
 class Row(NamedTuple):
-    """What one number of threads took beside so many loops, milliseconds; the ratio is the first number's time over it."""
+    """What a number of threads took beside so many loops, milliseconds, and the first number's time over it."""
 
     loops: int
     threads: int

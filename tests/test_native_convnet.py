@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from pyrnode.engines.pytorch import TorchEngine
 from pyrnode.errors import SolverError
 from pyrnode.native import convnet
 from pyrnode.native.mlp import ACTIVATIONS
+from pyrnode.native.threads import WORK, apart
 from pyrnode.probes import Probes
 
 pytestmark = pytest.mark.skipif(
@@ -158,6 +160,32 @@ def test_any_number_of_threads_gives_the_same_bits(threads: Callable[[int], None
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     assert called == ["forward", "backward"] * 3
+
+
+@pytest.mark.parametrize("kind", ["C", "python"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_threads_apart_cover_all_once(
+    number: int, kind: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "python":
+        monkeypatch.setattr(native, "library", lambda name: None)
+    threads(number)
+    for count in (0, 1, 2, 7):
+        done, names = list[int](), set[int]()
+
+        @WORK
+        def work(_: int, start: int, stop: int, done: list[int] = done, names: set[int] = names) -> int:
+            done.extend(range(start, stop))
+            names.add(threading.get_ident())
+            return int(5 in range(start, stop))
+
+        if count > 5:
+            with pytest.raises(MemoryError):
+                apart(work, convnet._Job(), count)
+        else:
+            apart(work, convnet._Job(), count)
+        assert sorted(done) == list(range(count))  # none is still at work
+        assert len(names) <= max(1, min(number, count))
 
 
 @pytest.mark.parametrize("memory", ["checkpoint", "store"])

@@ -276,7 +276,7 @@ class ConcatTime(TimeEntry):
 
     @functools.cached_property
     def response(self) -> Tensor:
-        """m."""
+        """The response m."""
         return self.linear.constant(self.parameters["time_weight"])
 
     def at(self, t: Time, c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:

@@ -1,8 +1,9 @@
 """The PyTorch engine: the augmented system of docs/design.md §2, solved and differentiated without nested autograd.
 
 The system is in augmented.py. Which way a solve is differentiated is decided here (`choose`), from what `sensealg` and
-`memory` ask for and, with ``memory="auto"``, from what there is: a compiled kernel does the whole solve where it can
-(fused.py); else intermediates are stored while they are few, and evaluated again where they are not (backprop.py).
+`memory` ask for and from what there is: a compiled kernel does the whole solve where it can (fused.py), that of a
+perceptron with ``memory="auto"`` alone; else intermediates are stored while they are few, and evaluated again where
+they are not (backprop.py).
 """
 
 from __future__ import annotations

@@ -277,11 +277,9 @@ class Solve:
             elif weight is None:
                 weight = reversed_filters(filters.view(3, 3, outputs, inputs).permute(3, 2, 0, 1))
             out, into = layer.weight.shape[:2]
-            found.append(
+            found.append(  # copies, since a view would hold the sums of all parts
                 LayerBar(
-                    weight[:out, :into].clone(
-                        memory_format=torch.contiguous_format
-                    ),  # no view of all parts may be left
+                    weight[:out, :into].clone(memory_format=torch.contiguous_format),
                     bias[:out].clone(),
                     time.view(BORDERS, outputs)[:, :out].clone(),
                     None if layer.gate is None else gate.view(2, outputs)[:, :out].clone(),

@@ -4,8 +4,8 @@ After an operation of torch its threads spin for milliseconds, waiting for the n
 share the processors with them. They are entered in C (``threads.c``): a callback would have to wait for Python's lock
 in each of them, for longer than many a kernel takes.
 
-Whole solves of images (`apart`) have threads that are made for them: they take longer than that by far, and threads that
-sleep, where others would spin, leave the processor to whoever has work.
+Whole solves of images (`apart`) have threads that are made for them: they take longer than that by far, and threads
+that sleep, where others would spin, leave the processor to whoever has work.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ INLINE void block(int rows, int vectors, int add, long depth, const float *a, lo
 }
 
 /* The same for any number of rows and columns; blocks of rows are as even as can be. Vector j of a row of b is `b_next` after the one before. */
-INLINE void product(long rows, long columns, long depth, const float *a, long a_row, long a_step, const float *b,
-                    long b_step, long b_next, float *c, long c_row, int add) {
+static __attribute__((noinline)) void product(long rows, long columns, long depth, const float *a, long a_row, long a_step,
+                                              const float *b, long b_step, long b_next, float *c, long c_row, int add) {
     long blocks = (rows + ROWS - 1) / ROWS, vectors = columns / LANES;
     for (long j = 0; j < vectors; j += 2)
         for (long i = 0; i < blocks; i++) {
