@@ -166,12 +166,14 @@ def test_threads_change_nothing_but_the_order_of_a_sum(dtype: torch.dtype, toler
 
 
 def test_saturated_activations_are_finite_and_right() -> None:
-    """At arguments of hundreds, where e^a would overflow."""
+    """At arguments of hundreds, where e^a would overflow: as near to the solve in double as torch's own in single."""
     for activation in potential.CURVES:
-        dynamics = make("two layers", activation=activation, dtype=torch.float32)
-        with torch.no_grad():
-            dynamics.layers[0].bias.copy_(torch.linspace(-300, 300, 7))  # type: ignore[union-attr]
-        assert largest(results(dynamics, 20, FUSED), results(dynamics, 20, PLAIN)) < 1e-5
+        single, double = (make("two layers", activation=activation, dtype=dtype) for dtype, _ in (SINGLE, DOUBLE))
+        for dynamics in (single, double):
+            with torch.no_grad():
+                dynamics.layers[0].bias.copy_(torch.linspace(-300, 300, 7))  # type: ignore[union-attr]
+        truth, own = results(double, 20, PLAIN), results(single, 20, PLAIN)
+        assert largest(results(single, 20, FUSED), truth) < 2 * max(largest(own, truth), 1e-5)
 
 
 def test_twice_through_one_graph() -> None:
