@@ -171,11 +171,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps_of is not None:
         return steps_of(args.steps_of)
-    rows = scaling(args.quick) if args.scaling else [row for case in args.cases for row in measure(case, args.rounds)]
-    print("load before:", os.getloadavg()[0])
-    print("|", " | ".join(rows[0]), "|\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("|", " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), "|")
+    print(f"load {os.getloadavg()[0]:.1f}")
+    rows: list[dict[str, Any]] = []
+    for found in [scaling(args.quick)] if args.scaling else (measure(case, args.rounds) for case in args.cases):
+        print("|", " | ".join(found[0]), "|\n|" + "---|" * len(found[0]))
+        for row in found:
+            print(
+                "|", " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), "|", flush=True
+            )
+        rows += found
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

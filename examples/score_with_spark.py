@@ -12,9 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,17 +21,12 @@ import pyrnode
 from pyrnode import export
 
 
-@lru_cache
-def program(path: str) -> Any:
-    """The exported flow, loaded once in each worker."""
-    return torch.export.load(path).module()
-
-
 def scored(frames: Iterator[pd.DataFrame], path: str) -> Iterator[pd.DataFrame]:
     """Frames with a column of log-densities, nats."""
+    program = torch.export.load(path).module()  # once for each part of the table
     for frame in frames:
         x = torch.tensor(frame[["x", "y"]].to_numpy(), dtype=torch.float32)
-        yield frame.assign(log_prob=program(path)(x)[2].detach().numpy())
+        yield frame.assign(log_prob=program(x)[2].detach().numpy())
 
 
 def score(data: Path, flow: Path) -> pd.DataFrame:

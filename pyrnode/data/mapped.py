@@ -30,7 +30,7 @@ from pyrnode.errors import DataError
 LARGE = 2**28
 """Bytes of a file from which on it is not read as a whole."""
 
-_PIECE = 2**24
+_PIECE = 2**22
 """Bytes of samples that are looked at at a time."""
 
 
@@ -44,26 +44,32 @@ class MappedSamples(Samples):
 
     def __init__(self, values: Tensor, indices: Tensor | None = None) -> None:
         self._values = values
-        self._indices = torch.arange(len(values), device="cpu") if indices is None else indices
+        short = len(values) < 2**31  # indices are all that there is of it in memory
+        self._indices = indices.int() if indices is not None and short else indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._values) if self._indices is None else len(self._indices)
 
     def __repr__(self) -> str:
         kind = str(self._values.dtype).removeprefix("torch.")
         return f"MappedSamples({len(self)} of {tuple(self._values.shape)} {kind})"
 
     def _take(self, indices: Tensor) -> MappedSamples:
-        return MappedSamples(self._values, self._indices[indices])
+        return MappedSamples(self._values, self._rows(indices))
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """The rows of the file of some of the samples."""
+        return indices if self._indices is None else self._indices[indices].long()
 
     def _batches(self, order: Tensor, batch_size: int, workers: int) -> Iterator[Tensor]:
         for chunk in order.split(batch_size):
-            yield self._values[self._indices[chunk]]
+            yield self._values[self._rows(chunk)]
 
     def pieces(self, number: int, of: int) -> Iterator[Batch]:
         """Every `of`-th piece of the samples from that `number` on, in the order of the file, which reads it once."""
         size = max(1, _PIECE // max(1, self._values[0].nbytes))
-        for rows in self._indices.argsort().split(size)[number::of]:
+        every = torch.arange(len(self), device="cpu") if self._indices is None else self._indices.argsort()
+        for rows in every.split(size)[number::of]:
             yield next(self.batches(rows, size))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -111,17 +110,20 @@ def _to_standard_mapped(
     def mean(values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The mean over the samples of what gives a sum over a piece's samples and their weights."""
 
-        def here() -> list[tuple[Tensor, Tensor]]:
-            found = []
+        def here() -> tuple[Tensor, Tensor]:
+            """The sums of this process, added up in place: what stays between large pieces would cut the heap up."""
+            total, weights = torch.zeros(2, dtype=torch.float64, device="cpu").unbind()
             for piece in train.pieces(world.rank, world.size):
                 weight = torch.ones(len(piece), dtype=torch.float64, device="cpu")
                 weight = weight if piece.weight is None else piece.weight
-                found.append((values(begin(piece.x)[0].double(), weight), weight.sum()))
-            return found
+                found = values(begin(piece.x)[0].double(), weight)
+                total = found if total.ndim == 0 else total.add_(found)
+                weights.add_(weight.sum())
+            return total, weights
 
-        pieces = [piece for turn in zip_longest(*world.gathered(here)) for piece in turn if piece is not None]
-        total = torch.stack([value for value, _ in pieces]).sum(0)  # in the order of the file, however divided
-        return total / torch.stack([weight for _, weight in pieces]).sum()
+        sums = [(total, weight) for total, weight in world.gathered(here) if total.ndim]
+        whole = torch.stack([total for total, _ in sums]).sum(0)
+        return whole / torch.stack([weight for _, weight in sums]).sum()
 
     def weighed(x: Tensor, weight: Tensor) -> Tensor:
         return (weight.reshape(-1, *[1] * (x.ndim - 1)) * x).sum(0)

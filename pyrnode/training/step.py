@@ -82,7 +82,7 @@ class Order:
             start = 0
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator(seed, "order", epoch), device="cpu")
 

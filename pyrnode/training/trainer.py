@@ -129,6 +129,7 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
         done = self.state.progress
+        self._signals.clear()
         if self.world.size > 1:
             self._origin()  # all of them, before the first alone writes it
         with (
