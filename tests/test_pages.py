@@ -202,7 +202,7 @@ DAMAGE: dict[str, tuple[str, bytes, str]] = {
         "step 1 of 40",
     ),
     "numbers that are none": ("metrics.jsonl", b'{"step": 1, "loss": NaN, "nll": Infinity}\n', "step 1 of 40"),
-    "nothing": ("metrics.jsonl", b"", "no step yet"),
+    "nothing": ("metrics.jsonl", b"", "step 0 of 40"),
     "a model that is none": ("model.safetensors", b"x" * 100, "could not be followed"),
 }
 

@@ -171,13 +171,15 @@ def _measured(group: Sequence[Story]) -> Html:
                 *(text(get(key) if isinstance(get(key), str) else "–") for key in ("solver", "divergence")),
             ]
         )
-    notes = [
-        tag("li", name(story.label), ": ", note)
-        for story in group
-        for note in (story.report.get("notes") if isinstance(story.report.get("notes"), list) else ())
-    ]
+    notes = [tag("li", name(story.label), ": ", note) for story in group for note in _notes(story)]
     table = html_table(heads, rows, caption="How the scores were taken, and what a density costs")
     return join(table, tag("ul", *notes) if notes else "")
+
+
+def _notes(story: Story) -> list[Any]:
+    """What the report says of itself."""
+    notes = story.report.get("notes")
+    return notes if isinstance(notes, list) else []
 
 
 _ROW, _LEFT, _WIDE = 26, 220, 700
