@@ -248,7 +248,9 @@ def test_a_users_potential(julia_engine: Engine, features: int, exact: bool) -> 
     (found, _), (expected, _) = (solve(e, dynamics, adaptive, exact) for e in (julia_engine, TORCH))
     for x, y in zip(outputs(found)[:5], outputs(expected)[:5], strict=True):
         same(x.detach(), y.detach(), 1e-4)
-    same(found.H.detach(), expected.H.detach(), 1e-3)  # the residual changes its sign, and each engine has its own steps
+    same(
+        found.H.detach(), expected.H.detach(), 1e-3
+    )  # the residual changes its sign, and each engine has its own steps
 
 
 @pytest.mark.parametrize("own", [False, True])
