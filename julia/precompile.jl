@@ -1,6 +1,5 @@
 # What a first solve would otherwise spend a minute on. A solver is compiled for the type of the state alone, so one small
-# network stands for all dynamics (see `RightHandSide`). The dynamics' own code is here for what is usual: MLPs, convolutional
-# networks, and the exact trace of a potential in single precision, which training takes.
+# network stands for all dynamics (see `RightHandSide`).
 #
 # SciMLSensitivity's default adjoint is here with its backward solve; the other adjoints take some seconds on first use. Its own
 # code may come into the package image because it takes the products from us (see `ode_function`) and because the workload is made
@@ -13,17 +12,14 @@ function workload(::Type{T}) where {T}
     for sensealg in ("Backprop", "InterpolatingAdjoint")
         foreach(name -> dynamic(exercise, table, states[1], Solver(name; sensealg)), ("RK4", "DP5", "Tsit5"))
         foreach(name -> dynamic(exercise, image, states[2], Solver(name; sensealg)), ("RK4", "DP5"))
-        T === Float32 && dynamic(exercise, PotentialNetwork(2, (16, 16)), states[1], Solver("RK4"; sensealg), exact_probes(), true)
     end
     return nothing
 end
 
-exercise(dynamics, z::Array{T}, solver) where {T} =
-    exercise(dynamics, z, solver, Probes(fill!(similar(z, size(z)..., 1), one(T)), 1.0), false)
-
-function exercise(dynamics, z::Array{T}, solver, probes, hjb) where {T}
+function exercise(dynamics, z::Array{T}, solver) where {T}
     θ = fill(T(0.1), LuxCore.parameterlength(dynamics))
-    solves = solve_forward(dynamics, θ, z, probes, (0.0, 1.0), solver; hjb, record=true)
+    probes = Probes(fill!(similar(z, size(z)..., 1), one(T)), 1.0)
+    solves = solve_forward(dynamics, θ, z, probes, (0.0, 1.0), solver; record=true)
     dynamic(finish, solves, matrix(z), fill(one(T), size(z, ndims(z)), 5), θ)
     back = solve_forward(dynamics, θ, z, nothing, (1.0, 0.0), solver)
     dynamic(results!, similar(matrix(z)), fill(zero(T), size(z, ndims(z)), 5), back)

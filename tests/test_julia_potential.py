@@ -170,13 +170,13 @@ def test_adaptive_solves(julia_engine: Engine, together: bool, exact: bool) -> N
 )
 @pytest.mark.parametrize("exact", [False, True])
 def test_every_adjoint_gives_pytorchs_gradient(julia_engine: Engine, sensealg: str, memory: Any, exact: bool) -> None:
-    dynamics = make(context_dim=CONTEXT)
-    with torch.no_grad():
-        dynamics.b[-1] = 6  # ∂Φ/∂t is large, and the residual positive all the way: |·| has no corner there
-    fine = replace(FIXED, step_size=0.01)
-    expected = solve(TORCH, dynamics, fine, exact)
-    signed = expected[0].H.detach()
-    assert bool((signed > 1).all())
+    dynamics, fine, found = make(context_dim=CONTEXT), replace(FIXED, step_size=0.01), []
+    for rise in (60.0, 30.0):  # which ∂Φ/∂t has more than otherwise, so that |·| has no corner on the way: H is linear
+        with torch.no_grad():
+            dynamics.b[-1] = rise
+        found.append(solve(TORCH, dynamics, fine, exact))
+    expected = found[1]
+    same(found[0][0].H.detach() - expected[0].H.detach(), torch.full((BATCH,), 30.0, dtype=torch.double))
     solver = SolverConfig(
         name="Tsit5", rtol=1e-9, atol=1e-9, sensealg=sensealg, memory=memory, options={"together": True}
     )
@@ -245,7 +245,12 @@ def test_a_users_potential(julia_engine: Engine, features: int, exact: bool) -> 
     dynamics = PotentialDynamics(Phi(features), (D,), features).double()
     agree(*(solve(e, dynamics, FIXED, exact) for e in (julia_engine, TORCH)), 1e-10)
     adaptive = SolverConfig(name="DP5", rtol=1e-7, atol=1e-7, sensealg="Backprop")
-    agree(*(solve(e, dynamics, adaptive, exact) for e in (julia_engine, TORCH)), 1e-4)
+    (found, _), (expected, _) = (solve(e, dynamics, adaptive, exact) for e in (julia_engine, TORCH))
+    for x, y in zip(outputs(found)[:5], outputs(expected)[:5], strict=True):
+        same(x.detach(), y.detach(), 1e-4)
+    same(
+        found.H.detach(), expected.H.detach(), 1e-3
+    )  # the residual changes its sign, and each engine has its own steps
 
 
 @pytest.mark.parametrize("own", [False, True])
