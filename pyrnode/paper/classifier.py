@@ -207,7 +207,7 @@ def _measure(study: Study) -> Finding:
             results = []
             for seed in study.scale.seeds:
                 one = partial(_one, study, name, method, seed, given)  # small, and no flow: one process does it
-                configs[f"{name}-{method}-seed{seed}"], result = study.world.once(one)
+                configs[f"classifier-{name}-{method}-seed{seed}"], result = study.world.once(one)  # no flow's name
                 results.append(result)
                 rows.append({"data": name, "classifier": label, "seed": seed, **result})
             means[method] = {key: mean_and_spread(r[key] for r in results) for key in results[0]}
