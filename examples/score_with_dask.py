@@ -8,16 +8,13 @@ place of the two local processes. Prints how far the scores are from those of on
 
 from __future__ import annotations
 
-import argparse
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-
-import pyrnode
-from pyrnode import export
+from exported_flow import compare
 
 
 @lru_cache
@@ -42,25 +39,5 @@ def score(data: Path, flow: Path) -> pd.DataFrame:
     return table.map_partitions(scored, str(flow), meta=meta).compute(scheduler="processes", num_workers=2)
 
 
-def main() -> dict[str, float]:
-    """Trains, exports, scores; returns the largest difference to one process, in nats, and the number of rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps and rows only")
-    parser.add_argument("--out", type=Path, default=Path("runs/score_with_dask"), help="folder of the files")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    flow = pyrnode.train("moons", progress=False, evaluate=False, max_steps=30 if args.quick else 1000).flow
-    module = flow.to_torch({"name": "RK4", "step_size": 0.1})
-    export.save(module, args.out / "flow.pt2")
-    x = flow.sample(500 if args.quick else 100_000, seed=0)
-    pd.DataFrame(x.numpy(), columns=["x", "y"]).to_parquet(args.out / "x.parquet", row_group_size=len(x) // 4)
-
-    found = score(args.out / "x.parquet", args.out / "flow.pt2")
-    expected = module.log_prob(x).detach().numpy()
-    difference = float(abs(found["log_prob"].to_numpy() - expected).max())
-    print(f"{len(found)} rows, log_prob at most {difference:.1e} nats from those of one process")
-    return {"difference": difference, "rows": len(found)}
-
-
 if __name__ == "__main__":
-    main()
+    compare(score, "score_with_dask", __doc__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import pyrnode
 from pyrnode import Config, ConfigError, Flow
+from pyrnode.data import MappedSamples
 from pyrnode.data.samples import Splits, TensorSamples
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Whiten
@@ -68,6 +70,28 @@ def test_its_moments_are_those_of_many_draws_of_the_noise() -> None:
     scale = flow.transform.transforms[-1]
     assert torch.allclose(scale.mean, y.mean(0), atol=0.05)
     assert torch.allclose(scale.std, y.std(0), rtol=0.05)
+
+
+def test_shrinkage_is_chosen_on_samples_of_which_no_two_are_draws_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the folds of the cross-validation would know each other, and nothing would be shrunk."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(Whiten, "best_shrinkage", lambda x, weight=None: seen.append(x) or 0.5)
+    x = images()
+    flow = Blueprint(splits(x, 8), None).fitted(Config().override({**SETTINGS, "standardize": "auto"}))
+    assert [len(given) for given in seen] == [30]
+    assert float(flow.transform.transforms[-1].scale.square().min()) >= 0.5
+
+
+def test_a_file_that_is_mapped_gives_the_same_transforms() -> None:
+    x = torch.randn(40, 1, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5 + 1e6
+    config = Config().override({**SETTINGS, "standardize": "whiten"})
+    whole = splits(x, None)
+    mapped = replace(whole, train=MappedSamples(x[:20]))
+    one, other = (list(Blueprint(given, None).fitted(config).transform.transforms) for given in (whole, mapped))
+    assert [type(part) for part in one] == [type(part) for part in other] == [Flatten, Standardize, Whiten]
+    assert torch.allclose(one[1].mean, other[1].mean, rtol=1e-12)
+    assert torch.allclose(one[1].std, other[1].std, rtol=1e-9)
+    assert torch.allclose(one[2].scale, other[2].scale, rtol=1e-9)
 
 
 def test_continuous_images_are_the_table_of_their_pixels() -> None:
