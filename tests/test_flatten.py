@@ -15,6 +15,7 @@ import pyrnode
 from pyrnode import Config, ConfigError, Flow
 from pyrnode.data import MappedSamples
 from pyrnode.data.samples import Splits, TensorSamples
+from pyrnode.training import blueprint
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Whiten
 
@@ -92,6 +93,18 @@ def test_a_file_that_is_mapped_gives_the_same_transforms() -> None:
     assert torch.allclose(one[1].mean, other[1].mean, rtol=1e-12)
     assert torch.allclose(one[1].std, other[1].std, rtol=1e-9)
     assert torch.allclose(one[2].scale, other[2].scale, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("numbers", "drawn"), [(30 * 6 * 2, 60), (30 * 6, 30), (12 * 6, 12)])
+def test_large_images_are_drawn_as_often_as_memory_bears(
+    numbers: int, drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    fit = Standardize.fit
+    monkeypatch.setattr(blueprint, "_NUMBERS", numbers)
+    monkeypatch.setattr(Standardize, "fit", lambda x, weight=None: seen.append(x) or fit(x, weight))
+    Blueprint(splits(images(), 8), None).fitted(Config().override(SETTINGS))
+    assert [len(given) for given in seen] == [drawn]
 
 
 def test_continuous_images_are_the_table_of_their_pixels() -> None:

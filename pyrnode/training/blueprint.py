@@ -17,7 +17,10 @@ from pyrnode.flow import Flow, outset, standardizes
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
 
 _DRAWN = 20_000
-"""Draws of discrete samples, at least, that their standardisation is taken from."""
+"""Draws of discrete samples that their standardisation is taken from, where there are fewer samples."""
+
+_NUMBERS = 2**26
+"""Numbers of all draws together, at most: half a gigabyte."""
 
 
 class Blueprint:
@@ -83,8 +86,10 @@ def _to_standard(config: Config, splits: Splits, begin: Chain) -> Iterator[Trans
     if splits.levels is None:
         x, weight = train.tensor(), train.weight
     else:
-        few = train.first(CHOSEN_ON)
-        x, weight, copies = few.x, few.weight, math.ceil(_DRAWN / len(few))
+        dim = math.prod(splits.event_shape)
+        few = train.first(min(CHOSEN_ON, max(1, _NUMBERS // dim)))
+        x, weight = few.x, few.weight
+        copies = max(1, min(math.ceil(_DRAWN / len(few)), _NUMBERS // (len(few) * dim)))
     noise = torch.Generator("cpu").manual_seed(config.seed)
     y = torch.cat([begin(x, noise)[0] for _ in range(copies)])
     weights = None if weight is None else weight.repeat(copies)
