@@ -12,6 +12,8 @@ import atexit
 import os
 import pickle
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ T = TypeVar("T")
 
 PROMPT = 50
 """Seconds that a process waits for the others in a step, once steps have proved short."""
+
+_START = timedelta(minutes=10)
+"""How long processes that were launched together wait for each other to begin."""
 
 _PATIENT = timedelta(days=1)
 """The same where one may have much to do: a download, a validation, Julia's start. A process that ends is noticed at
@@ -102,8 +107,7 @@ class Processes(World):
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(minutes=10))
-            atexit.register(_end)
+            _begin()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._prompt: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=PROMPT))
         self._patient: Any = dist.new_group(backend="gloo", timeout=_PATIENT)
@@ -196,6 +200,60 @@ def _everywhere(error: Exception) -> Exception:
     """An error that all processes raise: who reports it in the first need not in the others."""
     error.everywhere = True  # type: ignore[attr-defined]
     return error
+
+
+def _begin() -> None:
+    """Makes the process group of those that were launched together."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=_START)))
+        store = PrefixStore(roll_call(store, rank, size), store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_START)
+    except RuntimeError as error:
+        raise ProcessError(
+            f"this process ({os.environ['RANK']} of {os.environ['WORLD_SIZE']}) does not reach the others by "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0][:200]}. Look "
+            "whether all were started, and whether one has ended, which see"
+        ) from error
+    atexit.register(_end)
+
+
+def roll_call(store: Any, rank: int, size: int) -> str:
+    """A name that these processes have in common, and none before them had.
+
+    torchrun gives the processes of a restart the store of those that have ended, with their addresses in it, and counts
+    restarts on every machine by itself; who reads before the others have written waits for the dead
+    (https://github.com/pytorch/pytorch/issues/135712). So each writes a mark of its own, the first writes down whose
+    marks it sees, and who finds its mark there answers.
+
+    Args:
+        store: Of torch.distributed, the same for all.
+        rank: Number of this process.
+        size: Number of processes.
+
+    Raises:
+        RuntimeError: The others have not come within the store's time.
+    """
+    mine, limit = uuid.uuid4().hex, time.monotonic() + _START.total_seconds()
+    store.set(f"mark {rank}", mine)
+    written: list[str] = []
+    while time.monotonic() < limit:
+        if rank == 0:
+            marks = [mine, *(str(store.get(f"mark {other}"), "ascii") for other in range(1, size))]
+            if marks != written:
+                store.set("roll", " ".join(written := marks))
+            if store.check([f"{mine} {other}" for other in range(1, size)]):
+                return mine
+        else:
+            name, *others = str(store.get("roll"), "ascii").split()
+            if mine in others:
+                store.set(f"{name} {rank}", "here")
+                return name
+        time.sleep(0.02)
+    raise RuntimeError(f"timed out after {_START.total_seconds():g} s")
 
 
 def _end() -> None:

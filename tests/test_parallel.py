@@ -10,6 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import pyrnode
 from pyrnode import distributed, doctor, seeds
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import alone
-from pyrnode.errors import ConfigError, SolverError
+from pyrnode.errors import ConfigError, ProcessError, SolverError
 from pyrnode.training import trainer as loop
 from pyrnode.training.step import Order
 from tests.parallel_cases import ALIKE, TOGETHER, Found, numbers
@@ -255,6 +258,40 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "three")
     with pytest.raises(ConfigError, match="RANK = 'three': expected a whole number"):
         distributed.shard()
+
+
+def test_processes_of_a_restart_do_not_wait_for_the_dead() -> None:
+    """torchrun gives them the store of those before them; who comes first finds there what the dead wrote."""
+    store = torch.distributed.HashStore()
+    marks: list[bytes] = []
+    names: list[str] = []
+    with ThreadPoolExecutor(3) as pool:
+        for first in (0, 1, 2):  # who reads before the others have written
+            early = pool.submit(distributed.roll_call, store, first, 3)
+            if first:
+                _changed(store, f"mark {first}", marks[first])
+                assert not early.done()
+            late = [pool.submit(distributed.roll_call, store, rank, 3) for rank in range(3) if rank != first]
+            (name,) = {future.result() for future in (early, *late)}
+            names.append(name)
+            marks = [store.get(f"mark {rank}") for rank in range(3)]
+    assert len(set(names)) == 3
+
+
+def _changed(store: torch.distributed.HashStore, key: str, before: bytes) -> None:
+    while store.get(key) == before:
+        time.sleep(0.001)
+
+
+def test_who_does_not_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(distributed, "_START", timedelta(seconds=1))
+    with pytest.raises(ProcessError, match=r"this process \(1 of 2\) does not reach the others by 127.0.0.1:9"):
+        distributed.world()
+    assert not torch.distributed.is_initialized()
+    assert distributed.present() is alone
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
