@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import busy, density, small_tables, tables
+from pyrnode import Config, Flow
+from pyrnode.dynamics import ModuleDynamics
 
 
 def _line(table: str, model: str, configuration: str, seed: int, **numbers: Any) -> dict[str, Any]:
@@ -102,6 +105,35 @@ def test_runs_are_scored_kept_and_taken_up_again(
     assert out.read_text(encoding="utf-8") == before
     assert "| normal |" in capsys.readouterr().out
     assert all(json.loads(line) for line in before.splitlines())
+
+
+class _Turning(nn.Module):
+    """f = (θ J + s I) z: a rotation by θ and a growth by eˢ in the time of a block."""
+
+    def __init__(self, angle: float, growth: float) -> None:
+        super().__init__()
+        matrix = torch.tensor([[growth, -angle], [angle, growth]], dtype=torch.float64, device="cpu")
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, t: Any, z: torch.Tensor) -> torch.Tensor:
+        return z @ self.matrix.T
+
+
+@pytest.mark.parametrize(("angle", "growth"), [(1.5, 0.0), (0.0, 0.7), (1.0, 0.5)])
+def test_how_a_flow_moves_rows_against_the_closed_form(angle: float, growth: float) -> None:
+    accurate = {"rtol": 1e-8, "atol": 1e-8}
+    config = Config().override({"dtype": "float64", "standardize": "none", "evaluation.solver": accurate})
+    flow = Flow.build(config, (2,), dynamics=lambda shape: ModuleDynamics(_Turning(angle, growth), shape))
+    rows = np.random.default_rng(0).standard_normal((40, 2))
+    found = density.movement(flow, rows)
+    e = np.exp(growth)  # a spiral of z' = (s + iθ) z, whose speed is |s + iθ| eˢᵗ |x|
+    path = np.hypot(angle, growth) * ((e - 1) / growth if growth else 1)
+    assert found["detour"] == pytest.approx(path / abs(e * np.exp(1j * angle) - 1), rel=1e-3)
+    mean, square = ((e - 1) / growth, (e**2 - 1) / (2 * growth)) if growth else (1, 1)
+    assert found["variation"] == pytest.approx(np.sqrt(max(square / mean**2 - 1, 0)), abs=1e-3)
+    assert 0 < found["inversion"] < 1e-6
+    assert found["weights"] == 4
+    assert found["evaluations"] > 10
 
 
 def test_small_tables_has_a_number_for_every_column(
