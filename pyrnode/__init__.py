@@ -46,6 +46,7 @@ from pyrnode.optimisation import TrainingConfig
 from pyrnode.pages import report
 from pyrnode.shards import merge_shards, score_shard
 from pyrnode.training import TrainingResult, train
+from pyrnode.training.callbacks import Callback, TensorBoard, TrainingRun
 from pyrnode.version import VERSION
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ __version__ = VERSION
 __all__ = [
     "MLP",
     "Calibration",
+    "Callback",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -86,10 +88,12 @@ __all__ = [
     "Solution",
     "SolverConfig",
     "SolverError",
+    "TensorBoard",
     "TorchFlow",
     "TrainingConfig",
     "TrainingDivergedError",
     "TrainingResult",
+    "TrainingRun",
     "calibrate",
     "data",
     "distribution",

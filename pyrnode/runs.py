@@ -26,7 +26,7 @@ import torch
 
 from pyrnode import distributed, engines, files, native
 from pyrnode.config import Config
-from pyrnode.errors import CheckpointError, ConfigError
+from pyrnode.errors import CheckpointError
 from pyrnode.settings import flatten
 
 Record = dict[str, Any]
@@ -223,44 +223,6 @@ class RunFolder:
         records = [r for r in read_metrics(self.path) if r["step"] <= step]
         self.write_text(self._metrics.name, "".join(json.dumps(r) + "\n" for r in records))
         return records
-
-
-def require_tensorboard() -> Any:
-    """TensorBoard's writer.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(f"training.tensorboard = true needs TensorBoard: pip install tensorboard ({error})") from None
-    return SummaryWriter
-
-
-class Board:
-    """The metrics for TensorBoard, in ``tensorboard/`` of a run's folder.
-
-    Args:
-        folder: The run.
-        step: Step from which the run starts or goes on: what was written after it is hidden.
-    """
-
-    def __init__(self, folder: RunFolder, step: int) -> None:
-        self._writer = require_tensorboard()(str(folder.path / "tensorboard"), purge_step=step + 1)
-
-    def write(self, records: list[Record]) -> None:
-        """Adds records: optimiser steps under ``train/``, validations under ``validation/``."""
-        for record in records:
-            group = "validation" if "validation" in record else "train"
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"{group}/{name}", value, record["step"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Ends the file."""
-        self._writer.close()
 
 
 def read_metrics(path: str | Path) -> list[Record]:

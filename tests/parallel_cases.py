@@ -209,6 +209,37 @@ def stopped(out: Path, number: int) -> Found:
     return {"codes": [code, main([*command(folder), "--resume"])], "step": stored["progress"]["step"]}
 
 
+class Fails(pyrnode.Callback):
+    """Keeps the steps that it is told of; fails at the fifth, and asks for the end at the ninth."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_start(self, run: pyrnode.TrainingRun) -> None:
+        self.run = run
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        self.steps.append(record["step"])
+        if record["step"] == 5:
+            raise ValueError("spoilt")
+        if record["step"] == 9:
+            self.run.stop()
+
+
+def callback(out: Path) -> Found:
+    """What a callback in the first process raises, and that it asks for the end; then the rest of the run."""
+    told, again, found = Fails(), Fails(), Found()
+    settings: dict[str, Any] = {"out": out / "callback", "evaluate": False, "progress": False, **FULL}
+    try:
+        pyrnode.train("8gaussians", callbacks=told, **settings)
+    except ValueError as error:
+        found["raised"] = [str(error), *error.__notes__]
+    stopped = pyrnode.train("8gaussians", callbacks=again, resume=True, **settings)
+    pyrnode.train("8gaussians", resume=True, **settings)
+    at = [r["step"] for r in stopped.history if "loss" in r][-1]
+    return found | {"told": [told.steps, again.steps], "interrupted": stopped.interrupted, "last": at}
+
+
 def resumed(out: Path) -> Found:
     """A run that one process has begun."""
     result = pyrnode.train("8gaussians", out=out / "begun by one", resume=True, evaluate=False, progress=False, **FULL)
@@ -306,6 +337,7 @@ TOGETHER: dict[str, Callable[[Path], Found]] = {
     "whole": whole,
     "interrupt": lambda out: stopped(out, signal.SIGINT),
     "terminate": lambda out: stopped(out, signal.SIGTERM),
+    "callback": callback,
     "resumed": resumed,
     "shared errors": shared_errors,
     "in turn": in_turn,

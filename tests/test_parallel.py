@@ -125,6 +125,21 @@ def test_all_processes_have_the_same_bits(name: str, several: tuple[list[dict[st
         assert other == first
 
 
+def test_callbacks_are_the_first_processs_and_their_errors_and_ends_are_everyones(
+    several: tuple[list[dict[str, Found]], Path],
+) -> None:
+    found, out = several
+    for rank, process in enumerate(found):
+        assert "error" not in process["callback"], process["callback"]["error"]
+        message, where, how = process["callback"]["raised"]
+        assert (message, where) == ("spoilt", "raised by the callback Fails.on_step, at step 5")
+        assert str(out / "callback") in how
+        first = [[1, 2, 3, 4, 5], [6, 7, 8, 9]]
+        assert process["callback"]["told"] == ([[], []] if rank else first)
+        assert (process["callback"]["interrupted"], process["callback"]["last"]) == (False, 9)
+    assert_same_run(out / "whole", out / "callback")
+
+
 def test_a_failure_says_whose_it_was(several: tuple[list[dict[str, Found]], Path]) -> None:
     found, out = several
     history = [json.loads(line) for line in (out / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,6 +23,7 @@ from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.progress import progress_bar
 from pyrnode.runs import Record, RunFolder, differences, lasting
+from pyrnode.training.callbacks import Callback
 from pyrnode.training.trainer import Trainer
 
 
@@ -62,6 +63,7 @@ def train(
     resume: bool = False,
     dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
     context: Any = None,
+    callbacks: Callback | Iterable[Callback] = (),
     evaluate: bool = True,
     progress: bool = True,
     **settings: Any,
@@ -90,6 +92,8 @@ def train(
         context: What the density is conditional on, ``(n, m)`` numbers (array, tensor or data frame), a row for each
             sample of `data`, which is then an array, a table or a data set without a test set of its own. The flow is
             ``p(x | c)``: `log_prob` and `sample` take the context too.
+        callbacks: A `Callback`, or several: your own code, which is told of every step and validation. What one raises
+            is raised here, when the run is saved.
         evaluate: Score the result on the test set.
         progress: Show a progress bar.
         **settings: Settings by name; a mapping names several of a section, e.g. ``flow={"blocks": 2}``, and names with
@@ -100,7 +104,7 @@ def train(
         The best flow on validation, the history and the report.
 
     Raises:
-        ConfigError: A setting is unknown or does not fit.
+        ConfigError: A setting is unknown or does not fit; a callback is none, or has a method that nobody would call.
         DataError: The data is missing or unusable.
         CheckpointError: `out` already holds a run and `resume` is false, or its checkpoint is damaged, or of other
             settings or data; or another process trains in `out` now.
@@ -132,7 +136,7 @@ def train(
             print(f"note: {remark}", file=sys.stderr)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
-    trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress, world=world)
+    trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress, world=world, callbacks=callbacks)
     with ExitStack() as held:
         if folder is not None:
             _start(trainer, folder, resume, held)

@@ -22,6 +22,7 @@ from pyrnode.distributed import World
 from pyrnode.errors import SolverError
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
+from pyrnode.training.callbacks import ASKED
 from pyrnode.training.state import NotFiniteError
 from pyrnode.training.step import check_gradient, differentiate, gradient_norm
 
@@ -108,8 +109,8 @@ class _Alone(Gradient):
         return seconds, elapsed
 
 
-_NUMBERS = 12
-"""Entries of the vector beside the gradient: seven sums over samples, failure, two signals, two times."""
+_NUMBERS = 13
+"""Entries of the vector beside the gradient: seven sums over samples, failure, three reasons to stop, two times."""
 
 
 class _Together(Gradient):
@@ -135,13 +136,14 @@ class _Together(Gradient):
             failure = error
         flat = self._summed(flow, values, failed=failure is not None, stop=stop())
         norm = gradient_norm(flow)
-        *sums, failed, interrupt, terminate, seconds, elapsed, length = torch.cat([flat, norm.to(flat)[None]]).tolist()
+        numbers = torch.cat([flat, norm.to(flat)[None]]).tolist()
+        *sums, failed, asked, interrupt, terminate, seconds, elapsed, length = numbers
         self._told = seconds, elapsed
         value, nll, E, n, H, nfe, nfe_backward = (total / batch.total for total in sums)
         if failed or not all(map(math.isfinite, (value, nll, E, n))):
             self._explain(failure, passage, value, _unexplained(nll, E, n))
         check_gradient(flow, length)
-        told = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+        told = signal.SIGTERM if terminate else signal.SIGINT if interrupt else ASKED if asked else 0
         return Taken(value, nll, E, n, H, nfe, nfe_backward, norm, length, int(told))
 
     def _summed(self, flow: Flow, values: Tensor, *, failed: bool, stop: int) -> Tensor:
@@ -150,7 +152,8 @@ class _Together(Gradient):
             parameters = [p for p in flow.parameters() if p.requires_grad]
             parts = [p.new_zeros(p.shape) if failed or p.grad is None else p.grad for p in parameters]
             times = self._mine if self._world.first else (0.0, 0.0)
-            more = values.new_tensor([failed, stop == signal.SIGINT, stop == signal.SIGTERM, *times])
+            reasons = (stop == reason for reason in (ASKED, signal.SIGINT, signal.SIGTERM))
+            more = values.new_tensor([failed, *reasons, *times])
             flat = torch.cat([*(part.reshape(-1).to(values) for part in parts), values, more])
             flat = self._world.sum(flat, patient=not 0 < self._told[1] < _SHORT)
             parts = flat.split([*(p.numel() for p in parameters), _NUMBERS])

@@ -10,37 +10,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pyrnode.runs import Board, Record, RunFolder
+from pyrnode.runs import Record, RunFolder
 
 _FLUSH_SECONDS = 5.0
 
 
 class Journal:
-    """The records of a run: in memory, in its folder, and for TensorBoard.
+    """The records of a run: in memory, and in its folder.
 
     Args:
         folder: Where to write; `None` keeps them in memory alone.
-        tensorboard: Write them for TensorBoard too.
 
     Attributes:
         history: All records, in order.
     """
 
-    def __init__(self, folder: RunFolder | None, *, tensorboard: bool) -> None:
+    def __init__(self, folder: RunFolder | None) -> None:
         self.history: list[Record] = []
-        self._folder, self._tensorboard = folder, tensorboard and folder is not None
+        self._folder = folder
         self._pending: list[Record] = []
         self._flushed = 0.0
-        self._board: Board | None = None
-
-    @contextmanager
-    def open(self, step: int) -> Iterator[None]:
-        """Opens TensorBoard's file for a run that starts, or goes on, after that step."""
-        self._open_board(step)
-        try:
-            yield
-        finally:
-            self._close_board()
 
     def log(self, record: Record) -> None:
         """Adds a record; it is written within seconds, or with the next `flush`."""
@@ -56,8 +45,6 @@ class Journal:
         self._flushed = time.monotonic()
         if self._folder is not None:
             self._folder.append(self._pending)
-        if self._board is not None:
-            self._board.write(self._pending)
         self._pending.clear()
 
     def rewind(self, step: int) -> None:
@@ -66,17 +53,6 @@ class Journal:
         self._pending = [r for r in self._pending if r["step"] <= step]
         if self._folder is not None:
             self._folder.rewind(step)
-        self._close_board()
-        self._open_board(step)  # which hides what was written after this step
-
-    def _open_board(self, step: int) -> None:
-        if self._tensorboard and self._folder is not None:
-            self._board = Board(self._folder, step)
-
-    def _close_board(self) -> None:
-        if self._board is not None:
-            self._board.close()
-        self._board = None
 
 
 def beside_the_bar(record: Record, *, best: float, dim: int, discrete: bool) -> dict[str, str]:

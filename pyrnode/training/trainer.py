@@ -6,7 +6,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,10 @@ from pyrnode.engines.base import check_potential
 from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
-from pyrnode.runs import Record, RunFolder, require_tensorboard
+from pyrnode.optimisation import ENDLESS
+from pyrnode.runs import Record, RunFolder
 from pyrnode.training.blueprint import Blueprint
+from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
@@ -51,6 +54,7 @@ class Trainer:
         dynamics: The user's own dynamics by event shape.
         progress: Show a progress bar.
         world: The processes that train it together; the first of them writes and prints.
+        callbacks: What is told how training goes, in the first process.
     """
 
     def __init__(
@@ -62,8 +66,11 @@ class Trainer:
         dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
         progress: bool = True,
         world: World = alone,
+        callbacks: Callback | Iterable[Callback] = (),
     ) -> None:
-        _check_outputs(config, folder, dynamics)
+        told = Callbacks(callbacks)
+        boards = _check_outputs(config, folder, dynamics)
+        self.callbacks = Callbacks((*told, *boards)) if world.first else Callbacks()
         self.config, self.splits, self.folder, self.world = config, splits, folder, world
         self.progress = progress and world.first
         self.device = resolve_device(config.device)
@@ -84,10 +91,11 @@ class Trainer:
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config, world)
         self.gradient = gradient(world)
-        self.journal = Journal(folder if world.first else None, tensorboard=config.training.tensorboard)
+        self.journal = Journal(folder if world.first else None)
         self._price = price(estimator(self.flow, config.penalties), self.flow.dim)
         self._snapshot = self.state.capture()
-        self._stop, self._signals, self._saved = False, list[int](), 0.0
+        self._stop, self._enough, self._signals, self._saved = False, False, list[int](), 0.0
+        self._late: list[str] = []
         self._begun_with: Origin | None = None
         self.say: Callable[[str], None] = lambda note: self._tell(f"note: {note}")
 
@@ -110,7 +118,7 @@ class Trainer:
     @property
     def notes(self) -> list[str]:
         """What is to be said of the run, though it succeeds."""
-        return [record["note"] for record in self.history if "note" in record]
+        return [record["note"] for record in self.history if "note" in record] + self._late
 
     def best_flow(self) -> Flow:
         """A flow with the weights that were best on validation, or the present ones before the first validation.
@@ -127,19 +135,25 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before."""
+        """Trains to the end; returns False if Ctrl-C, or a signal that a handler of the caller's took, came before.
+
+        What a callback raises is raised when the run is saved, in all processes.
+        """
         done = self.state.progress
         self._signals.clear()
+        self._enough = False
         if self.world.size > 1:
             self._origin()  # all of them, before the first alone writes it
         with (
             signals_call(self._stop_soon, self._signals),  # outermost: what it hands on may end the process
-            self.journal.open(done.step),
             self.span.bar(done, show=self.progress) as bar,
+            self._telling(),
         ):
             self.validation.tick = lambda n: bar.set_description(f"validate {n}/{self.validation.size}", refresh=False)
             try:
-                return self._loop(bar)
+                ended = self._loop(bar)
+                self.world.once(partial(self.callbacks.check, None if self.folder is None else self.folder.path))
+                return ended
             except ProcessError as error:
                 if self._stop:  # the signal that follows would leave it unsaid
                     tqdm.write(str(error), file=sys.stderr)
@@ -149,17 +163,18 @@ class Trainer:
         clock = mark = time.perf_counter()
         first = self.state.progress.step
         batches = self._batches()
-        while not self.finished:
+        while not (self.finished or self._enough):
             try:
                 if self.state.progress.step == 0:
                     self._adjust(down=False)  # dynamics of the user's own may begin anywhere
                 record = self._step(next(batches))
                 if record is None:
-                    return False
+                    return not self._stop
                 progress, now = self.state.progress, time.perf_counter()
                 seconds, elapsed = self.gradient.spent(now - clock, now - mark)
                 progress.seconds, progress.elapsed, mark = progress.seconds + seconds, progress.elapsed + elapsed, now
-                self.journal.log({**record, "seconds": round(progress.seconds, 3)})
+                self.journal.log(record := {**record, "seconds": round(progress.seconds, 3)})
+                self.callbacks.tell("on_step", record)
                 self._show(bar, record, seconds, at_once=progress.step <= first + 3)  # the time left
                 if progress.step % EVERY == 0:
                     self._adjust(down=True)
@@ -187,12 +202,27 @@ class Trainer:
             shown["samples/s"] = f"{self.order.total / seconds:.0f}"  # of all processes together
         bar.set_postfix(shown, refresh=at_once)
 
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Callbacks are told of the beginning and the end; what they raise at the beginning is raised at once."""
+        steps = self.span.steps if self.span.steps < ENDLESS else None
+        out = None if self.folder is None else self.folder.path
+        run = TrainingRun(self.config, out, self.state.progress.step, steps, self.best_flow, self.callbacks.stop)
+        try:
+            self.callbacks.start(run)
+            self.world.once(partial(self.callbacks.check, out))
+            yield
+        finally:
+            for note in self.callbacks.end():
+                self._late.append(note)
+                self.say(note)
+
     def _batches(self) -> Iterator[Batch]:
         """Batches as the flow takes them, from the present step on."""
         return self.feed.batches(self.state.progress.step)
 
     def _step(self, batch: Batch) -> Record | None:
-        """One optimiser step; `None` if Ctrl-C asked to end here.
+        """One optimiser step; `None` if Ctrl-C or a callback asked to end here.
 
         A state is saved only when its next loss and gradient have turned out finite, so that what training falls back
         to, or resumes from, is never a state that has already failed.
@@ -209,9 +239,9 @@ class Trainer:
         if training.clip_norm is not None:
             clip(self.flow, taken.norm, training.clip_norm)
         self._stop_all(taken.stop)
-        if self._stop or self._due(step):
+        if (ends := self._stop or self._enough) or self._due(step):
             self._save()
-            if self._stop:
+            if ends:
                 return None
         state.optimizer.step()
         state.progress.step = step + 1
@@ -255,7 +285,9 @@ class Trainer:
         self.state.restore(self._snapshot)
         self.journal.rewind(good)
         self.state.progress.restarts, self.state.progress.refinement = restarts, refinement
-        self.journal.log({"step": good, "event": "restart", "cause": cause, "refinement": refinement})
+        record: Record = {"step": good, "event": "restart", "cause": cause, "refinement": refinement}
+        self.journal.log(record)
+        self.callbacks.tell("on_restart", record)
         self._write(self.state.capture())
         self._tell(f"{cause}\n  went back to step {good}, with half the solver's step ({restarts})")
 
@@ -303,6 +335,7 @@ class Trainer:
                 record["note"] = _wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
                 self.say(record["note"])
         self.journal.log(record)
+        self.callbacks.tell("on_validation", record)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -375,12 +408,13 @@ class Trainer:
         self._stop = True
 
     def _asked(self) -> int:
-        """Number of the signal that this process was told to stop by; 0 without one."""
-        return max(self._signals, default=signal.SIGINT) if self._stop else 0
+        """Number of the signal that this process was told to stop by, or `ASKED` by a callback; 0 without either."""
+        return max(self._signals, default=signal.SIGINT) if self._stop else self.callbacks.asked
 
     def _stop_all(self, number: int) -> None:
         """Stops as the process does that was told to, if one was: with the same signal."""
-        if number and not self._stop:
+        self._enough = self._enough or number == ASKED
+        if number > ASKED and not self._stop:
             self._stop = True
             self._signals.append(number)
 
@@ -398,12 +432,14 @@ def _wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str
     )
 
 
-def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -> None:
-    """Raises `ConfigError` where what is to be written has no place, or cannot be written."""
+def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -> list[Callback]:
+    """The callbacks that settings ask for; a `ConfigError` where what is to be written has no place, or cannot be."""
+    boards = list[Callback]()
     if config.training.tensorboard:
         if folder is None:
             raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
-        require_tensorboard()
+        boards.append(TensorBoard(folder.path / "tensorboard"))
     if config.training.snapshots and (folder is None or dynamics is not None):
         need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
         raise ConfigError(f"training.snapshots = true needs {need}")
+    return boards
