@@ -171,7 +171,9 @@ def test_train_shows_its_progress_on_standard_error(tmp_path: Path, capsys: pyte
 
 def test_train_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "moons", "--out", str(tmp_path), "--json", "--set", "data.samples=200", *TINY) == 0
-    table = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err == ""
+    table = json.loads(said.out)
     assert table == {"out": str(tmp_path), "report": json.loads((tmp_path / "report.json").read_text())}
 
 
@@ -192,8 +194,10 @@ def test_evaluating_a_run_again_gives_the_runs_own_numbers(
 ) -> None:
     out = request.getfixturevalue(which)
     capsys.readouterr()
-    assert run("evaluate", str(out), "--json", "--quiet") == 0
-    again, first = json.loads(capsys.readouterr().out), json.loads((out / "report.json").read_text())
+    assert run("evaluate", str(out), "--json") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    again, first = json.loads(said.out), json.loads((out / "report.json").read_text())
     for report in (again, first):
         report.pop("seconds")
     assert again == first

@@ -75,6 +75,14 @@ def test_paths_are_those_of_the_flows_samples(trained: Path, tmp_path: Path) -> 
     assert slider["type"] == "range"
 
 
+def test_numbers_stand_on_one_line_and_sentences_that_begin_with_one_do_not() -> None:
+    numbers = ["−2.087 ± 0.012", "-3.29", "17", "4 min 40 s (5 steps)"]
+    texts = ["1228 weights against 8836; -3.2921 against -2.8298 nats", "–", "potential flow 1.002"]
+    table = markup.table(["", *map(str, range(7))], [["a row", *numbers, *texts]], caption="caption")
+    assert re.findall(r'<td class="figures">(.*?)</td>', table) == numbers
+    assert re.findall(r"<td>(.*?)</td>", table) == texts
+
+
 def test_a_comparison_has_what_differs_and_each_run_by_a_name_of_its_own(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{folder}/run", kinetic=value) for folder, value in (("a", 0.5), ("b", 0.25))]
     page = look(*runs, out=tmp_path / "page.html")

@@ -26,6 +26,7 @@ from pyrnode.cli.output import (
     output_arguments,
     print_json,
     print_table,
+    talks,
 )
 from pyrnode.errors import PyrnodeError
 
@@ -106,7 +107,7 @@ def _reproduce(args: argparse.Namespace) -> int:
             engine=args.engine,
             device=args.device,
             data_dir=args.data_dir,
-            progress=not args.quiet,
+            progress=talks(args),
         )
     except KeyboardInterrupt:
         return interrupted("reproduce", args.experiment, "--scale", args.scale, "--out", args.out)

@@ -21,6 +21,11 @@ def interrupted(*command: str) -> int:
     return INTERRUPTED
 
 
+def talks(args: argparse.Namespace) -> bool:
+    """Whether a command says more than its result: progress and remarks, on standard error."""
+    return not (args.quiet or args.json)
+
+
 def print_json(value: Any) -> None:
     """A value as a program reads it; numbers that are not finite are ``null``, as JSON knows none."""
     print(to_json(value, indent=2))

@@ -8,7 +8,7 @@ from typing import Any
 import pyrnode
 from pyrnode import distributed
 from pyrnode.anomalies import CHUNK, Calibration, calibrate, calibration_path, check_unconditional, score_file
-from pyrnode.cli.output import device_argument, engine_argument, output_arguments, print_json
+from pyrnode.cli.output import device_argument, engine_argument, output_arguments, print_json, talks
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.flow import Flow
 from pyrnode.shards import merge_shards, score_shard
@@ -29,7 +29,7 @@ def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
     held_out = args.calibrate
     if held_out == "test":
         held_out = pyrnode.data.load(None, config=flow.config.data).ordered(flow.features, None).test
-    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=not args.quiet, **_dialect(args))
+    calibration = calibrate(flow, held_out, chunk=args.chunk, progress=talks(args), **_dialect(args))
     calibration.save(path, flow)
     return calibration
 
@@ -49,7 +49,7 @@ def score(args: argparse.Namespace) -> int:
         return _score_shard(flow, args, number, of, settings)
     calibration = _calibration(flow, args)
     if args.merge:
-        summary = merge_shards(flow, args.data, args.out, calibration=calibration, progress=not args.quiet)
+        summary = merge_shards(flow, args.data, args.out, calibration=calibration, progress=talks(args))
     else:
         summary = score_file(flow, args.data, args.out, calibration=calibration, **settings)
     if args.json:

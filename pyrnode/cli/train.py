@@ -27,6 +27,7 @@ from pyrnode.cli.output import (
     interrupted,
     output_arguments,
     print_json,
+    talks,
 )
 from pyrnode.errors import ConfigError
 from pyrnode.files import write_atomically
@@ -84,7 +85,7 @@ def _train(args: argparse.Namespace) -> int:
             out=args.out,
             resume=args.resume,
             evaluate=not args.no_evaluation,
-            progress=not args.quiet,
+            progress=talks(args),
             **{key: value for key, value in named.items() if value is not None} | settings(args.set),
         )
         stopped = result.interrupted
@@ -120,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> int:
     config = flow.config.evaluation.override(changes)
     world = distributed.world()
     splits = world.together(lambda: _splits(flow, args), in_turn=True)
-    report = pyrnode.evaluate(flow, splits, config=config, progress=not args.quiet, world=world)
+    report = pyrnode.evaluate(flow, splits, config=config, progress=talks(args), world=world)
     if not world.first:
         return 0
     print_json(report.to_dict()) if args.json else print(report)

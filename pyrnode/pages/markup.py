@@ -103,9 +103,14 @@ def table(
     return tag("div", frame, class_="frame", role="region", tabindex="0", aria_label=_spoken(caption))
 
 
+_FIGURES = 24
+"""Characters of the longest number with its error and unit."""
+
+
 def _cell(value: Any) -> Html:
-    """Numbers stand under one another."""
-    figures = re.match(r"[−–\d]", value if isinstance(value, str) else "") is not None
+    """Numbers stand under one another, on one line; a sentence that begins with one is no number."""
+    text = value if isinstance(value, str) else ""
+    figures = re.match(r"[−–-]?\d", text) is not None and len(text) <= _FIGURES
     return tag("td", value, class_="figures" if figures else None)
 
 
