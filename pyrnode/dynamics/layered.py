@@ -66,7 +66,13 @@ class _Tape:
 
 
 class BoundLayers(BoundDynamics):
-    """A `LayeredDynamics`, bound: every layer's operators, and what they gather."""
+    """A `LayeredDynamics`, bound: every layer's operators, and what they gather.
+
+    Attributes:
+        hidden: Type of what has the shape of a hidden layer; `None` for that of the state (`dynamics.coarse`).
+    """
+
+    hidden: torch.dtype | None = None
 
     def __init__(self, layers: list[TimeEntry], activation: str, names: list[list[str]], images: bool) -> None:
         self.layers = layers
@@ -88,7 +94,7 @@ class BoundLayers(BoundDynamics):
         pixels = z[0, 0].numel() if self.images else 1
         hidden = sum(layer.linear.weight.shape[0] for layer in self.layers[:-1])
         kept = 3 + self.phi.keeps_input + probes * (1 + self.phi.keeps_r)  # h, slope, ā, perhaps a; g, perhaps r
-        return z.element_size() * len(z) * pixels * hidden * kept
+        return (self.hidden or z.dtype).itemsize * len(z) * pixels * hidden * kept
 
     def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
@@ -100,7 +106,7 @@ class BoundLayers(BoundDynamics):
                 unscaled, a = None, layer.linear(h, shift)
             else:
                 unscaled = layer.linear(h)
-                a = torch.addcmul(shift, unscaled, scale)
+                a = torch.addcmul(shift, unscaled, scale).to(unscaled.dtype)
             output, slope = a, None
             if i < last:
                 output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
@@ -152,7 +158,7 @@ class BoundLayers(BoundDynamics):
         g, kept_r = eps, None
         for i in reversed(range(len(self.layers))):
             layer = record.layers[i]
-            scaled = (g if layer.scale is None else g * layer.scale).flatten(0, 1)
+            scaled = (g if layer.scale is None else (g * layer.scale).to(g.dtype)).flatten(0, 1)
             layer.product = _Product(kept_r, g, scaled)
             r: Tensor = self.layers[i].linear.transpose(scaled).unflatten(0, (k, batch))
             if i:
@@ -194,7 +200,7 @@ class BoundLayers(BoundDynamics):
             g_bar = bound.linear(p).unflatten(0, (k, batch))
             if layer.scale is not None:
                 layer.scale_bar = (g_bar * g).sum(0)
-                g_bar = g_bar * layer.scale
+                g_bar = (g_bar * layer.scale).to(g_bar.dtype)
             if i < last:
                 bend, p = self.phi.pull(*layer.phi, self._slope(layer), g, g if r is None else r, g_bar)
                 layer.a_bar = bend[0] if k == 1 else bend.sum(0)
