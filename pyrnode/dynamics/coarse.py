@@ -22,6 +22,7 @@ from torch import Tensor
 from pyrnode.config import Precision
 from pyrnode.dynamics.activations import Activation
 from pyrnode.dynamics.base import BoundDynamics
+from pyrnode.dynamics.gpu import Kernelled
 from pyrnode.dynamics.layered import BoundLayers
 from pyrnode.dynamics.layers import Conv, Dense, Linear
 from pyrnode.errors import ConfigError
@@ -52,8 +53,13 @@ def coarsened(bound: BoundDynamics, precision: Precision) -> BoundDynamics:
         else:
             layer.linear = Bf16(layer.linear, first=i == 0, last=i == last)
     if precision == "bf16":
-        bound.hidden, bound.phi = HALF, Widened(bound.phi)
+        bound.hidden, bound.phi = HALF, _widened(bound.phi)
     return bound
+
+
+def _widened(phi: Activation) -> Activation:
+    """On bfloat16; kernels take it as it is."""
+    return Kernelled(Widened(phi.exact), phi.kernels) if isinstance(phi, Kernelled) else Widened(phi)
 
 
 def _like(linear: Linear, weight: Tensor) -> Linear:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.base import BoundDynamics, Cotangents, Dynamics, Linearization, SplitPullback
+from pyrnode.dynamics.gpu import kernelled
 from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Linear, Time, TimeEntry, channels_last
 from pyrnode.dynamics.nested import BoundModule
 
@@ -102,16 +103,20 @@ class BoundLayers(BoundDynamics):
         layers: list[_Layer] = []
         h, last = z, len(self.layers) - 1
         for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t, c), strict=True)):
-            if scale is None:
-                unscaled, a = None, layer.linear(h, shift)
-            else:
+            if i < last and self.phi.fuses:
                 unscaled = layer.linear(h)
-                a = torch.addcmul(shift, unscaled, scale).to(unscaled.dtype)
-            output, slope = a, None
-            if i < last:
-                output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
+                a, output, slope = self.phi.enter(unscaled, scale, shift, sloped=eps is not None)
+            else:
+                if scale is None:
+                    unscaled, a = None, layer.linear(h, shift)
+                else:
+                    unscaled = layer.linear(h)
+                    a = torch.addcmul(shift, unscaled, scale).to(unscaled.dtype)
+                output, slope = a, None
+                if i < last:
+                    output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
             keeps_a = i < last and self.phi.keeps_input
-            layers.append(_Layer(h, scale, unscaled, output, a if keeps_a else None, slope))
+            layers.append(_Layer(h, scale, None if scale is None else unscaled, output, a if keeps_a else None, slope))
             h = output
         record = _Tape(t, c, layers)
         w = None if eps is None else self._product(record, eps)
@@ -305,7 +310,9 @@ class LayeredDynamics(Dynamics):
     def bind(self, *, total_derivative: bool = False, hjb: bool = False, exact: bool = False) -> BoundDynamics:
         if total_derivative:
             return BoundModule(self, total_derivative=True)
-        return self._bind(detach=True)
+        bound = self._bind(detach=True)
+        bound.phi = kernelled(bound.phi, self.activation, bound.layers[0].linear.weight.device)
+        return bound
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
