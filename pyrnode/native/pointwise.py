@@ -1,8 +1,8 @@
 """Shift, activation and slope in one pass over a layer's numbers on a GPU, and their pullback in another, by Triton.
 
-As torch's operations they are five passes and six (docs/gpu.md). For softplus, tanh and silu, of float32 and bfloat16
-without gaps in memory: vectors, and images with their channels last. Triton comes with torch on Linux; without it, and
-with ``PYRNODE_NATIVE=0``, the same is done by torch's operations.
+As torch's operations they are three launches each, and read and write twice as much (docs/gpu.md). For softplus, tanh
+and silu, of float32 and bfloat16 without gaps in memory: vectors, and images with their channels last. Triton comes
+with torch on Linux; without it, and with ``PYRNODE_NATIVE=0``, the same is done by torch's operations.
 
 None of it has run on a GPU. It is tested in Triton's interpreter, and compared with torch's operations when a process
 first uses it: a kernel that cannot be compiled, or is wrong, is not used, and that is said.
@@ -66,6 +66,7 @@ def _checked(activation: str, device: torch.device) -> Kernels | None:
     return None
 
 
+@torch.inference_mode(False)  # in which no gradient could be compared with
 def _wrong(found: Kernels, device: torch.device) -> str | None:
     """How kernels differ from torch's operations in double precision, if they do."""
     u = torch.linspace(-20, 20, 1000, dtype=torch.float32, device=device).reshape(50, 20)
