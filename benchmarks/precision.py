@@ -79,7 +79,7 @@ def _of_batch(trainer: Trainer, precision: Precision) -> tuple[Tensor, Tensor]:
 def differences(trainer: Trainer) -> dict[str, dict[str, float]]:
     """Of the coarse precisions from IEEE's, at the weights of a run."""
     bits, exact = _of_batch(trainer, "ieee")
-    found = {}
+    found = dict[str, dict[str, float]]()
     for precision in PRECISIONS[1:]:
         other, gradient = _of_batch(trainer, precision)
         apart = other - bits

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrnode import native
+
+_EXACT: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "tanh": torch.tanh, "silu": F.silu}
 
 NUMBERS = {"softplus": 0, "tanh": 1, "silu": 2}
 """The activations that there are kernels for, by their number in `triton_kernels`."""
@@ -74,9 +77,10 @@ def _wrong(found: Kernels, device: torch.device) -> str | None:
     entered = found.activate(u.clone(), None, shift, kept=True, sloped=True)
     assert entered is not None
     a, h, slope = entered
+    assert slope is not None
     exact = (u.double() + shift).requires_grad_()
     with torch.enable_grad():
-        value = {"softplus": F.softplus, "tanh": torch.tanh, "silu": F.silu}[found.activation](exact)
+        value = _EXACT[found.activation](exact)
         (first,) = torch.autograd.grad(value.sum(), exact, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), exact)
     g = slope if found.activation != "silu" else torch.ones_like(slope)  # of r = 1
