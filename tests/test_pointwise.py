@@ -18,7 +18,8 @@ from pyrnode.engines import Probes, TorchEngine
 from pyrnode.native import pointwise
 
 FUNCTIONS = {"softplus": F.softplus, "tanh": torch.tanh, "silu": F.silu}
-ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
+ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
+"""Relatively; to bfloat16 the interpreter cuts off, where a GPU rounds to the nearest."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +43,11 @@ def drawn(*shape: int, seed: int = 0, wide: float = 3.0, dtype: torch.dtype = to
 
 def derivatives(name: str, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """φ and its first two derivatives, in double precision."""
-    a = a.double().requires_grad_()
+    a = a.double().clone().requires_grad_()
     value = FUNCTIONS[name](a)
     (first,) = torch.autograd.grad(value.sum(), a, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), a)
-    return value.detach(), first.detach(), second
+    return value.detach(), first.detach(), second.detach()
 
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32) -> None:

@@ -130,7 +130,7 @@ class Kernels:
         at = [number for found in strides for number in found or ()]
         self._launch(
             "activate", u, u, shift if scale is None else scale, shift, a, h, u if slope is None else slope,
-            u.numel(), u[0].numel(), u.shape[1], *at,
+            u.numel(), u.shape[1:].numel(), u.shape[1], *at,
             SCALED=scale is not None, KEPT=kept, SLOPED=sloped,
         )  # fmt: skip
         return a, h, slope
