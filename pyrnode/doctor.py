@@ -290,7 +290,8 @@ def _gpu_kernels() -> Check:
     """Kernels that would be used on a GPU; without one that is all there is to say of them."""
     found = pointwise.status()
     if not found.available:
-        return Check("GPU kernels", "note" if torch.cuda.is_available() else "ok", f"none: {found.why}", found.remedy)
+        missed = torch.cuda.is_available()
+        return Check("GPU kernels", "note" if missed else "ok", f"none: {found.why}", found.remedy if missed else None)
     where = "used on CUDA" if torch.cuda.is_available() else "for CUDA, which is not here"
     return Check(
         "GPU kernels", "ok", f"{found.why}: {where}; never run on a GPU by its makers, so checked at first use"

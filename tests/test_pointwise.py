@@ -196,6 +196,7 @@ def test_a_solve_by_kernels_is_that_without(
     z = drawn(3, *net.event_shape, wide=1.0).requires_grad_()
     probes = Probes(drawn(2 * z.numel(), seed=9, wide=1.0).reshape(2, *z.shape), 0.5)
     solver, found = SolverConfig(step_size=0.5, memory=memory, precision=precision), []
+    assert pointwise.kernels(activation, torch.device("cpu")) is not None  # whose check at first use is not counted
     used: list[str] = []
     launch = pointwise.Kernels._launch
     monkeypatch.setattr(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrnode import native
+from pyrnode.errors import ConfigError
 
 _EXACT: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "tanh": torch.tanh, "silu": F.silu}
 
@@ -41,8 +42,11 @@ _MOST = 2**31 - 2 * _BLOCK
 
 def status() -> native.Status:
     """Whether there are kernels for GPUs here, and for what; nothing is compiled."""
-    if not native.enabled():
-        return native.Status(False, f"{native.VARIABLE} turns them off")
+    try:
+        if not native.enabled():
+            return native.Status(False, f"{native.VARIABLE} turns them off")
+    except ConfigError as error:
+        return native.Status(False, str(error))
     if importlib.util.find_spec("triton") is None:
         return native.Status(False, "Triton is not installed; torch brings it along on Linux", "pip install triton")
     return native.Status(True, f"Triton, for {', '.join(NUMBERS)}")
