@@ -27,6 +27,7 @@ from pyrnode.devices import resolve_device
 from pyrnode.distributed import World
 from pyrnode.errors import ConfigError
 from pyrnode.julia_setup import JuliaStatus
+from pyrnode.native import pointwise
 
 Status = Literal["ok", "note", "problem"]
 
@@ -70,6 +71,7 @@ def diagnose() -> list[Check]:
         *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
         *_julia(),
         _kernels(),
+        _gpu_kernels(),
         _data(),
         _space(),
         _writable(),
@@ -299,6 +301,18 @@ def _kernels() -> Check:
     state = next((state for state in states.values() if state.remedy), states[native.NAMES[0]])
     alone = "for this process alone" in state.why  # each one compiles again
     return Check("kernels", "note" if alone else "ok", f"{', '.join(states)}: {state.why}", state.remedy)
+
+
+def _gpu_kernels() -> Check:
+    """Kernels that would be used on a GPU; without one that is all there is to say of them."""
+    found = pointwise.status()
+    if not found.available:
+        missed = torch.cuda.is_available()
+        return Check("GPU kernels", "note" if missed else "ok", f"none: {found.why}", found.remedy if missed else None)
+    where = "used on CUDA" if torch.cuda.is_available() else "for CUDA, which is not here"
+    return Check(
+        "GPU kernels", "ok", f"{found.why}: {where}; never run on a GPU by its makers, so checked at first use"
+    )
 
 
 def _data() -> Check:
