@@ -73,8 +73,8 @@ class Tape:
     """A graph: operations with the places of their operands and results."""
 
     device: Device
-    calls: list[tuple[Any, Any, Any, list[Place | None]]] = field(default_factory=list)
-    theirs: dict[int, torch.UntypedStorage] = field(default_factory=dict)  # by address
+    calls: list[tuple[Any, Any, Any, list[Place | None]]] = field(default_factory=list, repr=False)
+    theirs: dict[int, torch.UntypedStorage] = field(default_factory=dict, repr=False)  # by address
     replays: int = 0
 
     def replay(self) -> None:

@@ -207,6 +207,22 @@ def test_what_has_a_hidden_layers_shape_is_kept_in_bfloat16(monkeypatch: pytest.
             assert {x.dtype for x in kept} <= {torch.bfloat16}, (time, i)
 
 
+@pytest.mark.parametrize("to", COARSE)
+@pytest.mark.parametrize("memory", ["auto", "store", "checkpoint"])
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_no_kernel_in_c_takes_a_coarse_solve(kind: str, memory: Any, to: Any) -> None:
+    """Those have IEEE's numbers alone; with a gradient and without one."""
+    dynamics, solver = net(kind), SolverConfig(memory=memory, precision=to)
+    z, probes = case(dynamics)
+    recorded = TorchEngine().integrate(dynamics, z, probes, (0.0, 1.0), solver)
+    with torch.no_grad():
+        plain = TorchEngine().integrate(dynamics, z, probes, (0.0, 1.0), solver)
+        exact = TorchEngine().integrate(dynamics, z, probes, (0.0, 1.0), SolverConfig(memory=memory))
+    for found in (recorded, plain):
+        assert 1e-5 < apart(found.z.detach(), exact.z) < 8 * UNIT[to]
+        assert apart(found.l.detach(), exact.l) > 1e-6
+
+
 # -- who may ---------------------------------------------------------------------------------------------------------
 
 

@@ -297,7 +297,7 @@ class Graphs:
         with self._lock:
             known = self._known.setdefault(system.dynamics, _Known())
             if known.recording is not None and known.recording.asked == asked:
-                known.count = 0
+                known.asked, known.count = asked, _AFTER  # where its tape is gone, the next one is recorded anew
                 return Graphed(self, known.recording, system, stats, eager)
             known.count = known.count + 1 if known.asked == asked else 1
             known.asked = asked
