@@ -391,19 +391,15 @@ class Config(Section):
 
     def _validate(self) -> None:
         at_least(self, 0, "seed")
-        if self.evaluation.solver.precision != "ieee":
-            named = f"evaluation.solver.precision = {self.evaluation.solver.precision!r}"
-            raise ConfigError(f"{named}: scores are 'ieee'; for training, set solver.precision")
+        if (set_ := self.evaluation.solver.precision) != "ieee":
+            raise ConfigError(f"evaluation.solver.precision = {set_!r}: scores are 'ieee'; train in solver.precision")
         if self.solver.precision != "ieee":
             self._check_coarse()
 
     def _check_coarse(self) -> None:
         """Raises `ConfigError` where the training solver's precision has no meaning beside the other settings."""
         for named, meant in (
-            (
-                self.dtype == "float64",
-                "dtype = 'float64': which has no coarse products; set it to 'float32'",
-            ),
+            (self.dtype == "float64", "dtype = 'float64', which has no coarse products; set it to 'float32'"),
             (self.engine == "julia", "engine = 'julia', which computes in IEEE's numbers alone; set it to 'torch'"),
             (self.flow.network.kind == "potential", "network.kind = 'potential'; set it to 'mlp'"),
             (self.penalties.total_derivative > 0, "penalties.total_derivative; set it to 0"),

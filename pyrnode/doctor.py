@@ -138,15 +138,20 @@ def _torch() -> Check:
     return Check("torch", "ok", f"{version}, computes with {_count(torch.get_num_threads(), 'thread')}")
 
 
-def _cuda() -> Check:
-    with warnings.catch_warnings(record=True) as caught:  # torch warns where the driver does not fit
+def _cuda_available() -> tuple[bool, str | None]:
+    """Whether torch can use a GPU, and what it warns of where the driver does not fit."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
+    return available, str(caught[0].message).splitlines()[0] if caught else None
+
+
+def _cuda() -> Check:
+    available, reason = _cuda_available()
     if available:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("CUDA", "ok", f"{torch.version.cuda}: {', '.join(names)}")
-    if caught:
-        reason = str(caught[0].message).splitlines()[0]
+    if reason is not None:
         return Check("CUDA", "problem", f"no GPU can be used, pyrnode computes on the CPU: {reason}", "nvidia-smi")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         remedy = "pip install --force-reinstall torch torchvision"
@@ -305,11 +310,11 @@ def _kernels() -> Check:
 
 def _gpu_kernels() -> Check:
     """Kernels that would be used on a GPU; without one that is all there is to say of them."""
-    found = pointwise.status()
+    found, (available, _) = pointwise.status(), _cuda_available()
     if not found.available:
-        missed = torch.cuda.is_available()
-        return Check("GPU kernels", "note" if missed else "ok", f"none: {found.why}", found.remedy if missed else None)
-    where = "used on CUDA" if torch.cuda.is_available() else "for CUDA, which is not here"
+        remedy = found.remedy if available else None
+        return Check("GPU kernels", "note" if available else "ok", f"none: {found.why}", remedy)
+    where = "used on CUDA" if available else "for CUDA, which is not here"
     return Check(
         "GPU kernels", "ok", f"{found.why}: {where}; never run on a GPU by its makers, so checked at first use"
     )
