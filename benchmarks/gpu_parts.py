@@ -46,6 +46,19 @@ SOLVERS = {
 }
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "no graphs": {"solver.graphs": False},
+    "checkpoint": {"solver.memory": "checkpoint"},
+    "tf32": {"solver.precision": "tf32"},
+    "bf16": {"solver.precision": "bf16"},
+}
+"""What a step is timed with."""
+
+_RECORDED = 4
+"""Steps until one is by graphs alone."""
+
+
 class Unfinished(Exception):
     """A measurement has stopped in good time; it goes on where it stopped."""
 
@@ -164,7 +177,8 @@ def _gradients(setup: Setup, config: Config, shape: tuple[int, ...]) -> list[Row
         wanted, loss = _gradient(exact, x, eps, solver)
         for dtype, most in TOLERANCES.items():
             flow = copy.deepcopy(exact).to(setup.device, dtype)
-            found, value = _gradient(flow, x.to(setup.device, dtype), eps, solver)
+            for _ in range(_RECORDED):  # the last one by graphs, where there are some
+                found, value = _gradient(flow, x.to(setup.device, dtype), eps, solver)
             error = float((found - wanted).norm() / wanted.norm())
             row = {"solver": label, "dtype": str(dtype)[6:], "gradient": error, "loss": abs(value - loss)}
             rows.append(row | {"ok": error <= most})
@@ -210,10 +224,11 @@ def _mnist(setup: Setup, batch: int, **more: Any) -> Trainer:
 def waits(setup: Setup) -> Planned:
     """Where a training step waits for the GPU, as torch itself sees it, and how many launches it is."""
 
-    def look(left: float) -> list[Row]:
-        trainer = _mnist(setup, 2 if setup.tiny else 200)
+    def look(graphs: str | bool) -> list[Row]:
+        trainer = _mnist(setup, 2 if setup.tiny else 200, **{"solver.graphs": graphs})
         batches, places = trainer._batches(), dict[str, int]()
-        trainer._step(next(batches))
+        for _ in range(1 if setup.tiny else _RECORDED):
+            trainer._step(next(batches))
         batch, cuda = next(batches), setup.device.type == "cuda"
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -232,11 +247,15 @@ def waits(setup: Setup) -> Planned:
             clock.synchronize(setup.device)
         events = profile.key_averages()
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        (setup.out / "profile.txt").write_text(events.table(sort_by=order, row_limit=60), encoding="utf-8")
+        name = "profile-graphs.txt" if graphs else "profile.txt"
+        (setup.out / name).write_text(events.table(sort_by=order, row_limit=60), encoding="utf-8")
         launches = sum(event.count for event in events if "LaunchKernel" in event.key)
-        return [*rows, {"waits": len(seen), "launches": launches, "ok": not cuda or len(seen) <= 1}]
+        replays = sum(event.count for event in events if "GraphLaunch" in event.key)
+        found = {"waits": len(seen), "launches": launches, "graphs": replays}
+        return [*rows, found | {"ok": not cuda or len(seen) <= 1}]
 
-    yield "", 90, look
+    for graphs in ("auto", False):
+        yield "by graphs" if graphs else "without graphs", 90, _whenever(look, graphs)
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -245,8 +264,8 @@ def waits(setup: Setup) -> Planned:
 def steps(setup: Setup) -> Planned:
     """Time and memory of a training step beside the standard construction's."""
     for batch in (2,) if setup.tiny else (32, 200):
-        for memory in ("auto", "checkpoint"):
-            yield f"pyrnode {memory}, batch {batch}", 60, _whenever(_pyrnode, setup, batch, memory)
+        for variant in VARIANTS:
+            yield f"pyrnode {variant}, batch {batch}", 60, _whenever(_pyrnode, setup, batch, variant)
         for side in ("adjoint", "backprop"):
             yield f"{side}, batch {batch}", 60, _whenever(_standard, setup, batch, side)
 
@@ -258,10 +277,12 @@ def _step_row(setup: Setup, step: clock.Step, side: str, variant: str, batch: in
     return {"side": side, "variant": variant, "batch": batch, "ms": round(ms, 2), "peak_MiB": peak and round(peak)}
 
 
-def _pyrnode(setup: Setup, batch: int, memory: str) -> list[Row]:
-    trainer = _mnist(setup, batch, **{"solver.memory": memory})
+def _pyrnode(setup: Setup, batch: int, variant: str) -> list[Row]:
+    trainer = _mnist(setup, batch, **VARIANTS[variant])
     fed = next(trainer._batches())
-    return [_step_row(setup, lambda: trainer._step(fed), "pyrnode", memory, batch)]
+    for _ in range(0 if setup.tiny else _RECORDED):
+        trainer._step(fed)
+    return [_step_row(setup, lambda: trainer._step(fed), "pyrnode", variant, batch)]
 
 
 def _standard(setup: Setup, batch: int, gradients: Literal["adjoint", "backprop"]) -> list[Row]:

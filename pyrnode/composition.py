@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from pyrnode.config import CHUNK, Divergence, SolverConfig
+from pyrnode.config import CHUNK, Divergence, Precision, SolverConfig
 from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.data.frames import Names, columns_of
 from pyrnode.devices import upload
@@ -293,6 +293,7 @@ class Composition(nn.Module):
         total_derivative: bool = False,
         verified: bool = True,
         hjb: bool = False,
+        precision: Precision = "ieee",
     ) -> Passage:
         """Passes samples through transform and blocks.
 
@@ -306,12 +307,14 @@ class Composition(nn.Module):
             verified: False leaves it to the caller to look whether solves of fixed steps are finite, which waits for
                 a device (`Passage.verify`).
             hjb: Also integrate H; of potentials alone.
+            precision: In which numbers, whatever the solver's settings say: only training asks for coarser ones.
 
         Raises:
             ConfigError: The dynamics are no potential, and H is asked for.
             DataError: Values outside the grey levels.
             SolverError: A block's solve failed; the message names it.
         """
+        solver = (solver or self.solver).computing_in(precision)
         y, log_det = self.transformed(x, generator)
         z, l, outs, solutions = y, y.new_zeros(y.shape[0]), list[Tensor](), list[Solution]()
         for part in self.parts:
@@ -347,7 +350,7 @@ class Composition(nn.Module):
     @in_own_precision
     def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
         """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *state)``."""
-        shapes = self._latent_shapes()
+        solver, shapes = (solver or self.solver).computing_in("ieee"), self._latent_shapes()
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
         state = outs.pop()
@@ -371,7 +374,7 @@ class Composition(nn.Module):
         z: Tensor,
         probes: Probes | None,
         span: tuple[float, float],
-        solver: SolverConfig | None,
+        solver: SolverConfig,
         context: Tensor | None,
         total_derivative: bool = False,
         hjb: bool = False,
@@ -384,7 +387,7 @@ class Composition(nn.Module):
                 z,
                 probes,
                 span,
-                solver or self.solver,
+                solver,
                 context=context,
                 total_derivative=total_derivative,
                 hjb=hjb,

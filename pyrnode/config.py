@@ -16,7 +16,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -41,6 +41,7 @@ WHITENED = 1024
 
 Activation = Literal["softplus", "tanh", "silu", "gelu", "elu", "logcosh"]
 Engine = Literal["auto", "torch", "julia"]
+Precision = Literal["ieee", "tf32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +208,11 @@ class SolverConfig(Section):
             PyTorch and InterpolatingAdjoint in Julia.
         memory: What ``Backprop`` keeps of the forward solve: every intermediate (``"store"``), only the state at each
             evaluation (``"checkpoint"``: memory does not grow with the number of steps), or by size (``"auto"``).
+        precision: In which numbers the networks of a training step of fixed steps are computed: float32 by IEEE's rules
+            (``"ieee"``), or with what their products read and keep in TF32 or bfloat16 (docs/gpu.md). Scores, samples,
+            validation and whatever else is not the training step are IEEE's, whatever stands here.
+        graphs: Whether a solve of fixed steps that is trained through is recorded as CUDA graphs: wherever that can be
+            (``"auto"``), or never (false).
         options: Further keyword options of the solver, passed on by the Julia engine.
     """
 
@@ -219,6 +225,8 @@ class SolverConfig(Section):
     maxiters: int = 10_000
     sensealg: str = "auto"
     memory: Literal["auto", "store", "checkpoint"] = "auto"
+    precision: Precision = "ieee"
+    graphs: Literal["auto", False] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
     _bare_word = "name"
@@ -232,6 +240,10 @@ class SolverConfig(Section):
         at_least(self, 1, "maxiters")
         if self.name == "auto" and self.step_size != "auto":
             object.__setattr__(self, "name", "RK4")
+
+    def computing_in(self, precision: Precision) -> SolverConfig:
+        """The same solver in those numbers."""
+        return self if self.precision == precision else replace(self, precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +391,21 @@ class Config(Section):
 
     def _validate(self) -> None:
         at_least(self, 0, "seed")
+        if (set_ := self.evaluation.solver.precision) != "ieee":
+            raise ConfigError(f"evaluation.solver.precision = {set_!r}: scores are 'ieee'; train in solver.precision")
+        if self.solver.precision != "ieee":
+            self._check_coarse()
+
+    def _check_coarse(self) -> None:
+        """Raises `ConfigError` where the training solver's precision has no meaning beside the other settings."""
+        for named, meant in (
+            (self.dtype == "float64", "dtype = 'float64', which has no coarse products; set it to 'float32'"),
+            (self.engine == "julia", "engine = 'julia', which computes in IEEE's numbers alone; set it to 'torch'"),
+            (self.flow.network.kind == "potential", "network.kind = 'potential'; set it to 'mlp'"),
+            (self.penalties.total_derivative > 0, "penalties.total_derivative; set it to 0"),
+        ):
+            if named:
+                raise ConfigError(f"solver.precision = {self.solver.precision!r} beside {meant}, or leave it at 'ieee'")
 
     @classmethod
     def from_toml(cls, text: str) -> Self:

@@ -7,7 +7,7 @@ in pieces; a device has memory, which they are kept within.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,12 +78,13 @@ def keeps(device: torch.device, size: int) -> bool:
     return device.type != "cpu" and size <= memory(device) // _KEPT
 
 
-@lru_cache(maxsize=256)
+@cache
 @torch.inference_mode(False)
 def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor that is made once and kept, so that a device is not sent the same ones at every step.
 
-    Nobody may write to it.
+    Nobody may write to it. It is kept for good: a CUDA graph reads it where it is, and there are a few bytes for each
+    stage of a grid.
     """
     return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 

@@ -27,6 +27,7 @@ from pyrnode.devices import resolve_device
 from pyrnode.distributed import World
 from pyrnode.errors import ConfigError
 from pyrnode.julia_setup import JuliaStatus
+from pyrnode.native import pointwise
 
 Status = Literal["ok", "note", "problem"]
 
@@ -70,6 +71,7 @@ def diagnose() -> list[Check]:
         *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
         *_julia(),
         _kernels(),
+        _gpu_kernels(),
         _data(),
         _space(),
         _writable(),
@@ -136,15 +138,20 @@ def _torch() -> Check:
     return Check("torch", "ok", f"{version}, computes with {_count(torch.get_num_threads(), 'thread')}")
 
 
-def _cuda() -> Check:
-    with warnings.catch_warnings(record=True) as caught:  # torch warns where the driver does not fit
+def _cuda_available() -> tuple[bool, str | None]:
+    """Whether torch can use a GPU, and what it warns of where the driver does not fit."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
+    return available, str(caught[0].message).splitlines()[0] if caught else None
+
+
+def _cuda() -> Check:
+    available, reason = _cuda_available()
     if available:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("CUDA", "ok", f"{torch.version.cuda}: {', '.join(names)}")
-    if caught:
-        reason = str(caught[0].message).splitlines()[0]
+    if reason is not None:
         return Check("CUDA", "problem", f"no GPU can be used, pyrnode computes on the CPU: {reason}", "nvidia-smi")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         remedy = "pip install --force-reinstall torch torchvision"
@@ -299,6 +306,18 @@ def _kernels() -> Check:
     state = next((state for state in states.values() if state.remedy), states[native.NAMES[0]])
     alone = "for this process alone" in state.why  # each one compiles again
     return Check("kernels", "note" if alone else "ok", f"{', '.join(states)}: {state.why}", state.remedy)
+
+
+def _gpu_kernels() -> Check:
+    """Kernels that would be used on a GPU; without one that is all there is to say of them."""
+    found, (available, _) = pointwise.status(), _cuda_available()
+    if not found.available:
+        remedy = found.remedy if available else None
+        return Check("GPU kernels", "note" if available else "ok", f"none: {found.why}", remedy)
+    where = "used on CUDA" if available else "for CUDA, which is not here"
+    return Check(
+        "GPU kernels", "ok", f"{found.why}: {where}; never run on a GPU by its makers, so checked at first use"
+    )
 
 
 def _data() -> Check:

@@ -47,7 +47,7 @@ def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Ten
     z = flow.transformed(flow.admit(x)[0], torch.Generator().manual_seed(0))[0]
     if not len(z):
         raise DataError(f"x of shape {tuple(x.shape)}: expected at least one particle")
-    lengths = [block.end_time for block in flow.blocks]
+    lengths, solver = [block.end_time for block in flow.blocks], flow.solver.computing_in("ieee")
     starts = [math.fsum(lengths[:i]) for i in range(len(lengths))]
     times = torch.linspace(0, math.fsum(lengths), points, dtype=torch.float64, device="cpu")
     states, block, now = [z], 0, 0.0
@@ -55,7 +55,7 @@ def particle_paths(flow: Flow, x: Tensor, points: int = 33) -> tuple[Tensor, Ten
         while True:
             span = (now - starts[block], min(time - starts[block], lengths[block]))
             if span[1] - span[0] > 1e-9 * lengths[block]:
-                solution = flow.engine.integrate(flow.blocks[block].dynamics, z, None, span, flow.solver)
+                solution = flow.engine.integrate(flow.blocks[block].dynamics, z, None, span, solver)
                 if solution.verify is not None:
                     solution.verify()
                 z = solution.z

@@ -32,7 +32,7 @@ def own_precision(like: Tensor) -> Iterator[None]:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             if kind != "cpu":
-                stack.enter_context(_IEEE.on())
+                stack.enter_context(_FLOAT32.by(exact=True))
         yield
 
 
@@ -60,30 +60,69 @@ def switches() -> list[tuple[Any, str, Any]]:
     return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
 
 
-class _Ieee:
-    """Torch's switches are the whole process's: the first that comes sets them, the last that goes puts them back."""
+class _Float32:
+    """Torch's switches are the whole process's, and threads may want them otherwise at the same time.
+
+    What a thread wants is what it has asked for last. IEEE's rules are kept as long as any thread wants them: a score
+    beside a training step in TF32 stays what it is, and that step's products become finer for a moment, never coarser.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self._wishes: dict[int, list[bool]] = {}  # of each thread, the last one counts; true is IEEE's rules
         self._before: list[Any] = []
+        self._exact: bool | None = None
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Float32 by IEEE's rules."""
+    def by(self, exact: bool) -> Iterator[None]:
+        """Float32 by IEEE's rules, or in TF32 where nobody wants those."""
+        thread = threading.get_ident()
         with self._lock:
-            if not self._inside:
+            if not self._wishes:
                 self._before = [getattr(owner, name) for owner, name, _ in switches()]
-                for owner, name, exact in switches():
-                    setattr(owner, name, exact)
-            self._inside += 1
+            self._wishes.setdefault(thread, []).append(exact)
+            self._set()
         try:
             yield
         finally:
             with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    for (owner, name, _), value in zip(switches(), self._before, strict=True):
-                        setattr(owner, name, value)
+                self._wishes[thread].pop()
+                if not self._wishes[thread]:
+                    del self._wishes[thread]
+                self._set()
+
+    def _set(self) -> None:
+        exact = any(wishes[-1] for wishes in self._wishes.values()) if self._wishes else None
+        if exact == self._exact:
+            return
+        self._exact = exact
+        for (owner, name, ieee), before in zip(switches(), self._before, strict=True):
+            coarse = "tf32" if ieee == "ieee" else True
+            setattr(owner, name, before if exact is None else ieee if exact else coarse)
 
 
-_IEEE = _Ieee()
+_FLOAT32 = _Float32()
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 there can be in TF32; elsewhere its rounding is imitated."""
+    return device.type == "cuda"
+
+
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    """Products and convolutions on a GPU in TF32, while no thread wants IEEE's."""
+    with _FLOAT32.by(exact=False):
+        yield
+
+
+_DROPPED = 13
+"""Bits of a float32's significand that TF32 does not have."""
+
+
+def tf32(x: Tensor) -> Tensor:
+    """`x`, of float32, rounded to TF32's 10 bits: to the nearest, and to the even one of two that are as near."""
+    bits = x.view(torch.int32)
+    half = bits.bitwise_right_shift(_DROPPED).bitwise_and_(1).add_((1 << (_DROPPED - 1)) - 1)
+    rounded = half.add_(bits).bitwise_and_(-(1 << _DROPPED)).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x)

@@ -56,6 +56,8 @@ BAD = [
     ("maxiters", 0, "at least 1"),
     ("memory", "disk", "checkpoint"),
     ("clip_norm", "no", "expected float or none"),
+    ("precision", "fp8", "bf16, ieee, tf32"),
+    ("graphs", True, "known: False, auto"),
     ("options", 3, "expected dict"),
     ("kinetic", -0.01, "at least 0"),
     ("kinetic", "some", "auto"),

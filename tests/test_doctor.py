@@ -28,7 +28,9 @@ from pyrnode.julia_setup import JuliaStatus
 
 pytest.importorskip("juliapkg", reason="juliacall is not installed (the extra `julia`)")
 
-INSTALLED = {"torchvision": "0.29.1", "pandas": "3.0", "pyarrow": "20.0", "tensorboard": "2.20", "h5py": "3.12"}
+INSTALLED = {"torchvision": "0.29.1", "pandas": "3.0", "pyarrow": "20.0", "tensorboard": "2.20", "h5py": "3.12"} | {
+    "triton": "3.8.0"
+}
 READY = JuliaStatus(
     ready=True,
     detail="Julia 1.10.8 at /opt/julia/bin/julia with its packages in /opt/env",
@@ -141,6 +143,7 @@ def test_a_good_machine(machine: Machine) -> None:
         "OpenSSL": "ok",
         "import order": "ok",
         "kernels": "ok",
+        "GPU kernels": "ok",
         "data": "ok",
         "disk": "ok",
         "working folder": "ok",

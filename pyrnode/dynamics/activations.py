@@ -26,10 +26,12 @@ class Activation(ABC):
     Attributes:
         keeps_input: Whether the derivatives read `a`; else it is not kept in memory, and anything may stand for it.
         keeps_r: Whether `bend` reads `r`. Where φ''/φ' is a bounded function of h or φ', g does instead.
+        fuses: Whether a layer's scale and shift are best left to `enter`.
     """
 
     keeps_input = False
     keeps_r = False
+    fuses = False
 
     @abstractmethod
     def value(self, a: Tensor) -> Tensor:
@@ -47,6 +49,14 @@ class Activation(ABC):
         """Value and slope; may overwrite `a` where it is not kept."""
         h = self.value(a)
         return h, self.slope(a, h)
+
+    def enter(
+        self, u: Tensor, scale: Tensor | None, shift: Tensor, *, sloped: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``a = scale ⊙ u + shift``, φ(a), and φ'(a) where it is asked for; may overwrite `u` where scale is `None`."""
+        a = u + shift if scale is None else torch.addcmul(shift, u, scale)
+        a = a.to(u.dtype)
+        return (a, *self.activate(a)) if sloped else (a, self.value(a), None)
 
     def pull(self, a: Tensor, h: Tensor, slope: Tensor, g: Tensor, r: Tensor, g_bar: Tensor) -> tuple[Tensor, Tensor]:
         """``φ''(a) r ⊙ ḡ`` and ``φ'(a) ⊙ ḡ``, the cotangents of a and of r; may overwrite `g_bar`.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.base import BoundDynamics, Cotangents, Dynamics, Linearization, SplitPullback
+from pyrnode.dynamics.gpu import kernelled
 from pyrnode.dynamics.layers import TIME_ENTRIES, Layer, Linear, Time, TimeEntry, channels_last
 from pyrnode.dynamics.nested import BoundModule
 
@@ -66,7 +67,13 @@ class _Tape:
 
 
 class BoundLayers(BoundDynamics):
-    """A `LayeredDynamics`, bound: every layer's operators, and what they gather."""
+    """A `LayeredDynamics`, bound: every layer's operators, and what they gather.
+
+    Attributes:
+        hidden: Type of what has the shape of a hidden layer; `None` for that of the state (`dynamics.coarse`).
+    """
+
+    hidden: torch.dtype | None = None
 
     def __init__(self, layers: list[TimeEntry], activation: str, names: list[list[str]], images: bool) -> None:
         self.layers = layers
@@ -88,7 +95,7 @@ class BoundLayers(BoundDynamics):
         pixels = z[0, 0].numel() if self.images else 1
         hidden = sum(layer.linear.weight.shape[0] for layer in self.layers[:-1])
         kept = 3 + self.phi.keeps_input + probes * (1 + self.phi.keeps_r)  # h, slope, ā, perhaps a; g, perhaps r
-        return z.element_size() * len(z) * pixels * hidden * kept
+        return (self.hidden or z.dtype).itemsize * len(z) * pixels * hidden * kept
 
     def linearize(
         self, t: Time, z: Tensor, eps: Tensor | None, *, c: Tensor | None = None, tape: bool = False
@@ -96,14 +103,21 @@ class BoundLayers(BoundDynamics):
         layers: list[_Layer] = []
         h, last = z, len(self.layers) - 1
         for i, (layer, (scale, shift)) in enumerate(zip(self.layers, self._entries(t, c), strict=True)):
-            if scale is None:
-                unscaled, a = None, layer.linear(h, shift)
+            unscaled: Tensor | None = None
+            slope: Tensor | None = None
+            if i < last and self.phi.fuses:
+                u = layer.linear(h)
+                a, output, slope = self.phi.enter(u, scale, shift, sloped=eps is not None)
+                unscaled = None if scale is None else u
             else:
-                unscaled = layer.linear(h)
-                a = torch.addcmul(shift, unscaled, scale)
-            output, slope = a, None
-            if i < last:
-                output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
+                if scale is None:
+                    a = layer.linear(h, shift)
+                else:
+                    unscaled = layer.linear(h)
+                    a = torch.addcmul(shift, unscaled, scale).to(unscaled.dtype)
+                output = a
+                if i < last:
+                    output, slope = (self.phi.value(a), None) if eps is None else self.phi.activate(a)
             keeps_a = i < last and self.phi.keeps_input
             layers.append(_Layer(h, scale, unscaled, output, a if keeps_a else None, slope))
             h = output
@@ -152,7 +166,7 @@ class BoundLayers(BoundDynamics):
         g, kept_r = eps, None
         for i in reversed(range(len(self.layers))):
             layer = record.layers[i]
-            scaled = (g if layer.scale is None else g * layer.scale).flatten(0, 1)
+            scaled = (g if layer.scale is None else (g * layer.scale).to(g.dtype)).flatten(0, 1)
             layer.product = _Product(kept_r, g, scaled)
             r: Tensor = self.layers[i].linear.transpose(scaled).unflatten(0, (k, batch))
             if i:
@@ -194,7 +208,7 @@ class BoundLayers(BoundDynamics):
             g_bar = bound.linear(p).unflatten(0, (k, batch))
             if layer.scale is not None:
                 layer.scale_bar = (g_bar * g).sum(0)
-                g_bar = g_bar * layer.scale
+                g_bar = (g_bar * layer.scale).to(g_bar.dtype)
             if i < last:
                 bend, p = self.phi.pull(*layer.phi, self._slope(layer), g, g if r is None else r, g_bar)
                 layer.a_bar = bend[0] if k == 1 else bend.sum(0)
@@ -299,7 +313,9 @@ class LayeredDynamics(Dynamics):
     def bind(self, *, total_derivative: bool = False, hjb: bool = False, exact: bool = False) -> BoundDynamics:
         if total_derivative:
             return BoundModule(self, total_derivative=True)
-        return self._bind(detach=True)
+        bound = self._bind(detach=True)
+        bound.phi = kernelled(bound.phi, self.activation, bound.layers[0].linear.weight.device)
+        return bound
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""

@@ -60,7 +60,7 @@ class Linear(ABC):
 
     @abstractmethod
     def gather(self, x: Tensor) -> Tensor:
-        """Transpose of `spread`: sums ``(batch, *out)`` over all but batch and channels."""
+        """Transpose of `spread`: sums ``(batch, *out)`` over all but batch and channels, in the weight's type."""
 
 
 class Dense(Linear):
@@ -91,7 +91,7 @@ class Dense(Linear):
         return channels
 
     def gather(self, x: Tensor) -> Tensor:
-        return x
+        return x.to(self.weight.dtype)
 
 
 class Conv(Linear):
@@ -141,7 +141,7 @@ class Conv(Linear):
         return channels[..., None, None]
 
     def gather(self, x: Tensor) -> Tensor:
-        return x.sum((-2, -1))
+        return x.sum((-2, -1), dtype=self.weight.dtype)
 
 
 class NativeConv(Conv):
@@ -184,9 +184,9 @@ def channels_last(x: Tensor) -> Tensor:
     return x
 
 
-def _batch_sum(x: Tensor) -> Tensor:
+def _batch_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.sum(0)``, which on channels-last images takes ten times as long as in the order of their memory."""
-    return x.permute(0, 2, 3, 1).sum(0).permute(2, 0, 1) if x.ndim == 4 else x.sum(0)
+    return x.permute(0, 2, 3, 1).sum(0, dtype=dtype).permute(2, 0, 1) if x.ndim == 4 else x.sum(0, dtype=dtype)
 
 
 def _conv_weight_gradient(h: Tensor, g: Tensor, weight: Tensor) -> Tensor:
@@ -287,8 +287,8 @@ class ConcatTime(TimeEntry):
         return None, shift if c is None else shift + self.linear.spread(c)
 
     def accumulate(self, t: Time, c: Tensor | None, a_bar: Tensor, s_bar: Tensor | None) -> Tensor | None:
-        total = _batch_sum(a_bar)
-        timed = torch.tensordot(t, a_bar, 1) if isinstance(t, Tensor) else total
+        total = _batch_sum(a_bar, self.bias.dtype)
+        timed = torch.tensordot(t, a_bar.to(t.dtype), 1) if isinstance(t, Tensor) else total
         self._add(total, timed, 1.0 if isinstance(t, Tensor) else t)
         return None if c is None else self.linear.gather(a_bar)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyrnode import solvers
-from pyrnode.config import SolverConfig
+from pyrnode.config import Precision, SolverConfig
 from pyrnode.devices import piece_limit
 from pyrnode.dynamics.base import BoundDynamics, Cotangents, Dynamics, Linearization
+from pyrnode.dynamics.coarse import coarsened
 from pyrnode.dynamics.layers import Time
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import (
@@ -51,6 +52,7 @@ class Augmented:
         context: Embedded, detached from autograd's graph.
         total_derivative: Whether there is a ``D'``.
         hjb: Whether there is an ``H'``.
+        precision: In which numbers the dynamics are computed (`dynamics.coarse`).
     """
 
     _piece: int | None = None  # the limit of `_pieces`, once it is known
@@ -63,8 +65,10 @@ class Augmented:
         *,
         total_derivative: bool,
         hjb: bool = False,
+        precision: Precision = "ieee",
     ) -> None:
         self.dynamics, self.context, self.total_derivative, self.hjb = dynamics, context, total_derivative, hjb
+        self.precision: Precision = precision
         self._exact = probes is not None and probes.axes
         self._closed = self._exact and dynamics.closed_trace  # trace and norm are made of what the tape has
         self._bound: BoundDynamics | None = None
@@ -75,7 +79,8 @@ class Augmented:
     def bound(self) -> BoundDynamics:
         """The dynamics bound to their parameters, from here to the end of a pass; gradients gather in it."""
         if self._bound is None:
-            self._bound = self.dynamics.bind(total_derivative=self.total_derivative, hjb=self.hjb, exact=self._exact)
+            bound = self.dynamics.bind(total_derivative=self.total_derivative, hjb=self.hjb, exact=self._exact)
+            self._bound = coarsened(bound, self.precision)
         return self._bound
 
     def release(self) -> None:

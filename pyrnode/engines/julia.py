@@ -168,6 +168,11 @@ class JuliaEngine(Engine):
 
     def _look_up(self, solver: SolverConfig) -> Any:
         step_size(solver)
+        if solver.precision != "ieee":
+            raise ConfigError(
+                f"solver.precision = {solver.precision!r}: the Julia engine computes in IEEE's numbers alone; use "
+                'engine="torch", or set it to "ieee"'
+            )
         sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
         if sensealg not in SENSITIVITIES:
             raise EngineUnavailableError(

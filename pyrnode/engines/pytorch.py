@@ -21,9 +21,10 @@ from pyrnode.dynamics.base import Dynamics
 from pyrnode.engines.augmented import Augmented, integrate
 from pyrnode.engines.backprop import Checkpointed, Kept, Stored
 from pyrnode.engines.backsolve import BacksolveAdjoint
-from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
+from pyrnode.engines.base import Engine, Solution, Solve, Stats, check_potential, check_state, embedded, run
 from pyrnode.engines.fused import CompiledSolve, Fused, compiled_solve
 from pyrnode.engines.fused_potential import compiled_potential
+from pyrnode.engines.graphs import Graphs
 from pyrnode.engines.runge_kutta import grid, not_finite, retrace
 from pyrnode.engines.torch_solve import TorchSolve
 from pyrnode.errors import ConfigError
@@ -44,6 +45,7 @@ class TorchEngine(Engine):
         # glibc hands freed blocks back to the system until it has once seen a larger one freed; the page faults of
         # getting them again cost up to a fifth of a training step. This block is never touched.
         torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+        self._graphs = Graphs()
 
     def check(self, solver: SolverConfig) -> None:
         if not solvers.adaptive(solver):
@@ -56,6 +58,8 @@ class TorchEngine(Engine):
             raise ConfigError(
                 f"memory = 'store' needs a fixed-step solver, and {solver.name} is adaptive; use 'checkpoint' or 'auto'"
             )
+        if solver.precision != "ieee":
+            _check_coarse(solver)
 
     def solvers(self) -> list[SolverInfo]:
         return [method.info for method in solvers.METHODS.values()]
@@ -88,6 +92,7 @@ class TorchEngine(Engine):
             None if c is None else c.detach(),
             total_derivative=total_derivative and probes is not None,
             hjb=hjb and probes is not None,
+            precision=solver.precision,
         )
         start = system.bound.layout(z0)
         z, q = run(
@@ -95,11 +100,34 @@ class TorchEngine(Engine):
             c,
             tuple(dynamics.solved_parameters()),
             plain=lambda z0: solve_plainly(system, z0, t_span, solver, stats),
-            recorded=lambda z0: choose(system, z0, t_span, solver, stats),
+            recorded=lambda z0: self._recorded(system, z0, t_span, solver, stats),
         )
         left = awaited(z) and not solvers.adaptive(solver)
         verify = _verification(system, start, (z, q), t_span, solver) if left else None
         return Solution.of(z, q, stats, verify)
+
+    def _recorded(
+        self, system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig, stats: Stats
+    ) -> Solve:
+        """The solve that becomes a node of autograd's graph: by CUDA graphs where there are some."""
+
+        def eager(system: Augmented, z0: Tensor, stats: Stats) -> TorchSolve:
+            return choose(system, z0, t_span, solver, stats)
+
+        graphed = self._graphs.solve(system, z0, t_span, solver, stats, eager) if solver.graphs else None
+        return eager(system, z0, stats) if graphed is None else graphed
+
+
+def _check_coarse(solver: SolverConfig) -> None:
+    """Raises `ConfigError` where a solver cannot be in coarser numbers than IEEE's."""
+    named = f"solver.precision = {solver.precision!r}"
+    if solvers.adaptive(solver):
+        raise ConfigError(
+            f"{named} needs steps that do not depend on values, and {solver.name} is adaptive: coarse numbers do not "
+            "agree to its tolerances; set adaptive = false with a step_size, take RK4, or set precision = 'ieee'"
+        )
+    if solver.sensealg == "BacksolveAdjoint":
+        raise ConfigError(f"{named} beside sensealg = {solver.sensealg!r}; use 'Backprop', or set precision = 'ieee'")
 
 
 def _verification(
@@ -162,7 +190,9 @@ def choose(
 def _compiled(
     system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig, *, store: bool = False
 ) -> CompiledSolve | None:
-    """The solve by a kernel, whichever has one for these dynamics."""
+    """The solve by a kernel in C, whichever has one for these dynamics; all of them compute in IEEE's numbers alone."""
+    if system.precision != "ieee":
+        return None
     found = compiled_solve(system, z0, t_span, solver, store=store)
     return found or compiled_potential(system, z0, t_span, solver)
 

@@ -65,11 +65,16 @@ class TorchSolve(ABC):
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """`pull`, as `base.Solve` has it."""
-        if self.system.versions() != self.versions:
-            raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
+        check_versions(self.system, self.versions)
         self.system.begin_pullback()
         z0_bar = self.pull(self.system.bound.layout(z_bar), q_bar)
         return z0_bar, *self.system.end_pullback()
+
+
+def check_versions(system: Augmented, before: list[int]) -> None:
+    """Raises `RuntimeError` where a parameter is not what it was at the time of the solve."""
+    if system.versions() != before:
+        raise RuntimeError("a parameter was changed in place between the solve and its backward pass")
 
 
 def replay(
