@@ -159,9 +159,13 @@ class Processes(World):
 
     def together(self, work: Callable[[], T], *, in_turn: bool = False) -> T:
         kept: list[T] = []
+
+        def mine() -> None:
+            kept.append(work())
+
         turn = (0 if self.first else 1 if local_rank() == 0 else 2) if in_turn else 0
         for now in range(3 if in_turn else 1):
-            self.gathered(lambda now=now: kept.append(work()) if now == turn else None)  # type: ignore[misc]
+            self.gathered(mine if now == turn else _nothing)
         return kept[0]
 
     def _attempt(self, work: Callable[[], Any]) -> _Attempt:
@@ -194,6 +198,10 @@ class _Attempt:
     value: Any
     error: Exception | None
     sent: Exception | None
+
+
+def _nothing() -> None:
+    """What a process does while it is another's turn."""
 
 
 def _everywhere(error: Exception) -> Exception:

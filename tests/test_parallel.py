@@ -275,8 +275,9 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
         distributed.shard()
 
 
-def test_processes_of_a_restart_do_not_wait_for_the_dead() -> None:
+def test_processes_of_a_restart_do_not_wait_for_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun gives them the store of those before them; who comes first finds there what the dead wrote."""
+    monkeypatch.setattr(distributed, "_START", timedelta(seconds=60))
     store = torch.distributed.HashStore()
     marks: list[bytes] = []
     names: list[str] = []
@@ -291,6 +292,47 @@ def test_processes_of_a_restart_do_not_wait_for_the_dead() -> None:
             names.append(name)
             marks = [store.get(f"mark {rank}") for rank in range(3)]
     assert len(set(names)) == 3
+
+
+LAUNCHED = """
+import os, sys, torch
+from pyrnode import distributed
+world = distributed.world()
+print(int(world.sum(torch.tensor([world.rank + 1.0]), patient=True)), flush=True)
+os._exit(0)  # as a process that is killed: nothing is taken back
+"""
+
+
+def test_processes_that_take_over_a_store_reach_each_other() -> None:
+    """As torchrun's agent restarts them; the second time one comes when the other has not even begun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        told = environment() | address | {"RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", LAUNCHED], env=told, stdout=pipe, stderr=pipe, text=True)
+
+    mark, limit = b"", time.monotonic() + LIMIT
+    for _ in range(2):
+        processes = [start(1)]
+        try:
+            while mark and _mark(store) == mark:  # of who was there before
+                assert processes[0].poll() is None, processes[0].communicate()
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+            processes.append(start(0))
+            said = [process.communicate(timeout=LIMIT) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert [out for out, _ in said] == ["3\n", "3\n"], said
+        mark = _mark(store)
+
+
+def _mark(store: torch.distributed.TCPStore) -> bytes:
+    return store.get("mark 1") if store.check(["mark 1"]) else b"none"
 
 
 def _changed(store: torch.distributed.HashStore, key: str, before: bytes) -> None:

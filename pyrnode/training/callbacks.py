@@ -231,5 +231,7 @@ def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError(f"training.tensorboard = true needs TensorBoard: pip install tensorboard ({error})") from None
+        raise ConfigError(
+            f"pyrnode.TensorBoard (and training.tensorboard = true) needs: pip install tensorboard ({error})"
+        ) from None
     return SummaryWriter
