@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyrnode import data, distribution, export, transforms
 from pyrnode.anomalies import Calibration, calibrate, score_file
+from pyrnode.architecture import FlowConfig, NetworkConfig
 from pyrnode.config import (
     Config,
     DataConfig,
     Divergence,
     EvaluationConfig,
-    FlowConfig,
-    NetworkConfig,
     PenaltyConfig,
     SolverConfig,
     presets,

@@ -26,6 +26,7 @@ from pyrnode.errors import ConfigError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
 from pyrnode.probes import SampleNoise
+from pyrnode.radial import Radial
 from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Transform, Whiten
 
 
@@ -338,15 +339,12 @@ def outset(config: Config, event_shape: tuple[int, ...], levels: int | None) -> 
     return [*logits, *([Flatten(event_shape)] if config.flow.state_shape(event_shape) != event_shape else [])]
 
 
-def standardizes(config: Config, event_shape: tuple[int, ...], levels: int | None) -> bool:
-    """Whether what comes next is taken from data. The logits of images that stay images are left as they are."""
-    return config.flow.scales_features and (levels is None or len(config.flow.state_shape(event_shape)) == 1)
-
-
 def _unfitted(config: Config, event_shape: tuple[int, ...], levels: int | None) -> Iterator[Transform]:
     """Transforms to load those of data into."""
     shape = config.flow.state_shape(event_shape)
-    if standardizes(config, event_shape, levels):
+    if config.flow.standardizes(event_shape, levels):
         yield Standardize.identity(shape)
         if config.flow.whitens(event_shape):
             yield Whiten.identity(*shape)
+        if config.flow.draws_in(event_shape):
+            yield Radial.identity()

@@ -205,6 +205,12 @@ class Standardize(DoubleTransform):
         mean = (share * x).sum(0)
         return cls(mean, (share * (x - mean).square()).sum(0).sqrt())
 
+    def by_channel(self) -> Standardize:
+        """Of images ``(C, H, W)``: one mean and one deviation for all pixels of a channel."""
+        mean = self.mean.mean((1, 2), keepdim=True).expand_as(self.mean)
+        variance = (self.std.square() + (self.mean - mean).square()).mean((1, 2), keepdim=True)
+        return Standardize(mean.clone(), variance.sqrt().expand_as(mean).clone())
+
     @classmethod
     def fit_context(cls, c: Tensor) -> Standardize:
         """`fit` of contexts ``(n, m)``, which need no density: features that do not vary are centred, not scaled."""

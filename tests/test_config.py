@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError
+from typing import Literal
 
 import numpy as np
 import pytest
 
 import pyrnode
-from pyrnode.config import Config, FlowConfig, NetworkConfig, PenaltyConfig
+from pyrnode.architecture import FlowConfig, NetworkConfig
+from pyrnode.config import Config, PenaltyConfig
 from pyrnode.errors import ConfigError
 from pyrnode.settings import flatten
 
@@ -61,8 +63,8 @@ BAD = [
     ("options", 3, "expected dict"),
     ("kinetic", -0.01, "at least 0"),
     ("kinetic", "some", "auto"),
-    ("standardize", "sphere", "auto, none, scale, whiten"),
-    ("standardize", False, "auto, none, scale, whiten"),
+    ("standardize", "sphere", "auto, channels, none, radial, scale, whiten"),
+    ("standardize", False, "auto, channels, none, radial, scale, whiten"),
     ("jacobian", math.inf, "at least 0"),
     ("total_derivative", -1, "at least 0"),
     ("hjb", -0.1, "at least 0"),
@@ -150,13 +152,26 @@ def test_a_weight_that_depends_on_the_samples_is_not_used_without_them() -> None
         _ = PenaltyConfig(jacobian="auto").weights
 
 
-def test_images_are_not_whitened() -> None:
-    flow = FlowConfig(standardize="whiten")
+@pytest.mark.parametrize("given", ["whiten", "radial"])
+def test_images_have_no_axes(given: Literal["whiten", "radial"]) -> None:
+    flow = FlowConfig(standardize=given)
     assert flow.whitens((3,))
+    assert flow.draws_in((3,)) == (given == "radial")
     assert not FlowConfig(standardize="auto").whitens((1, 4, 4))
-    assert not FlowConfig(standardize="auto").whitens((5000,))
-    with pytest.raises(ConfigError, match=r"standardize = 'whiten': for vectors, not for samples of shape \(1, 4, 4\)"):
-        flow.whitens((1, 4, 4))
+    assert not FlowConfig(standardize="auto").draws_in((5000,))
+    message = rf"standardize = '{given}': for vectors, not for samples of shape \(1, 4, 4\); take 'scale', 'channels'"
+    with pytest.raises(ConfigError, match=message):
+        flow.standardizes((1, 4, 4), 256)
+
+
+def test_vectors_have_no_channels() -> None:
+    flow = FlowConfig(standardize="channels")
+    assert flow.standardizes((1, 4, 4), 256)
+    assert flow.standardizes((1, 4, 4), None)
+    assert not FlowConfig(standardize="scale").standardizes((1, 4, 4), 256)
+    for given, shape in ((flow, (3,)), (FlowConfig(standardize="channels", flatten=True), (1, 4, 4))):
+        with pytest.raises(ConfigError, match="standardize = 'channels': for images, not for samples of shape"):
+            given.standardizes(shape, None)
 
 
 def test_settings_are_frozen_and_keyword_only() -> None:

@@ -138,7 +138,10 @@ def test_safetensors_come_back(name: str, settings: dict[str, Any], tmp_path: Pa
     assert list(loaded.state_dict()) == list(module.state_dict())
 
 
-@pytest.mark.parametrize("settings", [{}, {"flow__network__time": "concatsquash", "flow__blocks": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"flow__network__time": "concatsquash", "flow__blocks": 2}, {"flow__standardize": "radial"}],
+)
 @pytest.mark.parametrize("activation", ["softplus", "tanh"])
 def test_description_is_read_by_the_documentations_reader(
     activation: str, settings: dict[str, Any], tmp_path: Path

@@ -15,6 +15,7 @@ from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import ModuleDynamics
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError
 from pyrnode.flow import Flow
+from pyrnode.radial import Radial
 from pyrnode.transforms import Chain, Standardize, Transform, Whiten
 from tests.test_dynamics import Field
 
@@ -35,6 +36,8 @@ def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool 
         fitted: list[Transform] = [Standardize.fit(sample)] if config.flow.scales_features else []
         if config.flow.whitens(event_shape):
             fitted.append(Whiten.fit(fitted[0](sample)[0]))
+        if config.flow.draws_in(event_shape):
+            fitted.append(Radial(*torch.tensor([1.5, 0.7], dtype=torch.float64)))
         transform = Chain(fitted)
     dynamics = (lambda shape: ModuleDynamics(Field().double(), shape)) if own else None
     flow = Flow.build(config, event_shape, levels=levels, transform=transform, dynamics=dynamics)
@@ -50,11 +53,13 @@ FLOWS = {
     "vector, two blocks": lambda: build((3,), flow__blocks=2, flow__network__time="concatsquash"),
     "vector, as it is": lambda: build((3,), flow__standardize="none", flow__network__activation="tanh"),
     "vector, whitened": lambda: build((3,), flow__standardize="whiten"),
+    "vector, tails drawn in": lambda: build((3,), flow__standardize="radial"),
     "vector, own module": lambda: build((3,), own=True),
     "vector, potential": lambda: build((3,), flow__network__kind="potential"),
     "images, one scale": lambda: build((1, 4, 4), levels=17),
     "images, two scales": lambda: build((1, 8, 8), levels=17, flow__alpha=0.05),
     "images, colour": lambda: build((3, 4, 4), levels=256, flow__scales=2, flow__network__time="none"),
+    "images, by channel": lambda: build((3, 4, 4), levels=8, flow__standardize="channels", flow__scales=1),
     "images, flattened": lambda: build((1, 3, 2), levels=17, flow__flatten=True, flow__standardize="whiten"),
     "images, fixed step": lambda: build((1, 4, 4), levels=17, evaluation__solver={"name": "RK4", "step_size": 0.05}),
 }

@@ -93,7 +93,7 @@ def test_the_transforms_are_those_of_the_samples_in_memory(
     (a, b) = (flow.transform.state_dict() for flow in flows)
     assert a.keys() == b.keys()
     for name, value in a.items():
-        assert value == pytest.approx(b[name], rel=1e-9, abs=1e-9), name
+        assert torch.allclose(value, b[name], rtol=1e-9, atol=1e-9), name
 
 
 def test_what_is_written_out_is_written_once(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,9 +186,10 @@ LAYERS = (
     ("composition", "parts"),
     ("engines",),
     ("probes", "files"),
-    ("data", "dynamics", "transforms"),
+    ("data", "dynamics", "radial", "transforms"),
     (
         "config",
+        "architecture",
         "optimisation",
         "settings",
         "solvers",

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
-from pyrnode.config import Config, FlowConfig
+from pyrnode.architecture import FlowConfig
+from pyrnode.config import Config
 from pyrnode.data import load
 from pyrnode.errors import (
     ConfigError,

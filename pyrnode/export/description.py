@@ -18,6 +18,7 @@ from pyrnode.dynamics.layers import Layer
 from pyrnode.errors import ConfigError, unknown_name
 from pyrnode.export.torch_flow import TorchFlow
 from pyrnode.parts import Block, FactorOut, Squeeze
+from pyrnode.radial import Radial
 from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Transform, Whiten
 
 READING = {
@@ -25,6 +26,8 @@ READING = {
     "log_prob = -(|z|^2 + d log(2 pi))/2 + log_det, in nats. decode runs everything backwards.",
     "standardize": "y = (x - mean)/std, in double precision; log_det = -sum(log std)",
     "whiten": "y_i = (sum_j x_j rotation_ji)/scale_i, in double precision; log_det = -sum(log scale)",
+    "radial": "y = c f(k |x|^2) x, f(q) = asinh(sqrt q)/sqrt q, f(0) = 1, c = scale, k = curvature, in double "
+    "precision; log_det = d log c + (d - 1) log f - log(1 + k |x|^2)/2",
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
@@ -48,6 +51,8 @@ READING = {
     "divergence": "exact: the trace; hutchinson: the mean over the block's stored probes e of e . (df/dz) e",
 }
 """What the words of a description mean."""
+
+_TRANSFORMS = ("standardize", "whiten", "radial", "dequantize", "logit", "flatten")
 
 
 def describe(flow: TorchFlow) -> dict[str, Any]:
@@ -101,6 +106,8 @@ def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
         return {"kind": "standardize", "tensors": {"mean": f"{prefix}.mean", "std": f"{prefix}.std"}}
     if isinstance(transform, Whiten):
         return {"kind": "whiten", "tensors": {"rotation": f"{prefix}.rotation", "scale": f"{prefix}.scale"}}
+    if isinstance(transform, Radial):
+        return {"kind": "radial", "tensors": {"scale": f"{prefix}.scale", "curvature": f"{prefix}.curvature"}}
     if isinstance(transform, Dequantize):
         return {"kind": "dequantize", "levels": transform.levels}
     if isinstance(transform, Logit):
@@ -271,6 +278,11 @@ def _build_transform(
         if tuple(rotation.shape) != (*shape, *shape) or tuple(scale.shape) != shape:
             raise ConfigError(f"{prefix}: {tuple(rotation.shape)} axes and {tuple(scale.shape)} scales for {shape}")
         return Whiten(rotation, scale)
+    if kind == "radial":
+        scale, curvature = tensors[f"{prefix}.scale"], tensors[f"{prefix}.curvature"]
+        if len(shape) != 1 or scale.ndim or curvature.ndim:
+            raise ConfigError(f"{prefix}: expected one scale and one curvature, of vectors, not of {shape}")
+        return Radial(scale, curvature)
     if kind == "dequantize":
         (levels,) = _sizes([entry["levels"]], least=2)
         return Dequantize(levels)
@@ -278,7 +290,7 @@ def _build_transform(
         return Logit(float(entry["alpha"]))
     if kind == "flatten":
         return Flatten(shape)
-    raise ConfigError(unknown_name("transform", kind, ("standardize", "whiten", "dequantize", "logit", "flatten")))
+    raise ConfigError(unknown_name("transform", kind, _TRANSFORMS))
 
 
 def _build_parts(entries: list[Mapping[str, Any]], shape: tuple[int, ...], context_dim: int) -> list[nn.Module]:

@@ -13,7 +13,8 @@ from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
-from pyrnode.flow import Flow, outset, standardizes
+from pyrnode.flow import Flow, outset
+from pyrnode.radial import Radial
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
 
 _DRAWN = 20_000
@@ -21,6 +22,10 @@ _DRAWN = 20_000
 
 _NUMBERS = 2**26
 """Numbers of all draws together, at most: half a gigabyte."""
+
+_HEAVY = 0.1
+"""Nats per dimension that drawing in tails must bring the untrained flow: below it, it is many modes that look like
+tails, which are harder to tell apart when they are drawn together (docs/training.md)."""
 
 
 class Blueprint:
@@ -62,7 +67,7 @@ class Blueprint:
 def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
-    if standardizes(config, splits.event_shape, splits.levels):
+    if config.flow.standardizes(splits.event_shape, splits.levels):
         begin = Chain(outset(config, splits.event_shape, splits.levels))
         if isinstance(train, MappedSamples) and splits.levels is None:
             found = _to_standard_mapped(config, splits, train, begin, world)
@@ -93,18 +98,27 @@ def _to_standard(config: Config, splits: Splits, begin: Chain) -> Iterator[Trans
     noise = torch.Generator("cpu").manual_seed(config.seed)
     y = torch.cat([begin(x, noise)[0] for _ in range(copies)])
     weights = None if weight is None else weight.repeat(copies)
-    yield (scale := Standardize.fit(y, weights))
+    yield (scale := _pooled(config, Standardize.fit(y, weights)))
     if config.flow.whitens(splits.event_shape):
         y = scale(y)[0]
-        yield _whitening(config, y[: len(x)], weight, lambda shrinkage: Whiten.fit(y, weights, shrinkage=shrinkage))
+        few = y[: len(x)]  # no two of which are draws of one sample
+        yield from _axes(config, splits, few, weight, lambda shrinkage: Whiten.fit(y, weights, shrinkage=shrinkage))
 
 
-def _whitening(config: Config, few: Tensor, weight: Tensor | None, fit: Callable[[float], Whiten]) -> Whiten:
-    """The whitening, with the shrinkage that is best of some of the samples, no two of which are draws of one."""
-    if config.flow.standardize == "whiten":
-        return fit(0.0)
-    shrinkage = Whiten.best_shrinkage(few, weight)
-    return Whiten.identity(few.shape[1]) if shrinkage == 1 else fit(shrinkage)
+def _pooled(config: Config, scale: Standardize) -> Standardize:
+    return scale.by_channel() if config.flow.standardize == "channels" else scale
+
+
+def _axes(
+    config: Config, splits: Splits, few: Tensor, weight: Tensor | None, fit: Callable[[float], Whiten]
+) -> Iterator[Transform]:
+    """The whitening, by `fit` with the shrinkage that is best of some of the samples; and what draws their tails in."""
+    auto = config.flow.standardize == "auto"
+    shrinkage = Whiten.best_shrinkage(few, weight) if auto else 0.0
+    yield (whiten := Whiten.identity(few.shape[1]) if shrinkage == 1 else fit(shrinkage))
+    if config.flow.draws_in(splits.event_shape):
+        y, weight = whiten(few[:CHOSEN_ON])[0], None if weight is None else weight[:CHOSEN_ON]
+        yield Radial.identity() if auto and Radial.gain(y, weight) < _HEAVY else Radial.fit(y, weight)
 
 
 def _to_standard_mapped(
@@ -138,11 +152,13 @@ def _to_standard_mapped(
         return (y * weight[:, None]).T @ y
 
     centre = mean(weighed)
-    yield (scale := Standardize(centre, mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()))
+    spread = mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()
+    yield (scale := _pooled(config, Standardize(centre, spread)))
     if config.flow.whitens(splits.event_shape):
         few = train.first(CHOSEN_ON)
         fit = partial(Whiten.of_covariance, mean(products))
-        yield _whitening(config, scale(begin(few.x)[0])[0], few.weight, lambda shrinkage: fit(shrinkage=shrinkage))
+        y = scale(begin(few.x)[0])[0]
+        yield from _axes(config, splits, y, few.weight, lambda shrinkage: fit(shrinkage=shrinkage))
 
 
 def _data_dtype(splits: Splits) -> torch.dtype | None:
