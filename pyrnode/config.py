@@ -353,3 +353,14 @@ def presets() -> dict[str, str]:
             first = entry.read_text(encoding="utf-8").splitlines()[0]
             table[entry.name.removesuffix(".toml")] = first.lstrip("# ")
     return table
+
+
+WIDE = 48
+"""From how many columns on a table has a wider network (docs/training.md)."""
+
+
+def made_for(state_shape: tuple[int, ...]) -> str:
+    """The preset of data that none is named for, by the shape of a flow's states."""
+    if len(state_shape) > 1:
+        return "images"
+    return "table" if state_shape[0] < WIDE else "wide-table"

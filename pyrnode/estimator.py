@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from pyrnode.anomalies import Calibration, log_densities
-from pyrnode.config import Config
+from pyrnode.config import Config, made_for
 from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
 from pyrnode.data.frames import columns_of, is_frame, read_frame
@@ -39,10 +39,10 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     Features are whitened inside, as far as other samples bear it, and all densities are in the units of the input. A
     share of the samples is held out, and the weights that are best on it are kept. The training settings that are not
-    parameters here are those of the preset ``"table"``; `overrides` sets any of them.
+    parameters here are those of the preset ``"table"``, from 48 features on ``"wide-table"``; `overrides` sets them.
 
     Args:
-        hidden: Widths of the network's hidden layers.
+        hidden: Widths of the network's hidden layers; ``"auto"`` is the preset's, 64-64-64 or 128-128-128.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"``, ``"gelu"`` or ``"elu"``; of a potential ``"logcosh"`` too,
             and only the first two.
         network: ``"mlp"``, or ``"potential"``: the dynamics are the gradient of one (`pyrnode.Potential`).
@@ -56,7 +56,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             ``evaluation.divergence``.
         max_steps: Optimiser steps.
         batch_size: Samples per step.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate; ``"auto"`` is the preset's, 0.01 or 0.005.
         validation_fraction: Share of the samples held out to choose the best weights on, in [0, 1). With 0, all
             samples are trained on, and the weights that are best on them are kept.
         patience: Stop after this many validations without improvement; `None` never stops early.
@@ -93,7 +93,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        hidden: Sequence[int] = (64, 64, 64),
+        hidden: Sequence[int] | Literal["auto"] = "auto",
         activation: str = "tanh",
         network: Literal["mlp", "potential"] = "mlp",
         blocks: int = 1,
@@ -104,7 +104,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         divergence: Literal["auto", "exact", "hutchinson"] = "auto",
         max_steps: int = 1000,
         batch_size: int = 256,
-        learning_rate: float = 0.01,
+        learning_rate: float | Literal["auto"] = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = 10,
         calibration_fraction: float = 0.0,
@@ -206,11 +206,14 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
         """The settings of the run."""
-        config = Config.preset("table").override({"solver": self.solver})
+        config = Config.preset(made_for(shape[1:])).override({"solver": self.solver})
+        if self.hidden != "auto":
+            config = config.override({"flow.network.hidden": list(self.hidden)})
+        if self.learning_rate != "auto":
+            config = config.override({"training.learning_rate": self.learning_rate})
         config = config.override(
             {
                 "flow.network.kind": self.network,
-                "flow.network.hidden": list(self.hidden),
                 "flow.network.activation": self.activation,
                 "flow.blocks": self.blocks,
                 "penalties.kinetic": self.kinetic,
@@ -219,7 +222,6 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "solver.step_size": self.step_size,
                 "training.max_steps": self.max_steps,
                 "training.batch_size": self.batch_size,
-                "training.learning_rate": self.learning_rate,
                 "training.patience": self.patience,
                 "dtype": self.dtype,
                 "device": self.device,

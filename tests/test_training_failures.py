@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyrnode
 from pyrnode import files, runs
@@ -230,3 +230,34 @@ def test_a_solver_with_its_settings_and_options() -> None:
     settings = SMALL | {"max_steps": 1}
     result = pyrnode.train("moons", solver=solver, **settings, evaluate=False, progress=False)
     assert (result.config.solver.name, result.config.solver.rtol) == ("DP5", 1e-3)
+
+
+class Bump(nn.Module):
+    """A rate that is large at one stage of a step of DP5 alone: that which counts negatively."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.full((dim,), 3.0))
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return (self.size * torch.exp(-(((t - 8 / 9) / 0.02) ** 2))[:, None]).expand_as(z)
+
+
+def test_an_energy_below_zero_is_a_step_that_is_too_long() -> None:
+    """DP5's fifth stage has the weight −2187/6784: its squares would be maximised without a bound."""
+    result = pyrnode.train(
+        torch.randn(200, 2, generator=torch.Generator().manual_seed(0)),
+        dynamics=lambda shape: Bump(*shape),
+        solver={"name": "DP5", "adaptive": False, "step_size": 1.0},
+        kinetic=0.1,
+        max_steps=3,
+        engine="torch",
+        evaluate=False,
+        progress=False,
+    )
+    restarts = [record for record in result.history if record.get("event") == "restart"]
+    assert len(restarts) == 1
+    assert re.search(r"E = -\d.* is negative: the training solver's steps are too long", restarts[0]["cause"])
+    energies = [record["E"] for record in result.history if "E" in record]
+    assert len(energies) == 3
+    assert min(energies) > 0

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pyrnode import distributed, engines, evaluation, reports
-from pyrnode.config import Config, SolverConfig
+from pyrnode.config import Config, SolverConfig, made_for
 from pyrnode.data import load, sources, support
 from pyrnode.data.loading import leaves_files
 from pyrnode.data.synthetic import DENSITIES
@@ -72,7 +72,7 @@ def train(
 
     Settings are those of `Config`, by name: ``epochs=3``, ``kinetic=0.1``, ``engine="julia"``, ``seed=1``,
     ``solver="Midpoint"``. Whatever is not given comes from the preset; without one, from the one that is made for
-    the named data set, from ``"table"`` for vectors, and from the defaults of `Config` for images.
+    the named data set, from ``"table"`` or ``"wide-table"`` for vectors, and from ``"images"`` for images.
 
     Ctrl-C saves after the present step and ends training; a second one ends it at once. SIGTERM saves likewise, and is
     then handed to whoever would have had it without this function: by default, the process ends. So is SIGINT, where
@@ -128,8 +128,9 @@ def train(
     splits = world.together(
         lambda: load(data, config=config.data, context=context), in_turn=leaves_files(data, config.data)
     )
-    if not settled and len(splits.event_shape) == 1:
-        config = world.once(lambda: _anchored(Config.preset("table").override(settings)))
+    if not settled:
+        made = made_for(config.flow.state_shape(splits.event_shape))
+        config = world.once(lambda: _anchored(Config.preset(made).override(settings)))
     notes, progress = list[str](), progress and world.first
     with evaluation.extra("the remarks on the data's support", notes):
         for remark in support.remarks(splits) if world.first else ():

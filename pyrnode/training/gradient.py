@@ -75,7 +75,7 @@ class Gradient(ABC):
 
         Raises:
             SolverError: A solve failed.
-            NotFiniteError: The loss or the gradient is not finite.
+            NotFiniteError: The loss or the gradient is not finite, or an integral of squares is negative.
         """
 
     @abstractmethod
@@ -102,6 +102,7 @@ class _Alone(Gradient):
             passage.verify()
         if not math.isfinite(value):
             raise NotFiniteError(_unexplained(nll, E, n))
+        _check_signs(E=E, n=n, H=H)
         check_gradient(flow, length)
         return Taken(value, nll, E, n, H, passage.nfe, passage.nfe_backward, norm, length, stop())
 
@@ -142,6 +143,7 @@ class _Together(Gradient):
         value, nll, E, n, H, nfe, nfe_backward = (total / batch.total for total in sums)
         if failed or not all(map(math.isfinite, (value, nll, E, n))):
             self._explain(failure, passage, value, _unexplained(nll, E, n))
+        _check_signs(E=E, n=n, H=H)
         check_gradient(flow, length)
         told = signal.SIGTERM if terminate else signal.SIGINT if interrupt else ASKED if asked else 0
         return Taken(value, nll, E, n, H, nfe, nfe_backward, norm, length, int(told))
@@ -185,6 +187,16 @@ class _Together(Gradient):
         """Those of the first process that the last sum brought: of the step before."""
         self._mine = seconds, elapsed
         return self._told
+
+
+def _check_signs(**integrals: float) -> None:
+    """Raises where a mean of what is never negative is: a solver with negative weights, such as DP5, steps too far.
+
+    Its minimum would have no bound: a rate at the stages that count negatively, which no finer solve sees.
+    """
+    for name, value in integrals.items():
+        if value < 0:
+            raise NotFiniteError(f"{name} = {value:g} is negative: the training solver's steps are too long for it")
 
 
 def _unexplained(nll: float, E: float, n: float) -> str:

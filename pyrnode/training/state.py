@@ -36,7 +36,7 @@ Weights = dict[str, Tensor]
 
 
 class NotFiniteError(Exception):
-    """The loss, the gradient or the weights are not finite; the message says which."""
+    """The loss, the gradient or the weights are not finite, or an integral is impossible; the message says which."""
 
 
 @dataclass
