@@ -146,7 +146,9 @@ SCALES = {
         overrides={
             "digits": _SMALL_IMAGES
             | {
+                "flow.standardize": "scale",
                 "flow.network.hidden": [4],
+                "solver.name": "RK4",
                 "solver.step_size": 0.25,
                 "penalties.kinetic": 0.1,
                 "penalties.jacobian": 0.1,
