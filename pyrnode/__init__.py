@@ -12,8 +12,9 @@ The whole public interface is here. Importing it starts nothing and costs what i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyrnode import data, distribution, export, transforms
+from pyrnode import bounded, data, distribution, export, transforms
 from pyrnode.anomalies import Calibration, calibrate, score_file
+from pyrnode.columns import ColumnsConfig
 from pyrnode.config import (
     Config,
     DataConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "Calibration",
     "Callback",
     "CheckpointError",
+    "ColumnsConfig",
     "Config",
     "ConfigError",
     "ConvNet",
@@ -94,6 +96,7 @@ __all__ = [
     "TrainingDivergedError",
     "TrainingResult",
     "TrainingRun",
+    "bounded",
     "calibrate",
     "data",
     "distribution",

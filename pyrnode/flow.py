@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from pyrnode import checkpoint, engines, export, seeds, uncertainty
+from pyrnode import bounded, checkpoint, engines, export, seeds, uncertainty
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Config, DivergenceLike, SolverLike
 from pyrnode.data.arrays import check_spread
@@ -92,7 +92,8 @@ class Flow(Composition):
         """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
 
         Args:
-            config: Settings; the network, blocks, scales and transform are read from ``config.flow``.
+            config: Settings; the network, blocks, scales and transform are read from ``config.flow`` and
+                ``config.columns``.
             event_shape: ``(d,)`` for vectors, ``(C, H, W)`` for images.
             levels: Grey levels of discrete data.
             transform: Fixed bijection between the data and the flow's space; default as ``config.flow`` says, with
@@ -119,7 +120,8 @@ class Flow(Composition):
             with seeds.seeded(config.seed):
                 parts = list(multi_scale(config, shape, dynamics))
         if transform is None:
-            transform = Chain([*outset(config, event_shape, levels), *_unfitted(config, event_shape, levels)])
+            begin = outset(config, event_shape, levels, features, context_features)
+            transform = Chain([*begin, *_unfitted(config, event_shape, levels)])
         if context_transform is None:
             standardised = context_dim and config.flow.scales_features
             context_transform = Chain([Standardize.identity((context_dim,))] if standardised else [])
@@ -332,10 +334,23 @@ def load(path: str | Path, *, engine: str | None = None, device: str = "cpu") ->
     return checkpoint.load(path, Flow.build, engine=engine).to(target).eval()
 
 
-def outset(config: Config, event_shape: tuple[int, ...], levels: int | None) -> list[Transform]:
-    """The transforms of which nothing is taken from data: grey levels become logits, and images vectors if so asked."""
+def outset(
+    config: Config,
+    event_shape: tuple[int, ...],
+    levels: int | None,
+    features: Names | None = None,
+    context_features: Names | None = None,
+) -> list[Transform]:
+    """The transforms that come first: of columns with bounds or a period; grey levels to logits, images to vectors.
+
+    Of data nothing is taken but where periodic columns are unwrapped (`pyrnode.bounded.centred`).
+
+    Raises:
+        ConfigError: There is no column with one of these names.
+    """
+    known = bounded.transforms(config.columns, event_shape, levels, features, context_features)
     logits = [] if levels is None else [Dequantize(levels, getattr(torch, config.dtype)), Logit(config.flow.alpha)]
-    return [*logits, *([Flatten(event_shape)] if config.flow.state_shape(event_shape) != event_shape else [])]
+    return [*known, *logits, *([Flatten(event_shape)] if config.flow.state_shape(event_shape) != event_shape else [])]
 
 
 def standardizes(config: Config, event_shape: tuple[int, ...], levels: int | None) -> bool:
