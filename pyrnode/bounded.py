@@ -111,7 +111,7 @@ def _first_above(bound: float, dtype: type[np.floating]) -> float:
     """The first number of a type above a bound, and not so near that it is no normal number away from it."""
     with np.errstate(over="ignore"):
         value = dtype(bound + float(np.finfo(dtype).tiny))
-    return float(value if value > bound or bound == -math.inf else np.nextafter(value, dtype(math.inf)))
+    return float(value if float(value) > bound or bound == -math.inf else np.nextafter(value, dtype(math.inf)))
 
 
 class Periodic(DoubleTransform):
@@ -201,7 +201,7 @@ class Periodic(DoubleTransform):
 def _least(bound: float, dtype: type[np.floating]) -> float:
     """The least number of a type that is not below a bound."""
     value = dtype(bound)
-    return float(np.nextafter(value, dtype(math.inf)) if value < bound else value)
+    return float(np.nextafter(value, dtype(math.inf)) if float(value) < bound else value)
 
 
 # -- what is made of settings ----------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def _check_within(samples: Samples, bounds: Bounded, what: str, features: Names 
         f"{what}: column {column(i, features)} has {at.total} of {len(samples)} values that are not between its bounds "
         f"({low:.15g}, {high:.15g}){exactly}{also}. The first, by row: {listed}. On a bound and beyond it there is no "
         "density: leave such rows out, spread values that were rounded to a bound, or move the bound a little outwards "
-        "(a value that many rows share, such as an exact 0, is no part of a density: give those rows a model of their own)"
+        "(a value that many rows share, such as an exact 0, is no part of a density: give those a model of their own)"
     )
 
 
