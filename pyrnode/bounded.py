@@ -254,6 +254,20 @@ def centred(begin: Iterable[Transform], x: Tensor, weight: Tensor | None = None)
     ]
 
 
+def from_bounds(x: Tensor, transforms: Iterable[nn.Module]) -> Tensor:
+    """Samples of which the values on a bound, as a generator of uniform numbers draws them, are the next ones within.
+
+    Args:
+        x: ``(..., d)``; values beyond a bound stay there.
+        transforms: What they will go through.
+    """
+    for bounds in transforms:
+        if isinstance(bounds, Bounded):
+            on = (x == bounds.low.to(x)) | (x == bounds.high.to(x))
+            x = torch.where(on, bounds.contained(x), x)
+    return x
+
+
 def check_source(config: ColumnsConfig, source: Source | Splits) -> None:
     """`check_within` of all parts of what is to be learned; `ConfigError` where it has no such columns."""
     first = transforms(config, source.event_shape, source.levels, source.features, source.context_features)

@@ -180,6 +180,7 @@ LAYERS = (
         "plotting",
         "particles",
         "paper",
+        "sbi",
     ),
     ("flow",),
     ("distribution", "export", "uncertainty", "objective", "checkpoint"),
