@@ -22,7 +22,7 @@ from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
-from pyrnode.errors import ConfigError
+from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
 from pyrnode.probes import SampleNoise
@@ -212,7 +212,7 @@ class Flow(Composition):
         """Latents ``(batch, d)`` of samples ``(batch, *event)``; arguments and errors as in `log_prob`.
 
         Args:
-            x: ``(batch, *event)``.
+            x: ``(batch, *event)``. What is on its columns' bounds or beyond them has no latent: a `DataError`.
             context: As in `log_prob`.
             solver: As in `log_prob`.
             seed: Seed of the dequantisation; default that of the evaluation settings' divergence.
@@ -220,7 +220,11 @@ class Flow(Composition):
         solver, seed = self.solver.changed(solver), self.divergence.seed if seed is None else seed
         parts = [self.reference.new_zeros(0, self.dim)]
         for piece, _, c in self._pieces(x, context, seed):
-            parts.append(self.solve(piece, solver=solver, context=c).z)
+            passage = self.solve(piece, solver=solver, context=c)
+            if self.config.columns.bounds and not bool(torch.isfinite(passage.transform_log_det).all()):
+                row = sum(map(len, parts)) + int((~torch.isfinite(passage.transform_log_det)).nonzero()[0])
+                raise DataError(f"sample {row} is on a bound or beyond it (config.columns.bounds): it has no latent")
+            parts.append(passage.z)
         return torch.cat(parts)
 
     def decode(self, z: Any, context: Any = None, *, solver: SolverLike = None) -> Tensor:

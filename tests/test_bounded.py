@@ -180,6 +180,13 @@ def test_encode_and_decode_are_inverse() -> None:
     assert torch.allclose(flow.decode(flow.encode(x)), x, rtol=1e-7, atol=1e-9)
 
 
+def test_what_is_outside_has_no_latent() -> None:
+    flow = flow_of(1, bounds={0: (0, 1)})
+    flow.chunk = 2
+    with pytest.raises(DataError, match="sample 3 is on a bound or beyond it"):
+        flow.encode([[0.5], [0.2], [0.3], [1.0], [0.4]])
+
+
 def test_a_hundred_thousand_samples_in_single_precision_are_inside() -> None:
     settings = {
         **SMALL,

@@ -33,7 +33,7 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
         lead = torch.broadcast_shapes(input.shape[:-1], condition.shape[:-1])
         theta, x = (value.expand(*lead, -1).flatten(0, 1) for value in (self._inside(input), condition))
         log_prob: Tensor = self.net.log_prob(theta, x)
-        return log_prob.unflatten(0, lead)
+        return log_prob.reshape(lead)
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **_: Any) -> Tensor:
         """Parameters ``(*sample_shape, b, d)``."""
