@@ -42,7 +42,7 @@ _SHOWN = 5
 class Bounded(DoubleTransform):
     """``log(x − low)``, ``−log(high − x)``, or ``log (x − low)/(high − x)`` by column, as its bounds are; in float64.
 
-    Of a sample that has a value on a bound or outside the log-determinant is −inf, and its gradient zero.
+    Of a sample that has a value on a bound or outside the log-determinant is −inf, and the gradient of that value is zero.
 
     Args:
         low: Lower bounds ``(d,)``, −inf where there is none.
@@ -81,7 +81,7 @@ class Bounded(DoubleTransform):
     def forward(self, x: Tensor, generator: object = None) -> tuple[Tensor, Tensor]:
         below, above, low, high = self._masks()
         out = self.outside(x)
-        one_end = torch.where(below, low + 1, high - 1)
+        one_end = torch.where(below, low + 1 + low.abs() / 2, high - 1 - high.abs() / 2)
         between = torch.where(below & above, low + (high - low) / 2, torch.where(below | above, one_end, 0.0))
         x = torch.where(out, between, x.double())  # no gradient meets an infinity
         left = torch.log(torch.where(below, x - low, 1.0))

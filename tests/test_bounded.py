@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyrnode
 from pyrnode import Config, Flow
+from pyrnode.anomalies import fingerprint
 from pyrnode.bounded import Bounded, check_within
 from pyrnode.columns import ColumnsConfig, by_position
 from pyrnode.data import TensorSamples
@@ -124,6 +125,12 @@ def test_a_bound_far_from_zero_keeps_its_digits() -> None:
     assert torch.allclose(y[:, 0], torch.logit(s), rtol=0, atol=1e-6)
     assert torch.allclose(log_det, -torch.log(s * (1 - s)), rtol=0, atol=1e-6)
     assert torch.equal(bounds.inverse(y), x)
+
+
+def test_outside_of_a_bound_beyond_whole_numbers_nothing_is_infinite() -> None:
+    y, log_det = Bounded([1e17, -INF], [INF, -1e17])(torch.zeros(1, 2, dtype=torch.double))
+    assert bool(torch.isfinite(y).all())
+    assert log_det.tolist() == [-INF]
 
 
 def test_its_numbers_stay_double() -> None:
@@ -474,6 +481,11 @@ def test_a_table_is_trained_scored_and_calibrated(tmp_path: Path) -> None:
     assert scores.log_prob[3] == -INF
     assert scores.p_value[3] == pytest.approx(1 / 100)
     assert '"log_prob": null' in (tmp_path / "scores.json").read_text()
+
+
+def test_the_fingerprint_knows_the_bounds() -> None:
+    one, other, none = (flow_of(1, bounds=bounds) for bounds in ({0: (0, 1)}, {0: (0, 2)}, None))
+    assert len({fingerprint(flow) for flow in (one, other, none)}) == 3
 
 
 def test_the_estimator_scores_what_is_outside() -> None:
