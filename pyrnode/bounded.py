@@ -42,7 +42,7 @@ _SHOWN = 5
 class Bounded(DoubleTransform):
     """``log(x − low)``, ``−log(high − x)``, or ``log (x − low)/(high − x)`` by column, as its bounds are; in float64.
 
-    Of a sample that has a value on a bound or outside the log-determinant is −inf, and the gradient of that value is zero.
+    Of a sample with a value on a bound or outside the log-determinant is −inf, and the gradient of that value is zero.
 
     Args:
         low: Lower bounds ``(d,)``, −inf where there is none.
