@@ -63,7 +63,7 @@ def test_all_turns_come_back_as_the_value() -> None:
 
 
 def test_the_centre_is_the_circular_mean_of_weighted_samples() -> None:
-    x = torch.tensor([[350.0], [20.0], [5.0], [180.0]], dtype=torch.double)
+    x = torch.tensor([[350.0], [20.0], [5.0], [100.0]], dtype=torch.double)
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.double)
     angle = torch.deg2rad(x[:3, 0])
     expected = math.degrees(math.atan2(angle.sin().sum(), angle.cos().sum()))
