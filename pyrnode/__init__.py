@@ -12,9 +12,10 @@ The whole public interface is here. Importing it starts nothing and costs what i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyrnode import data, distribution, export, transforms
+from pyrnode import bounded, data, distribution, export, transforms
 from pyrnode.anomalies import Calibration, calibrate, score_file
 from pyrnode.architecture import FlowConfig, NetworkConfig
+from pyrnode.columns import ColumnsConfig
 from pyrnode.config import (
     Config,
     DataConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "Calibration",
     "Callback",
     "CheckpointError",
+    "ColumnsConfig",
     "Config",
     "ConfigError",
     "ConvNet",
@@ -93,6 +95,7 @@ __all__ = [
     "TrainingDivergedError",
     "TrainingResult",
     "TrainingRun",
+    "bounded",
     "calibrate",
     "data",
     "distribution",

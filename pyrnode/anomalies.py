@@ -56,6 +56,11 @@ class Calibration:
 
     def __post_init__(self) -> None:
         scores = np.sort(np.asarray(self.scores, dtype=np.float64))
+        if scores.ndim == 1 and (bad := int((~np.isfinite(scores)).sum())) and bad < len(scores):
+            raise DataError(
+                f"{bad} of {len(scores)} calibration scores are no numbers: leave these samples out (outside of its "
+                "columns' bounds a flow gives -inf)"
+            )
         if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all():
             raise DataError(f"calibration scores of shape {scores.shape}: expected (n,) finite numbers, n at least 1")
         object.__setattr__(self, "scores", scores)
@@ -107,7 +112,8 @@ def calibration_path(run: str | Path) -> Path:
 def fingerprint(flow: Flow) -> str:
     """A hash of what determines the flow's log-densities: shape, blocks, weights, solver, estimator of the trace."""
     shape = (flow.event_shape, flow.levels, flow.context_dim, flow.config.dtype, flow.config.flow.to_dict())
-    times = [block.end_time for block in flow.blocks]
+    columns = flow.config.columns.to_dict()
+    times = [*(block.end_time for block in flow.blocks), *([columns] if columns else [])]
     digest = hashlib.sha256(repr((flow.solver, flow.divergence, shape, times)).encode())
     for name, value in sorted(flow.state_dict().items()):
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
@@ -241,7 +247,8 @@ class Summary:
         mean: Mean log-density of those that have one, nats; NaN where none has.
         below: For each of `LEVELS`, how many p-values are at most that; empty without a calibration.
         calibration: Number of calibration scores; 0 without.
-        impossible: Samples of log-density −inf: their solve failed, or a value is beyond the flow's numbers.
+        impossible: Samples of log-density −inf: a value is outside of its column's bounds or beyond the flow's numbers,
+            or their solve failed.
     """
 
     samples: int
@@ -253,7 +260,8 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"{self.samples} samples, mean log-density {self.mean:.4f} nats"]
         if self.impossible:
-            lines.append(f"{self.impossible} of them failed or are out of all range: log_prob -inf, outside that mean")
+            what = "failed or are out of all range, or of their columns' bounds"
+            lines.append(f"{self.impossible} of them {what}: log_prob -inf, outside that mean")
         for level, count in self.below.items():
             if level * (self.calibration + 1) < 1:
                 lines.append(
@@ -283,8 +291,8 @@ def score_file(
         data: ``.npy`` (mapped), ``.csv``, ``.tsv`` or ``.parquet`` (read by row group) file of samples.
         out: ``.csv``, ``.json`` (a list of objects) or ``.parquet`` file to write: ``row`` (from 0), ``log_prob``
             (nats) and, with a calibration, ``p_value``. It appears when it is complete. A sample whose solve fails, or
-            whose values are beyond the flow's numbers, has the log-density −inf (in JSON ``null``, which knows no
-            infinity) and the smallest p-value.
+            whose values are out of their columns' bounds or beyond the flow's numbers, has the log-density −inf (in
+            JSON ``null``, which knows no infinity) and the smallest p-value.
         calibration: Held-out scores.
         chunk: Samples in memory at a time.
         progress: Show a progress bar.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -22,14 +21,16 @@ from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.data.frames import Names, columns_of
 from pyrnode.devices import upload
 from pyrnode.engines import Engine, Solution
-from pyrnode.errors import ConfigError, DataError, SolverError
-from pyrnode.parts import Block, FactorOut, Squeeze
+from pyrnode.engines.base import verify
+from pyrnode.errors import ConfigError, DataError
+from pyrnode.parts import Block, FactorOut, Squeeze, naming
 from pyrnode.precision import in_own_precision
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
 from pyrnode.seeds import Noise
 from pyrnode.settings import whole
 from pyrnode.tracing import holds, recording
 from pyrnode.transforms import Chain
+from pyrnode.turns import log_sum, means, shared
 
 
 def base_log_prob(z: Tensor) -> Tensor:
@@ -45,8 +46,10 @@ class Passage:
         y: The samples in the flow's space, where the first block starts, ``(batch, *event)``.
         z: Latent, ``(batch, d)``.
         l: ``Σ l`` over the blocks, nats, ``(batch,)``.
-        transform_log_det: Log-determinant of the transform, nats, ``(batch,)``.
+        transform_log_det: Log-determinant of the transform, nats, ``(batch,)``; −inf outside of the columns' bounds.
         blocks: The blocks' solutions, in order.
+        turns: Of periodic columns the log-densities ``(turns, batch)`` of all that a sample stands for, whose sum is
+            its density; latent and log-determinants are those of the first. `None` without such columns.
     """
 
     y: Tensor
@@ -54,6 +57,7 @@ class Passage:
     l: Tensor
     transform_log_det: Tensor
     blocks: list[Solution]
+    turns: Tensor | None = None
 
     @property
     def log_det(self) -> Tensor:
@@ -63,7 +67,17 @@ class Passage:
     @property
     def log_prob(self) -> Tensor:
         """``log p(x)``, nats, ``(batch,)``; of discrete data the density of ``p + u``."""
+        if self.turns is not None:
+            return log_sum(self.turns)
         return base_log_prob(self.z) + self.l + self.transform_log_det
+
+    def gathered(self, turns: int) -> Passage:
+        """The passage of samples, of the passage of all turns of theirs, ``(turns * batch, ...)``."""
+        if turns == 1:
+            return self
+        each = self.log_prob.unflatten(0, (turns, -1))
+        y, z, l, log_det = (v[: each.shape[1]] for v in (self.y, self.z, self.l, self.transform_log_det))
+        return Passage(y, z, l, log_det, [means(block, each) for block in self.blocks], each)
 
     def total(self, name: Literal["E", "n", "D", "H"]) -> Tensor:
         """An integral summed over the blocks, ``(batch,)``."""
@@ -71,26 +85,21 @@ class Passage:
 
     def verify(self) -> None:
         """Raises `SolverError`, naming block and step, where a solve that has not looked for itself is not finite."""
-        _verify(self.blocks)
+        verify(self.blocks)
 
     @property
     def nfe(self) -> float:
         """Evaluations of the dynamics per sample, all blocks together."""
-        return sum(block.stats.nfe for block in self.blocks)
+        return self._solves * sum(block.stats.nfe for block in self.blocks)
 
     @property
     def nfe_backward(self) -> float:
         """The same in the backward pass, once it has run."""
-        return sum(block.stats.nfe_backward for block in self.blocks)
+        return self._solves * sum(block.stats.nfe_backward for block in self.blocks)
 
-
-def _verify(solutions: list[Solution]) -> None:
-    """Looks at all solves that have not looked for themselves, waiting for their device once."""
-    left = [(solution.total, solution.verify) for solution in solutions if solution.verify is not None]
-    if not left or math.isfinite(float(torch.stack([total for total, _ in left]).sum())):
-        return
-    for _, verify in left:
-        verify()
+    @property
+    def _solves(self) -> int:
+        return 1 if self.turns is None else len(self.turns)
 
 
 def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -123,16 +132,6 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
         remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
         raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
-
-
-@contextmanager
-def _naming(index: int, event_shape: tuple[int, ...]) -> Iterator[None]:
-    """Errors of a solve say which block's it was."""
-    try:
-        yield
-    except SolverError as error:
-        message = f"block {index} ({tuple(event_shape)}): {error}"
-        raise SolverError(message, status=error.status, block=index) from error
 
 
 class Composition(nn.Module):
@@ -281,6 +280,8 @@ class Composition(nn.Module):
         """How the divergence is probed (`pyrnode.probes.draw`)."""
         return draw(divergence, self.dim, source, noise=noise)
 
+    _shared = staticmethod(shared)
+
     @in_own_precision
     def solve(
         self,
@@ -315,7 +316,9 @@ class Composition(nn.Module):
             SolverError: A block's solve failed; the message names it.
         """
         solver = (solver or self.solver).computing_in(precision)
-        y, log_det = self.transformed(x, generator)
+        if (turns := self.transform.turns) > 1:
+            draw, context = self._shared(draw, turns), None if context is None else context.repeat(turns, 1)
+        y, log_det = self._transformed(self.transform.unwrapped(x), generator)
         z, l, outs, solutions = y, y.new_zeros(y.shape[0]), list[Tensor](), list[Solution]()
         for part in self.parts:
             if isinstance(part, Block):
@@ -329,11 +332,15 @@ class Composition(nn.Module):
             else:
                 z = part(z)
         if verified:
-            _verify(solutions)
-        return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions)
+            verify(solutions)
+        z = torch.cat([out.flatten(1) for out in (*outs, z)], 1)
+        return Passage(y, z, l, log_det, solutions).gathered(turns)
 
     def transformed(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         """Samples in the flow's space and type, ``(batch, *state)``, and the transform's log-determinant, in nats."""
+        return self._transformed(self.transform.unwrapped(x)[: x.shape[0]], generator)
+
+    def _transformed(self, x: Tensor, generator: Noise | None) -> tuple[Tensor, Tensor]:
         y, log_det = self.transform(x, generator)
         return y.to(self.reference.dtype), log_det.to(self.reference.dtype)
 
@@ -345,7 +352,7 @@ class Composition(nn.Module):
             rounded: Discrete data as integers; else as ``p + u``.
         """
         x = self.transform.inverse(y) if rounded else self.transform.continuous(y)
-        return x.to(self.data_dtype or y.dtype) if x.is_floating_point() else x
+        return self.transform.contained(x.to(self.data_dtype or y.dtype)) if x.is_floating_point() else x
 
     @in_own_precision
     def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
@@ -365,7 +372,7 @@ class Composition(nn.Module):
             else:
                 assert isinstance(part, Squeeze)
                 state = part.inverse(state)
-        _verify(solutions)
+        verify(solutions)
         return state
 
     def _integrate(
@@ -381,7 +388,7 @@ class Composition(nn.Module):
     ) -> Solution:
         """One block."""
         dynamics = self.blocks[index].dynamics
-        with _naming(index, dynamics.event_shape):
+        with naming(index, dynamics.event_shape):
             solution = self.engine.integrate(
                 dynamics,
                 z,
@@ -393,7 +400,7 @@ class Composition(nn.Module):
                 hjb=hjb,
             )
         if solution.verify is not None:
-            solution.verify = _naming(index, dynamics.event_shape)(solution.verify)
+            solution.verify = naming(index, dynamics.event_shape)(solution.verify)
         return solution
 
     def _latent_shapes(self) -> list[tuple[int, ...]]:

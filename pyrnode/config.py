@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 import tomli_w
 
 from pyrnode.architecture import FlowConfig
+from pyrnode.columns import ColumnsConfig
 from pyrnode.errors import ConfigError, unknown_name
 from pyrnode.optimisation import TrainingConfig
 from pyrnode.settings import Section, at_least, shown
@@ -288,6 +289,7 @@ class Config(Section):
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     solver: SolverConfig = field(default_factory=lambda: SolverConfig(name="auto", step_size="auto"))
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
@@ -336,8 +338,7 @@ class Config(Section):
                 return cls.from_toml(path.read_text(encoding="utf-8"))
             except (OSError, ConfigError, UnicodeDecodeError) as error:
                 raise ConfigError(f"preset file {name!r}: {error}") from None
-        table = presets()
-        if name not in table:
+        if name not in (table := presets()):
             raise ConfigError(unknown_name("preset", name, table))
         return cls.from_toml((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
 
@@ -350,8 +351,7 @@ def presets() -> dict[str, str]:
     table = {}
     for entry in sorted(_PRESETS.iterdir(), key=lambda e: e.name.removesuffix(".toml")):
         if entry.name.endswith(".toml"):
-            first = entry.read_text(encoding="utf-8").splitlines()[0]
-            table[entry.name.removesuffix(".toml")] = first.lstrip("# ")
+            table[entry.name.removesuffix(".toml")] = entry.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
     return table
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints, register_kl
 
+from pyrnode.bounded import Bounded
 from pyrnode.composition import Composition, check_context, chunked
 from pyrnode.config import DivergenceLike, SolverLike
 from pyrnode.errors import ConfigError, DataError
@@ -36,6 +37,28 @@ class _Encoded(NamedTuple):
     z: Tensor
     log_det: Tensor
     log_prob: Tensor
+
+
+class Between(constraints.Constraint):
+    """Vectors whose every column is strictly between its bounds; of one without bounds every number.
+
+    Args:
+        bounds: The transform of these columns.
+    """
+
+    event_dim = 1
+
+    def __init__(self, bounds: Bounded) -> None:
+        self.low, self.high = bounds.low, bounds.high
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Which of ``(..., d)`` are, ``(...)``."""
+        wide = value.double()
+        return ((wide > self.low.to(value.device)) & (wide < self.high.to(value.device))).all(-1)
+
+    def __repr__(self) -> str:
+        return f"Between({self.low.tolist()}, {self.high.tolist()})"
 
 
 class _Bijection:
@@ -102,7 +125,9 @@ class _Bijection:
 
     def support(self) -> constraints.Constraint:
         """The values that have a density."""
-        levels = self.flow.levels
+        levels, bounds = self.flow.levels, [t for t in self.flow.transform.transforms if isinstance(t, Bounded)]
+        if bounds:
+            return Between(bounds[0])
         values = constraints.real if levels is None else constraints.interval(0.0, float(levels))
         return constraints.independent(values, len(self.event_shape))
 
@@ -157,7 +182,11 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """All real values of the event's shape; for discrete data those in ``[0, levels]``."""
+        """All real values of the event's shape; for discrete data those in ``[0, levels]``.
+
+        Of columns with bounds those strictly between them (`Between`). A periodic column has all, as
+        `torch.distributions.VonMises` has: values that differ by a period are the same one.
+        """
         return self._bijection.support()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
@@ -211,7 +240,7 @@ class FlowTransform(Transform):
         cache_size: 0 or 1.
 
     Raises:
-        ConfigError: Unknown divergence, or settings for a module that has its own.
+        ConfigError: Unknown divergence, or settings for a module that has its own; a column is periodic.
         DataError: The context is missing, superfluous, or of the wrong width.
     """
 
@@ -229,6 +258,11 @@ class FlowTransform(Transform):
     ) -> None:
         super().__init__(cache_size=cache_size)
         self._bijection = _Bijection(flow, context, solver, divergence)
+        if flow.transform.turns > 1:
+            raise ConfigError(
+                "a flow with periodic columns is no bijection: its density is a sum over all that a value stands for; "
+                "take flow.distribution()"
+            )
         self.codomain = self._bijection.support()
         self._cached_log_det: tuple[Tensor, Tensor] | None = None
 

@@ -19,6 +19,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from pyrnode import bounded
 from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config, made_for
 from pyrnode.data import Samples, Splits, TensorSamples, support
@@ -65,6 +66,9 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         device: torch device, or ``"auto"``.
         engine: ``"torch"``, ``"julia"`` or ``"auto"``. Neither survives a fork: see `docs/estimator.md` on workers.
         overrides: Other settings of `pyrnode.Config` by name, e.g. ``{"weight_decay": 1e-4, "ema": 0.99}``.
+        bounds: Columns whose values lie between bounds, by name, or by number where `fit` is given no names:
+            ``{"share": (0, 1), "income": (0, None)}``. Elsewhere the density is zero (`pyrnode.ColumnsConfig`).
+        period: Columns that are periodic: ``{"angle": 360}``, or ``{"angle": (-180, 180)}``.
         verbose: Show a progress bar.
         random_state: Seed of initialisation, hold-out, order and noise: a number for the same result at each fit.
 
@@ -112,6 +116,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         device: str = "cpu",
         engine: str = "torch",
         overrides: Mapping[str, Any] | None = None,
+        bounds: Mapping[Any, Any] | None = None,
+        period: Mapping[Any, Any] | None = None,
         verbose: bool = False,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
@@ -134,6 +140,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
         self.engine = engine
         self.overrides = overrides
+        self.bounds = bounds
+        self.period = period
         self.verbose = verbose
         self.random_state = random_state
 
@@ -180,14 +188,17 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rng = check_random_state(self.random_state)
         config = self._config(X.shape, int(rng.randint(2**31 - 1)))
         rows = self._divided(rng.permutation(len(X)), weights)
-        values = torch.tensor(X, device="cpu")
-        check_varies(values[rows["train"]], "X (what is trained on)", tuple(getattr(self, "feature_names_in_", ())))
+        values, named = torch.tensor(X, device="cpu"), None if names is None else tuple(names)
+        check_varies(values[rows["train"]], "X (what is trained on)", named)
+        first = bounded.transforms(config.columns, X.shape[1:], None, named, context_names)
+        bounded.check_within(
+            TensorSamples(values), first, "X" if weights is None else "X (rows of weight zero left out)", named
+        )
         samples: Samples = TensorSamples(values).carrying(
             context=given, weight=None if weights is None else torch.tensor(weights, device="cpu")
         )
         train = samples.take(torch.tensor(rows["train"], device="cpu"))
         validation = samples.take(torch.tensor(rows["validation"], device="cpu")) if self.validation_fraction else train
-        named = None if names is None else tuple(names)
         splits = Splits(  # nothing looks at the test set
             "X", train, validation, validation, X.shape[1:], features=named, context_features=context_names
         )
@@ -226,6 +237,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "dtype": self.dtype,
                 "device": self.device,
                 "engine": self.engine,
+                "bounds": self.bounds,
+                "period": self.period,
                 "seed": seed,
             }
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrnode import seeds, solvers
+from pyrnode.bounded import check_within
 from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
 from pyrnode.data import Batch, MappedSamples, Samples, Splits, TensorSamples, load, support
@@ -24,6 +25,7 @@ from pyrnode.errors import DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.probes import Probes
 from pyrnode.progress import parts, progress_bar
+from pyrnode.turns import log_sum
 
 _BASELINE_DIM = 128  # up to here the baselines are fitted; beyond, their fits take longer than the flow's
 _BASELINE_ROWS = 50_000  # that they are fitted to, where the samples are not in memory
@@ -259,6 +261,8 @@ def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | Non
         check_context(test.context, flow.context_dim, len(test))
     if not len(test):
         raise DataError("no test samples to score")
+    named = "the data" if splits is None else f"{splits.name} (test split)"
+    check_within(test, flow.transform.transforms, named, flow.features)  # else the mean is -inf
     if flow.levels is not None and test.first(1).x.is_floating_point():
         raise DataError(
             f"this flow models discrete data: expected integers 0 to {flow.levels - 1}, not floats (for images, pass "
@@ -404,16 +408,22 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
     def transformed(samples: Samples, name: str, size: int) -> tuple[Tensor, Tensor]:
         random = seeds.generator(seed, "baseline", name)
         with torch.no_grad():
-            y, log_det = flow.transform(flow.admit(samples.first(size).x)[0], random)
+            x = flow.transform.unwrapped(flow.admit(samples.first(size).x)[0])
+            y, log_det = flow.transform(x, random)
         return y.flatten(1).cpu().double(), log_det.cpu().double()
 
     most = _BASELINE_ROWS if isinstance(splits.train, MappedSamples) else len(splits.train)
-    train, _ = transformed(splits.train, "train", most)
-    validation, _ = transformed(splits.validation, "validation", min(most, len(splits.validation)))
+    turns, few = flow.transform.turns, min(most, len(splits.validation))
+    train, validation = (
+        transformed(splits.train, "train", most)[0],
+        transformed(splits.validation, "validation", few)[0],
+    )
+    train, validation = train[: len(train) // turns], validation[: len(validation) // turns]
     fitted = fit_baselines(train, validation)
     rows: dict[str, list[Tensor]] = {name: [] for name in fitted}
     for draw in range(draws):
         y, log_det = transformed(splits.test, f"test {draw}", count)
         for name, baseline in fitted.items():
-            rows[name].append(baseline.log_prob(y).double() + log_det)
+            each = baseline.log_prob(y).double() + log_det
+            rows[name].append(each if turns == 1 else log_sum(each.unflatten(0, (turns, -1))))
     return {name: Score.of(torch.stack(values), flow.dim) for name, values in rows.items()}

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from pyrnode import checkpoint, engines, export, seeds, uncertainty
+from pyrnode import bounded, checkpoint, engines, export, seeds, uncertainty
 from pyrnode.composition import Composition, chunked
 from pyrnode.config import Config, DivergenceLike, SolverLike
 from pyrnode.data.arrays import check_spread
@@ -22,7 +22,7 @@ from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
-from pyrnode.errors import ConfigError
+from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
 from pyrnode.probes import SampleNoise
@@ -93,7 +93,8 @@ class Flow(Composition):
         """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
 
         Args:
-            config: Settings; the network, blocks, scales and transform are read from ``config.flow``.
+            config: Settings; the network, blocks, scales and transform are read from ``config.flow`` and
+                ``config.columns``.
             event_shape: ``(d,)`` for vectors, ``(C, H, W)`` for images.
             levels: Grey levels of discrete data.
             transform: Fixed bijection between the data and the flow's space; default as ``config.flow`` says, with
@@ -120,7 +121,8 @@ class Flow(Composition):
             with seeds.seeded(config.seed):
                 parts = list(multi_scale(config, shape, dynamics))
         if transform is None:
-            transform = Chain([*outset(config, event_shape, levels), *_unfitted(config, event_shape, levels)])
+            begin = outset(config, event_shape, levels, features, context_features)
+            transform = Chain([*begin, *_unfitted(config, event_shape, levels)])
         if context_transform is None:
             standardised = context_dim and config.flow.scales_features
             context_transform = Chain([Standardize.identity((context_dim,))] if standardised else [])
@@ -211,7 +213,7 @@ class Flow(Composition):
         """Latents ``(batch, d)`` of samples ``(batch, *event)``; arguments and errors as in `log_prob`.
 
         Args:
-            x: ``(batch, *event)``.
+            x: ``(batch, *event)``. What is on its columns' bounds or beyond them has no latent: a `DataError`.
             context: As in `log_prob`.
             solver: As in `log_prob`.
             seed: Seed of the dequantisation; default that of the evaluation settings' divergence.
@@ -219,7 +221,11 @@ class Flow(Composition):
         solver, seed = self.solver.changed(solver), self.divergence.seed if seed is None else seed
         parts = [self.reference.new_zeros(0, self.dim)]
         for piece, _, c in self._pieces(x, context, seed):
-            parts.append(self.solve(piece, solver=solver, context=c).z)
+            passage = self.solve(piece, solver=solver, context=c)
+            if self.config.columns.bounds and not bool(torch.isfinite(passage.transform_log_det).all()):
+                row = sum(map(len, parts)) + int((~torch.isfinite(passage.transform_log_det)).nonzero()[0])
+                raise DataError(f"sample {row} is on a bound or beyond it (config.columns.bounds): it has no latent")
+            parts.append(passage.z)
         return torch.cat(parts)
 
     def decode(self, z: Any, context: Any = None, *, solver: SolverLike = None) -> Tensor:
@@ -333,10 +339,23 @@ def load(path: str | Path, *, engine: str | None = None, device: str = "cpu") ->
     return checkpoint.load(path, Flow.build, engine=engine).to(target).eval()
 
 
-def outset(config: Config, event_shape: tuple[int, ...], levels: int | None) -> list[Transform]:
-    """The transforms of which nothing is taken from data: grey levels become logits, and images vectors if so asked."""
+def outset(
+    config: Config,
+    event_shape: tuple[int, ...],
+    levels: int | None,
+    features: Names | None = None,
+    context_features: Names | None = None,
+) -> list[Transform]:
+    """The transforms that come first: of columns with bounds or a period; grey levels to logits, images to vectors.
+
+    Of data nothing is taken but where periodic columns are unwrapped (`pyrnode.bounded.centred`).
+
+    Raises:
+        ConfigError: There is no column with one of these names.
+    """
+    known = bounded.transforms(config.columns, event_shape, levels, features, context_features)
     logits = [] if levels is None else [Dequantize(levels, getattr(torch, config.dtype)), Logit(config.flow.alpha)]
-    return [*logits, *([Flatten(event_shape)] if config.flow.state_shape(event_shape) != event_shape else [])]
+    return [*known, *logits, *([Flatten(event_shape)] if config.flow.state_shape(event_shape) != event_shape else [])]
 
 
 def _unfitted(config: Config, event_shape: tuple[int, ...], levels: int | None) -> Iterator[Transform]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pyrnode.config import Config
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.potential import check_settings, check_shape
-from pyrnode.errors import ConfigError
+from pyrnode.errors import ConfigError, SolverError
 
 
 class Block(nn.Module):
@@ -147,3 +148,13 @@ def _count_scales(shape: tuple[int, ...]) -> int:
     while height % 2 == 0 and width % 2 == 0 and min(height, width) >= 8:
         height, width, scales = height // 2, width // 2, scales + 1
     return scales
+
+
+@contextmanager
+def naming(index: int, event_shape: tuple[int, ...]) -> Iterator[None]:
+    """Errors of a solve say which block's it was."""
+    try:
+        yield
+    except SolverError as error:
+        message = f"block {index} ({tuple(event_shape)}): {error}"
+        raise SolverError(message, status=error.status, block=index) from error

@@ -226,12 +226,16 @@ def _in_words(hint: Any) -> str:
     return "none" if hint is type(None) else str((origin or hint).__name__)
 
 
+_TABLES = ("options", "bounds", "period")
+"""Settings that are tables themselves, whose keys are no settings of ours."""
+
+
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested table with ``section.key`` for keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         value = value.to_dict() if isinstance(value, Section) else value
-        if isinstance(value, Mapping) and key.rpartition(".")[2] != "options":
+        if isinstance(value, Mapping) and str(key).rpartition(".")[2] not in _TABLES:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

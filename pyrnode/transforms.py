@@ -21,6 +21,9 @@ from pyrnode.tracing import holds, recording
 class Transform(nn.Module, ABC):
     """A bijection of ``(batch, *event)``, most often onto the same shape."""
 
+    turns: int = 1
+    """How many values, all of which `forward` takes, one sample stands for (`unwrapped`)."""
+
     @abstractmethod
     def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         """``y`` and ``log |det ∂y/∂x|`` in nats, ``(batch,)``; `generator` where the transform is random."""
@@ -35,6 +38,14 @@ class Transform(nn.Module, ABC):
     def continuous(self, y: Tensor) -> Tensor:
         """`inverse` without rounding to integers: differentiable, ``p + u`` for discrete data."""
         return self.inverse(y)
+
+    def unwrapped(self, x: Tensor) -> Tensor:
+        """The values that samples ``(batch, *event)`` stand for, ``(turns * batch, *event)``, the nearest first."""
+        return x
+
+    def contained(self, x: Tensor) -> Tensor:
+        """What `inverse` gave, rounded to the data's type, back within its domain, which rounding may have left."""
+        return x
 
     def shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of what comes out of samples of that shape."""
@@ -353,6 +364,23 @@ class Chain(Transform):
             assert isinstance(transform, Transform)
             y = transform.continuous(y)
         return y
+
+    @property
+    def turns(self) -> int:  # type: ignore[override]
+        """The product of those of the transforms."""
+        return math.prod(transform.turns for transform in self.transforms)  # type: ignore[misc]
+
+    def unwrapped(self, x: Tensor) -> Tensor:
+        for transform in self.transforms:
+            assert isinstance(transform, Transform)
+            x = transform.unwrapped(x)
+        return x
+
+    def contained(self, x: Tensor) -> Tensor:
+        for transform in self.transforms:
+            assert isinstance(transform, Transform)
+            x = transform.contained(x)
+        return x
 
     def shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
         for transform in self.transforms:

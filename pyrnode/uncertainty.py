@@ -135,6 +135,8 @@ def _each_probe(
 
 def _total(rows: Tensor, estimate: Tensor, finer: Tensor) -> Tensor:
     """The two shares in quadrature, and what rounding leaves undecided."""
+    none = estimate == -math.inf  # outside of the columns' bounds, of which there is no doubt
+    rows, estimate, finer = (torch.where(none, 0.0, values) for values in (rows, estimate, finer))
     share = _SAFETY * (estimate - finer).abs() + 8 * torch.finfo(torch.float64).eps * estimate.abs()
     if len(rows) == 1:
         return share

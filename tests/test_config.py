@@ -28,6 +28,8 @@ BAD = [
     ("data.sep", ":", "expected 'auto' or one of ',', ';', '\\t'"),
     ("data.decimal", ";", "expected 'auto', '.' or ','"),
     ("data.header", "yes", "expected bool or 'auto'"),
+    ("columns.bounds", 3, "expected dict or none"),  # those of the ranges are in test_bounded.py and test_periodic.py
+    ("columns.period", "angle", "expected dict or none"),
     ("data.name", 3, "expected str"),
     ("hidden", [], "positive widths"),
     ("hidden", [8, 0], "positive widths"),
@@ -136,7 +138,7 @@ def _paths() -> set[str]:
     """The settings that are not sections."""
     from pyrnode.settings import _setting_paths
 
-    sections = {"data", "flow", "flow.network", "solver", "penalties", "training", "evaluation"}
+    sections = {"data", "columns", "flow", "flow.network", "solver", "penalties", "training", "evaluation"}
     sections |= {"evaluation.solver", "evaluation.divergence"}
     return set(_setting_paths(Config)) - sections
 

@@ -77,6 +77,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     named = {"solver": args.solver, "step_size": args.step_size, "epochs": args.epochs, "data.dir": args.data_dir}
+    named |= {"bounds": ranges("--bounds", args.bounds), "period": ranges("--period", args.period)}
     named |= {"minutes": args.minutes, "engine": args.engine, "device": args.device, "seed": args.seed}
     try:
         result = pyrnode.train(
@@ -163,6 +164,26 @@ def _csv(samples: torch.Tensor, names: Sequence[str] | None) -> str:
     return text.getvalue()
 
 
+def ranges(option: str, pairs: Sequence[str]) -> dict[str, Any] | None:
+    """Columns with bounds or a period, ``COLUMN=LOW:HIGH`` or ``COLUMN=PERIOD``; an end that is left out is open."""
+    table: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.rpartition("=")
+        try:
+            ends = [float(end) if end.strip() else None for end in text.split(":")]
+        except ValueError:
+            ends = []
+        if not equals or not name or len(ends) not in ((1, 2) if option == "--period" else (2,)):
+            expected = "COLUMN=LOW:HIGH" + (
+                " or COLUMN=PERIOD" if option == "--period" else ", one of which may be left out"
+            )
+            raise ConfigError(f"{option} {pair!r}: expected {expected}, such as 'share=0:1'")
+        if name in table:
+            raise ConfigError(f"{option} {pair!r}: column {name!r} is named twice")
+        table[name] = tuple(ends) if len(ends) == 2 else ends[0]
+    return table or None
+
+
 def _step_size(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
@@ -177,6 +198,20 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
+    parser.add_argument(
+        "--bounds",
+        action="append",
+        default=[],
+        metavar="COLUMN=LOW:HIGH",
+        help="a column's values lie strictly between; leave an end out that is open (income=0:); repeatable",
+    )
+    parser.add_argument(
+        "--period",
+        action="append",
+        default=[],
+        metavar="COLUMN=PERIOD",
+        help="a column's values count modulo this (angle=360, or angle=-180:180); repeatable",
+    )
     parser.add_argument("--epochs", type=int, help="passes over the training set")
     parser.add_argument("--minutes", type=float, help="train for so long, or until epochs and steps are done")
     parser.add_argument("--solver", help="training solver (see: pyrnode solvers)")

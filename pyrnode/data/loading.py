@@ -30,7 +30,13 @@ sources: dict[str, str] = {
 """Names that `load` knows, each with a line about it."""
 
 
-def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Splits:
+def load(
+    data: Any,
+    *,
+    config: DataConfig = _DEFAULT,
+    context: Any = None,
+    check: Callable[[Source | Splits], None] | None = None,
+) -> Splits:
     """Reads data and splits it into train, validation and test.
 
     The split depends on ``config.split_seed`` and the number of samples alone, so that it is the same on every machine.
@@ -46,6 +52,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
             values ``0 .. levels-1``; uint8 images have 256 levels by default.
         context: What the density is conditional on, ``(n, m)`` numbers: an array, tensor or data frame with a row for
             each sample; divided as the samples are.
+        check: Is given the samples before they are divided, in the order of the source, and raises what it has against
+            them.
 
     Returns:
         The samples, in the values and the type of the source.
@@ -62,6 +70,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     if isinstance(data, Splits):
         if context is not None:
             raise DataError("Splits have contexts of their own: make them of samples.carrying(context=...)")
+        if check is not None:
+            check(data)
         return data
     if data is None or (isinstance(data, str) and not data):
         data = config.name
@@ -71,6 +81,8 @@ def load(data: Any, *, config: DataConfig = _DEFAULT, context: Any = None) -> Sp
     if context is not None:
         values, names = _context(context, source)
         source = replace(source, context=values, context_features=names)
+    if check is not None:
+        check(source)
     splits = source.split(config)
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyrnode import solvers
+from pyrnode import bounded, solvers
+from pyrnode.bounded import Bounded, Periodic
+from pyrnode.columns import ColumnsConfig
 from pyrnode.config import Divergence, SolverConfig
 from pyrnode.dynamics import Potential
 from pyrnode.dynamics.activations import ACTIVATIONS
@@ -31,6 +33,13 @@ READING = {
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
+    "bounded": "by column: y = log(x - low) where high is null, -log(high - x) where low is null, log(x - low) - "
+    "log(high - x) with both, x with neither, in double precision; log_det = sum(log |dy/dx|), and -inf where a value "
+    "is not strictly between its bounds. Decoded values are kept between them by the type's next number",
+    "periodic": "by column that has a low and a high, P = high - low: a value x stands for the two x + kP within P of "
+    "centre = c, and y = log(P + u - c) - log(P - u + c) of such a u, in double precision; log_det = sum(log |dy/dx|). "
+    "z and log_det are those of the u within P/2 of c in all columns; log_prob = log sum exp over all choices of u. "
+    "Decoded values are reduced to low <= x < high",
     "flatten": "(C, H, W) -> (C H W), channel by channel, row by row; log_det = 0",
     "squeeze": "(C, H, W) -> (4C, H/2, W/2): channel 4c + 2i + j of pixel (h, w) is channel c of (2h + i, 2w + j)",
     "factor_out": "the second half of the channels goes to z, in order, before what remains at the end",
@@ -52,7 +61,7 @@ READING = {
 }
 """What the words of a description mean."""
 
-_TRANSFORMS = ("standardize", "whiten", "radial", "dequantize", "logit", "flatten")
+_TRANSFORMS = ("standardize", "whiten", "radial", "bounded", "periodic", "dequantize", "logit", "flatten")
 
 
 def describe(flow: TorchFlow) -> dict[str, Any]:
@@ -108,6 +117,14 @@ def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
         return {"kind": "whiten", "tensors": {"rotation": f"{prefix}.rotation", "scale": f"{prefix}.scale"}}
     if isinstance(transform, Radial):
         return {"kind": "radial", "tensors": {"scale": f"{prefix}.scale", "curvature": f"{prefix}.curvature"}}
+    if isinstance(transform, Bounded | Periodic):
+        ends = {
+            name: [value if math.isfinite(value) else None for value in getattr(transform, name).tolist()]
+            for name in ("low", "high")
+        }
+        if isinstance(transform, Bounded):
+            return {"kind": "bounded", **ends}
+        return {"kind": "periodic", **ends, "tensors": {"centre": f"{prefix}.centre"}}
     if isinstance(transform, Dequantize):
         return {"kind": "dequantize", "levels": transform.levels}
     if isinstance(transform, Logit):
@@ -283,6 +300,8 @@ def _build_transform(
         if len(shape) != 1 or scale.ndim or curvature.ndim:
             raise ConfigError(f"{prefix}: expected one scale and one curvature, of vectors, not of {shape}")
         return Radial(scale, curvature)
+    if kind in ("bounded", "periodic"):
+        return _build_columns(entry, kind, prefix, tensors, shape)
     if kind == "dequantize":
         (levels,) = _sizes([entry["levels"]], least=2)
         return Dequantize(levels)
@@ -291,6 +310,25 @@ def _build_transform(
     if kind == "flatten":
         return Flatten(shape)
     raise ConfigError(unknown_name("transform", kind, _TRANSFORMS))
+
+
+def _build_columns(
+    entry: Mapping[str, Any], kind: str, prefix: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Transform:
+    """The transform of columns with bounds, or with a period, checked as their settings are."""
+    pairs = [*zip(entry["low"], entry["high"], strict=True)]
+    given = {str(i): pair for i, pair in enumerate(pairs) if pair != (None, None)}
+    columns = ColumnsConfig(bounds=given) if kind == "bounded" else ColumnsConfig(period=given)
+    found = bounded.transforms(columns, shape)
+    if (len(pairs),) != shape or not found:
+        raise ConfigError(
+            f"{prefix}: ends of {len(pairs)} columns, {len(given)} of which have some, for data of {shape}"
+        )
+    if kind == "periodic":
+        centre = tensors[f"{prefix}.centre"]
+        if tuple(centre.shape) != shape or not bool(torch.isfinite(centre).all()):
+            raise ConfigError(f"{prefix}: a centre of {tuple(centre.shape)} for data of {shape}, or one not finite")
+    return found[0]
 
 
 def _build_parts(entries: list[Mapping[str, Any]], shape: tuple[int, ...], context_dim: int) -> list[nn.Module]:

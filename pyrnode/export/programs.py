@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrnode.composition import base_log_prob
 from pyrnode.dynamics import Potential
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.plain import PlainEngine, Recorded
@@ -31,8 +30,8 @@ class Encode(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        z, log_det = self.flow(x, context)
-        return z, log_det, base_log_prob(z) + log_det
+        passage = self.flow.passage(x, context)
+        return passage.z, passage.log_det, passage.log_prob
 
 
 class Decode(nn.Module):

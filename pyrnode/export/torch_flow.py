@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode import solvers
-from pyrnode.composition import Composition, check_context
+from pyrnode.composition import Composition, Passage, check_context
 from pyrnode.config import Divergence, DivergenceLike, SolverConfig, SolverLike
 from pyrnode.engines import Engine, PlainEngine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, DataError
@@ -108,16 +108,21 @@ class TorchFlow(Composition):
             context: ``(batch, m)`` or ``(m,)``, of the same type and device, for conditional flows.
 
         Returns:
-            ``z`` ``(batch, d)`` and ``log |det ∂z/∂x|`` in nats, ``(batch,)``.
+            ``z`` ``(batch, d)`` and ``log |det ∂z/∂x|`` in nats, ``(batch,)``; −inf outside of the columns' bounds.
+            With periodic columns, those of one of the terms that `log_prob` sums up.
 
         Raises:
             DataError: Wrong shape, type or device, not finite, or outside ``[0, levels]``; a context that is missing
                 or superfluous.
             SolverError: The solve did not reach its end, or is not finite.
         """
-        x, c = self.admit(x, context)
-        passage = self.solve(x, self.draw(), context=c)
+        passage = self.passage(x, context)
         return passage.z, passage.log_det
+
+    def passage(self, x: Tensor, context: Tensor | None = None) -> Passage:
+        """All that `forward` and `log_prob` are taken from; arguments and errors as in `forward`."""
+        x, c = self.admit(x, context)
+        return self.solve(x, self.draw(), context=c)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Samples ``(batch, *event)`` of latents ``(batch, d)``; for discrete data ``p + u``, whose floor is the pixel.
@@ -133,8 +138,7 @@ class TorchFlow(Composition):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density of samples in nats, ``(batch,)``, in the units of `x`; arguments and errors as in `forward`."""
-        x, c = self.admit(x, context)
-        return self.solve(x, self.draw(), context=c).log_prob
+        return self.passage(x, context).log_prob
 
     @torch.no_grad()
     def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
@@ -191,6 +195,10 @@ class TorchFlow(Composition):
             return shared._replace(eps=shared.eps.expand(-1, *z.shape))
 
         return probes
+
+    @staticmethod
+    def _shared(draw: Draw, turns: int) -> Draw:
+        return draw  # its probes are those of all samples
 
     def _integrate(self, index: int, z: Tensor, *args: Any) -> Solution:
         if isinstance(self.engine, PlainEngine):

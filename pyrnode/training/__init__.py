@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyrnode import distributed, engines, evaluation, reports
+from pyrnode import bounded, distributed, engines, evaluation, reports
 from pyrnode.config import Config, SolverConfig, made_for
 from pyrnode.data import load, sources, support
 from pyrnode.data.loading import leaves_files
@@ -98,14 +99,16 @@ def train(
         progress: Show a progress bar.
         **settings: Settings by name; a mapping names several of a section, e.g. ``flow={"blocks": 2}``, and names with
             a dot come as ``**{"evaluation.solver.rtol": 1e-6}``. Of a solver, keys that are no settings are options of
-            the solver itself (Julia engine), as in ``solver={"name": "Vern7", "lazy": False}``.
+            the solver itself (Julia engine), as in ``solver={"name": "Vern7", "lazy": False}``. Columns that lie
+            between bounds, or are periodic, are named by ``bounds={"share": (0, 1), "income": (0, None)}`` and
+            ``period={"angle": 360}`` (`ColumnsConfig`).
 
     Returns:
         The best flow on validation, the history and the report.
 
     Raises:
         ConfigError: A setting is unknown or does not fit; a callback is none, or has a method that nobody would call.
-        DataError: The data is missing or unusable.
+        DataError: The data is missing or unusable, or has values on its columns' bounds, or beyond them.
         CheckpointError: `out` already holds a run and `resume` is false, or its checkpoint is damaged, or of other
             settings or data; or another process trains in `out` now.
         ProcessError: Another process of the run has ended, or does not answer.
@@ -126,7 +129,8 @@ def train(
     resume = world.once(lambda: resume or (folder is not None and folder.goes_on()))
     config, settled = world.once(lambda: _resolve(folder, resume, preset, settings))
     splits = world.together(
-        lambda: load(data, config=config.data, context=context), in_turn=leaves_files(data, config.data)
+        lambda: load(data, config=config.data, context=context, check=partial(bounded.check_source, config.columns)),
+        in_turn=leaves_files(data, config.data),
     )
     if not settled:
         made = made_for(config.flow.state_shape(splits.event_shape))

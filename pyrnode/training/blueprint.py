@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pyrnode.bounded import centred
 from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
 from pyrnode.distributed import World, alone
@@ -67,8 +68,13 @@ class Blueprint:
 def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
+    first = outset(config, splits.event_shape, splits.levels, splits.features, splits.context_features)
+    if Chain(first).turns > 1:
+        few = train.first(CHOSEN_ON)
+        first = centred(first, few.x, few.weight)
+        transform = Chain(first)
     if config.flow.standardizes(splits.event_shape, splits.levels):
-        begin = Chain(outset(config, splits.event_shape, splits.levels))
+        begin = Chain(first)
         if isinstance(train, MappedSamples) and splits.levels is None:
             found = _to_standard_mapped(config, splits, train, begin, world)
         else:
@@ -96,7 +102,7 @@ def _to_standard(config: Config, splits: Splits, begin: Chain) -> Iterator[Trans
         x, weight = few.x, few.weight
         copies = max(1, min(math.ceil(_DRAWN / len(few)), _NUMBERS // (len(few) * dim)))
     noise = torch.Generator("cpu").manual_seed(config.seed)
-    y = torch.cat([begin(x, noise)[0] for _ in range(copies)])
+    y = torch.cat([begin(begin.unwrapped(x)[: len(x)], noise)[0] for _ in range(copies)])
     weights = None if weight is None else weight.repeat(copies)
     yield (scale := _pooled(config, Standardize.fit(y, weights)))
     if config.flow.whitens(splits.event_shape):
@@ -135,7 +141,7 @@ def _to_standard_mapped(
             for piece in train.pieces(world.rank, world.size):
                 weight = torch.ones(len(piece), dtype=torch.float64, device="cpu")
                 weight = weight if piece.weight is None else piece.weight
-                found = values(begin(piece.x)[0].double(), weight)
+                found = values(begin(begin.unwrapped(piece.x)[: len(piece)])[0].double(), weight)
                 total = found if total.ndim == 0 else total.add_(found)
                 weights.add_(weight.sum())
             return total, weights
@@ -157,7 +163,7 @@ def _to_standard_mapped(
     if config.flow.whitens(splits.event_shape):
         few = train.first(CHOSEN_ON)
         fit = partial(Whiten.of_covariance, mean(products))
-        y = scale(begin(few.x)[0])[0]
+        y = scale(begin(begin.unwrapped(few.x)[: len(few)])[0])[0]
         yield from _axes(config, splits, y, few.weight, lambda shrinkage: fit(shrinkage=shrinkage))
 
 
