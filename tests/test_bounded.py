@@ -224,7 +224,7 @@ def test_the_stated_error_of_a_density_of_zero_is_zero() -> None:
     x = torch.tensor([[-1.0, 0.0], [0.5, 0.5]], dtype=torch.double)
     for divergence in ("exact", {"kind": "hutchinson", "probes": 4}):
         estimate, error = flow.log_prob(x, divergence=divergence, return_error=True)
-        assert (float(estimate[0]), float(error[0])) == (-INF, 0.0)
+        assert (float(estimate[0].detach()), float(error[0])) == (-INF, 0.0)
         assert math.isfinite(float(error[1]))
 
 
@@ -281,7 +281,7 @@ def test_a_saved_flow_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(again.sample(10, seed=0), x)
     assert again.config.columns == flow.config.columns
     x[0, 0] = 1.0
-    assert float(again.log_prob(x)[0]) == -INF
+    assert again.log_prob(x)[0].tolist() == -INF
 
 
 @pytest.mark.parametrize("program", ["encode", "decode", "sample", None])
