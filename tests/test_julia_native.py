@@ -83,7 +83,7 @@ def test_native_layer() -> None:
 NETWORKS = {
     "mlp": {"kind": "mlp", "hidden": [8, 8], "activation": "tanh"},
     "squashed": {"kind": "mlp", "hidden": [8], "activation": "softplus", "time": "concatsquash"},
-    "potential": {"kind": "potential", "hidden": [6, 6], "activation": "logcosh"},
+    "potential": {"kind": "potential", "hidden": [6, 6], "activation": "logcosh", "rank": 2},
 }
 
 
