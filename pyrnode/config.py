@@ -213,7 +213,7 @@ class SolverConfig(Section):
             validation and whatever else is not the training step are IEEE's, whatever stands here.
         graphs: Whether a solve of fixed steps that is trained through is recorded as CUDA graphs: wherever that can be
             (``"auto"``), or never (false).
-        options: Further keyword options of the solver, passed on by the Julia engine, which names what it does not take.
+        options: Further keyword options of the solver, passed on by the Julia engine, which names what it lacks.
     """
 
     name: str = "RK4"

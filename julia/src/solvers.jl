@@ -115,8 +115,20 @@ end
 "A composite's explicit method, or the method itself."
 first_of(alg) = hasproperty(alg, :algs) ? first(alg.algs) : alg
 
-"Methods that are wrong, or never end, in OrdinaryDiffEq itself (tests/julia/solvers.jl finds them)."
-const FAULTS = Dict{String,String}()
+"What is known to be wrong of methods, found by tests/julia/solvers.jl (docs/solvers.md)."
+const FAULTS = Dict(
+    "AdaptiveRadau" => "may become unstable here, though not in OrdinaryDiffEq alone; take RadauIIA5",
+    "Alshina2" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "Alshina3" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "CKLLSRK54_3C" => "chooses steps that are too long: errors of 0.02 at 1e-6",
+    "CKLLSRK85_4FM_4R" => "chooses steps that are too long, in OrdinaryDiffEq itself: errors of 0.1 at 1e-6; right with adaptive = false",
+    "CKLLSRK95_4C" => "chooses steps that are too long: errors of 0.1 at 1e-6",
+    "ESDIRK659L2SA" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "FRK65" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "Kvaerno3" => "of order 1 in OrdinaryDiffEq itself; take KenCarp3",
+    "PFRK87" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "RKV76IIa" => "of wrong coefficients in OrdinaryDiffEq itself; take Vern7",
+)
 
 varies(alg) = occursin(r"VCAB|FBDF|QNDF$|DFBDF|DefaultODE", String(nameof(typeof(alg))))
 

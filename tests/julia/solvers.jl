@@ -32,7 +32,7 @@ function main(file, pattern="")
     done = isfile(file) ? Set(first(split(line, "|")) for line in eachline(file)) : Set{String}()
     exact = solve(Solver("Vern9"; rtol=1e-13, atol=1e-13))
     for row in RNODE.describe_algorithms()
-        !(row.name in done) && occursin(pattern, row.name) || continue
+        !(row.name in done) && occursin(Regex(pattern), row.name) || continue
         line = try
             error, nfe, milliseconds = measured(row, exact)
             "$error|$nfe|$milliseconds|"
