@@ -165,7 +165,7 @@ def peer(name: str, pairs: int, limit: float) -> dict[str, Any]:
     status = julia_setup.status()
     assert status.executable is not None
     assert status.project is not None
-    paths = [str(julia_setup.sources()), "@", os.environ.get("PYRNODE_PEERS", ""), "@stdlib"]
+    paths = ["@", str(julia_setup.sources()), os.environ.get("PYRNODE_PEERS", ""), "@stdlib"]
     environment = os.environ | {"JULIA_LOAD_PATH": ":".join(filter(None, paths))}
     command = [status.executable, f"--project={status.project}", "--threads", str(torch.get_num_threads())]
     script = str(Path(__file__).with_name("peers.jl"))

@@ -7,7 +7,7 @@
 # Learns a ring of eight Gaussians, whose density is known, and prints the loss of the paper before and after, the gap to
 # the truth, and that the layer, `integrate` and a quadrature over the plane agree.
 
-pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "julia"))  # where RNODE.jl is; in a wheel pyrnode/julia
+push!(LOAD_PATH, joinpath(@__DIR__, "..", "julia"))  # the package RNODE; not needed where the project has it (docs/julia_package.md)
 
 using Lux, Random, RNODE, Zygote
 using LinearAlgebra: BLAS

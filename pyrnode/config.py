@@ -109,9 +109,9 @@ class SolverConfig(Section):
         atol: Absolute tolerance of an adaptive solver.
         error_control: What an adaptive solver's step answers for: the state and the log-determinant (``"density"``), or
             the penalties' integrals too (``"all"``).
-        maxiters: Bound on the steps of one solve.
+        maxiters: Bound on the steps that a solver chooses in one solve; fixed steps are as many as they are.
         sensealg: Sensitivity algorithm, under SciMLSensitivity's names, or ``"Backprop"``; ``"auto"`` takes Backprop in
-            PyTorch and InterpolatingAdjoint in Julia.
+            PyTorch, and in Julia InterpolatingAdjoint, or GaussAdjoint for stiff solvers.
         memory: What ``Backprop`` keeps of the forward solve: every intermediate (``"store"``), only the state at each
             evaluation (``"checkpoint"``: memory does not grow with the number of steps), or by size (``"auto"``).
         precision: In which numbers the networks of a training step of fixed steps are computed: float32 by IEEE's rules
@@ -119,7 +119,7 @@ class SolverConfig(Section):
             validation and whatever else is not the training step are IEEE's, whatever stands here.
         graphs: Whether a solve of fixed steps that is trained through is recorded as CUDA graphs: wherever that can be
             (``"auto"``), or never (false).
-        options: Further keyword options of the solver, passed on by the Julia engine.
+        options: Further keyword options of the solver, passed on by the Julia engine, which names what it lacks.
     """
 
     name: str = "RK4"

@@ -87,17 +87,17 @@ class _NotReadyError(Exception):
 
 
 def sources() -> Path:
-    """The folder of ``RNODE.jl``: inside the package in a wheel, beside it in a checkout.
+    """The folder of the Julia package RNODE: inside the Python package in a wheel, beside it in a checkout.
 
     Raises:
         EngineUnavailableError: It is in neither place.
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "julia", package.parent / "julia"):
-        if (folder / "RNODE.jl").is_file():
+        if (folder / "src" / "RNODE.jl").is_file():
             return folder
     raise EngineUnavailableError(
-        f"the Julia sources (julia/RNODE.jl) are missing from {package}; run: pip install --force-reinstall pyrnode"
+        f"the Julia sources (julia/src/RNODE.jl) are missing from {package}; run: pip install --force-reinstall pyrnode"
     )
 
 

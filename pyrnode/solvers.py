@@ -7,6 +7,7 @@ whose coefficients stand in `METHODS`; a new one is one more entry. Adaptive coe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -165,8 +166,52 @@ def method(name: str) -> Method:
             "solver 'auto' is resolved by training alone, whose flow then has one: train, or name a solver"
         )
     if name not in METHODS:
-        raise EngineUnavailableError(unknown_name("solver of the PyTorch engine", name, METHODS))
+        raise EngineUnavailableError(unknown_solver("PyTorch", name, METHODS))
     return METHODS[name]
+
+
+ELSEWHERE: dict[str, str] = {
+    **dict.fromkeys(("dopri5", "rk45", "ode45", "dormand_prince"), "DP5"),
+    **dict.fromkeys(("dopri8", "dop853", "ode78", "ode89"), "DP8"),
+    **dict.fromkeys(("bosh3", "rk23", "ode23"), "BS3"),
+    **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams", "ode113", "adams", "abm"), "VCABM"),
+    **dict.fromkeys(("bdf", "cvode_bdf", "cvode", "vode", "zvode", "ode15s"), "FBDF"),
+    **dict.fromkeys(("lsoda", "lsodar"), "AutoTsit5(Rosenbrock23)"),
+    **{
+        "radau": "RadauIIA5",
+        "radau5": "RadauIIA5",
+        "ode23s": "Rosenbrock23",
+        "ode23t": "Trapezoid",
+        "ode23tb": "TRBDF2",
+    },
+    **{
+        "adaptive_heun": "Heun",
+        "heun2": "Heun",
+        "heun3": "SSPRK33",
+        "fehlberg2": "BS3",
+        "rk4_classic": "RK4",
+        "tsit": "Tsit5",
+    },
+}
+"""Names that torchdiffeq, SciPy, MATLAB and SUNDIALS have, in small letters, and what is nearest to them here."""
+
+
+def unknown_solver(engine: str, name: str, known: Iterable[str], *, listing: str | None = None) -> str:
+    """Message for a solver that an engine does not have; names of other libraries get ours.
+
+    Args:
+        engine: How the engine is called.
+        name: What was asked for.
+        known: The names that the engine has.
+        listing: Where a reader finds them, if they are too many to say.
+    """
+    names, kind = sorted(known), f"solver of the {engine} engine"
+    meant = ELSEWHERE.get(name.lower()) or next((other for other in names if other.lower() == name.lower()), None)
+    if meant is None:
+        return unknown_name(kind, name, names, listing=listing)
+    there = "" if engine == "Julia" or meant in names else " of the Julia engine"
+    listed = listing or "known: " + ", ".join(names)
+    return f"unknown {kind} {name!r} (here it is {meant!r}{there}); {listed}"
 
 
 def adaptive(solver: SolverConfig) -> bool:

@@ -129,7 +129,11 @@ def test_solvers_of_julia_itself(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["solvers"]}
     for name, order in ORDERS.items():
         assert (rows[name]["order"], rows[name]["engine"]) == (order, "julia")
-    assert len(rows) > 100
+    assert len(rows) > 200
+    assert rows["Kvaerno3"]["description"] == (
+        "from OrdinaryDiffEqSDIRK; of order 1 in OrdinaryDiffEq itself; take KenCarp3"
+    )
+    assert rows["AutoTsit5(Rosenbrock23)"]["kind"] == "explicit or stiff, adaptive"
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

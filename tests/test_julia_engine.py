@@ -211,7 +211,11 @@ def test_juliacall_first() -> None:
             ConfigError,
             r"options given \(lazi\); its options are .*lazy",
         ),
-        (SolverConfig(name="Vern7", options={"lazy": object()}), ConfigError, "expected numbers, texts"),
+        (
+            SolverConfig(name="Vern7", options={"lazy": object()}),
+            ConfigError,
+            "expected a finite number, truth value, text",
+        ),
         (SolverConfig(name="Euler", options={"adaptive": True}), ConfigError, "Euler has no error estimate"),
         (SolverConfig(name="Tsit4"), EngineUnavailableError, r"unknown solver .* 'Tsit4' \(did you mean 'Tsit5'\?\)"),
         (SolverConfig(name="Tsit5()"), EngineUnavailableError, "unknown solver"),

@@ -7,20 +7,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from pyrnode import julia_setup
+import pyrnode
+from pyrnode import Config, Flow, julia_setup
 
 pytestmark = [pytest.mark.needs_julia, pytest.mark.slow]
 
 
-def run(script: str, threads: int = 1, trace: Path | None = None) -> dict[str, float]:
+def run(script: str, *arguments: str, threads: int = 1, trace: Path | None = None) -> dict[str, float]:
     """What a script of ``tests/julia`` prints, as a number by name; `trace` is where Julia names what it compiles."""
     status = julia_setup.status()
     command = [str(status.executable), f"--project={status.project}", "--startup-file=no", f"--threads={threads}"]
     command += [] if trace is None else [f"--trace-compile={trace}"]
     path = Path(__file__).parent / "julia" / script
     variables = os.environ | {"TRACE": str(trace)}
-    done = subprocess.run([*command, str(path)], env=variables, capture_output=True, text=True, timeout=590)
+    done = subprocess.run([*command, str(path), *arguments], env=variables, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[:4000]
     pairs = (line.split() for line in done.stdout.splitlines() if line)
     return {name: float(value) for name, value in pairs}
@@ -76,3 +78,47 @@ def test_native_layer() -> None:
     assert found["stable"] == 1
     # One hidden layer's array alone has 131,072 bytes.
     assert found["bytes"] < 8_000
+
+
+NETWORKS = {
+    "mlp": {"kind": "mlp", "hidden": [8, 8], "activation": "tanh"},
+    "squashed": {"kind": "mlp", "hidden": [8], "activation": "softplus", "time": "concatsquash"},
+    "potential": {"kind": "potential", "hidden": [6, 6], "activation": "logcosh", "rank": 2},
+}
+
+
+def flow(network: dict[str, object]) -> Flow:
+    """A flow of two blocks in double precision, with a transform of the data, and parameters that are not small."""
+    settings = {"network": network, "blocks": 2, "end_time": 1.5, "standardize": "whiten"}
+    solver = {"name": "RK4", "step_size": 1 / 16}
+    config = {"dtype": "float64", "engine": "torch", "flow": settings, "evaluation": {"solver": solver}}
+    found, generator = Flow.build(Config.from_dict(config), (3,)), torch.Generator().manual_seed(1)
+    tensors = {
+        name: 0.4 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for name, x in found.state_dict().items()
+    }
+    for name, x in tensors.items():
+        if name.endswith((".std", ".scale")):
+            tensors[name] = x.exp()
+        elif name.endswith(".rotation"):
+            tensors[name] = torch.linalg.qr(x)[0]
+    found.load_state_dict(tensors)
+    return found
+
+
+def test_files_cross_both_ways(tmp_path: Path) -> None:
+    """Python's file gives the same log-densities in Julia, and Julia's the same in Python."""
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = {}
+    for name, network in NETWORKS.items():
+        written = flow(network)
+        written.save(tmp_path / f"{name}.safetensors")
+        expected[name] = written.log_prob(x).detach()
+        (tmp_path / f"{name}.x").write_bytes(x.numpy().tobytes())
+        (tmp_path / f"{name}.p").write_bytes(expected[name].numpy().tobytes())
+    found = run("files.jl", str(tmp_path))
+    assert found.keys() == NETWORKS.keys()
+    assert max(found.values()) < 1e-10
+    for name, values in expected.items():
+        back = pyrnode.load(tmp_path / f"{name}.back", engine="torch")
+        assert back.config.flow == flow(NETWORKS[name]).config.flow
+        assert float((back.log_prob(x).detach() - values).abs().max()) < 1e-12

@@ -377,15 +377,12 @@ def test_juliacall_reads_every_variable_that_is_set() -> None:
 def test_julia_sources_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert julia_setup.sources() == Path(__file__).parents[1] / "julia"
     package = tmp_path / "pyrnode"
-    (package / "julia").mkdir(parents=True)
+    (package / "julia" / "src").mkdir(parents=True)
     monkeypatch.setattr(julia_setup, "__file__", str(package / "julia_setup.py"))
-    with pytest.raises(EngineUnavailableError, match=r"julia/RNODE\.jl"):
+    with pytest.raises(EngineUnavailableError, match=r"julia/src/RNODE\.jl"):
         julia_setup.sources()
-    (package / "julia" / "RNODE.jl").touch()
+    (package / "julia" / "src" / "RNODE.jl").touch()
     assert julia_setup.sources() == package / "julia"
-    assert not (
-        julia_setup.sources() / "Project.toml"
-    ).exists()  # Julia would take the folder for a project, not for code
 
 
 def test_needs_are_those_of_the_file() -> None:

@@ -304,11 +304,32 @@ def test_juliapkg_is_told_what_the_julia_project_says() -> None:
     assert {name: entry["version"] for name, entry in entries.items() if "version" in entry} == compat
 
 
-def test_the_julia_project_has_what_its_sources_load_and_nothing_else() -> None:
-    files = sorted((ROOT / "julia").glob("*.jl"))
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    loaded = set(re.findall(r"^\s*(?:using|import) ([A-Z]\w*)", sources, flags=re.MULTILINE))
-    assert loaded - {"Base", "Core", *(path.stem for path in files)} == julia_setup.needs().keys()
+BRIDGE = {"DLPack", "PythonCall"}
+"""What the bridge to Python loads beside the Julia package's own dependencies."""
+
+
+def loaded_by(folder: str) -> set[str]:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).glob("*.jl")))
+    return set(re.findall(r"^\s*(?:using|import) ([A-Z]\w*)", sources, flags=re.MULTILINE)) - {"Base", "Core", "RNODE"}
+
+
+def test_the_julia_package_has_what_its_sources_load_and_nothing_else() -> None:
+    package = tomllib.loads((ROOT / "julia" / "Project.toml").read_text(encoding="utf-8"))
+    assert loaded_by("julia/src") == package["deps"].keys()
+    assert loaded_by("julia/bridge") <= package["deps"].keys() | BRIDGE
+    assert (package["name"], package["version"]) == ("RNODE", pyrnode.__version__)
+
+
+def test_the_julia_package_and_the_engines_environment_are_one() -> None:
+    """What the package needs beyond it comes into every Manifest: Distributions through DiffEqFlux, SHA with Julia."""
+    package = tomllib.loads((ROOT / "julia" / "Project.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "Project.toml").read_text(encoding="utf-8"))
+    for key, further in (("deps", {"Distributions", "SHA"}), ("compat", {"Distributions"})):
+        assert package[key].keys() - project[key].keys() == further
+        assert {name: package[key][name] for name in package[key].keys() - further} == {
+            name: value for name, value in project[key].items() if name in package[key]
+        }
+    assert project["deps"].keys() - package["deps"].keys() == BRIDGE
 
 
 @pytest.mark.parametrize("folder", ["tests/julia", "examples"])
@@ -335,10 +356,11 @@ def test_the_wheel_carries_what_julia_needs() -> None:
     from hatchling.builders.wheel import WheelBuilder
 
     files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-    assert files >= {f"pyrnode/julia/{path.name}" for path in (ROOT / "julia").glob("*.jl")}
+    sources = [path for path in (ROOT / "julia").rglob("*") if path.suffix in (".jl", ".toml")]
+    assert files >= {f"pyrnode/{path.relative_to(ROOT)}" for path in sources}
+    assert {"pyrnode/julia/Project.toml", "pyrnode/julia/src/RNODE.jl"} <= files
     assert files >= {"pyrnode/juliapkg.json", "pyrnode/py.typed", "pyrnode/presets/toy.toml"}
     assert {file.partition("/")[0] for file in files} == {"pyrnode"}
-    assert "pyrnode/julia/Project.toml" not in files  # Julia would take the folder for a project, not for code
 
 
 def test_juliapkg_finds_our_needs_beside_the_package() -> None:

@@ -83,10 +83,12 @@ def test_ctrl_c_before_the_first_step_can_be_resumed(tmp_path: Path, uninterrupt
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path) -> None:
-    original = loop.loss
+    """In the midst of a step, of which nothing is done yet: the state before it is saved, though none was due."""
+    original, begun = loop.loss, []
 
     def stopping(flow: Any, batch: Any, config: Any, solver: Any, at: int) -> Any:
-        if at == 7:
+        begun.append(at)
+        if begun == list(range(8)):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         return original(flow, batch, config, solver, at)
@@ -95,7 +97,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(loop, "loss", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, **FULL)
-    train(tmp_path, resume=True, **FULL)  # from the checkpoint of step 6
+        train(tmp_path, resume=True, **FULL)
+    assert begun[7:10] == [7, 7, 8]
     assert_same_run(uninterrupted, tmp_path)
 
 

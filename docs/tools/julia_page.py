@@ -1,4 +1,4 @@
-"""The reference page of the Julia package, made from the docstrings in julia/*.jl (a hook of mkdocs)."""
+"""The reference page of the Julia package, made from the docstrings in julia/src/*.jl (a hook of mkdocs)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _shown(same: list[Entry]) -> str:
     parts = [f"### `{same[0].name}`"]
     for entry in same:
         text = re.sub(r"\[(`[^`]+`)\]\(@ref\)", r"\1", entry.text)
-        parts += [f"```julia\n{entry.signature}\n```", text, f"*julia/{entry.file}, line {entry.line}*"]
+        parts += [f"```julia\n{entry.signature}\n```", text, f"*julia/src/{entry.file}, line {entry.line}*"]
     return "\n\n".join(parts)
 
 
@@ -90,6 +90,6 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the page to those that mkdocs found."""
     from mkdocs.structure.files import File
 
-    folder = Path(config.config_file_path).parent / "julia"
+    folder = Path(config.config_file_path).parent / "julia" / "src"
     files.append(File.generated(config, PAGE, content=page(folder)))
     return files

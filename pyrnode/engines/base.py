@@ -292,12 +292,11 @@ def not_finite_at_start(t: float, bad: int, batch: int) -> SolverError:
     return SolverError(f"{message}; look for non-finite parameters or data", status="Unstable")
 
 
-def stuck(status: str, why: str, t: float, bad: int, batch: int) -> SolverError:
-    """The error of an adaptive solve that gave up."""
+def stuck(status: str, why: str, t: float, bad: int, batch: int, *, remedy: str | None = None) -> SolverError:
+    """The error of a solve that gave up; an adaptive one's, where no other remedy is named."""
+    remedy = remedy or "loosen rtol/atol, raise maxiters, regularise more strongly, or use a fixed step"
     return SolverError(
-        f"{why}: {bad} of {batch} samples stopped before the end time (first at t = {t:.4g}); loosen rtol/atol, raise "
-        "maxiters, regularise more strongly, or use a fixed step",
-        status=status,
+        f"{why}: {bad} of {batch} samples stopped before the end time (first at t = {t:.4g}); {remedy}", status=status
     )
 
 
@@ -305,8 +304,10 @@ STUCK = {
     "DtLessThanMin": "the step size underflowed, the dynamics are too stiff",
     "MaxIters": "maxiters = {maxiters} steps did not suffice",
     "Unstable": "the solution grew beyond all bounds",
+    "DtNaN": "the dynamics became NaN",
+    "ConvergenceFailure": "the equations of an implicit step could not be solved",
 }
-"""Why an adaptive solve gives up, by SciML's return code."""
+"""Why a solve gives up, by SciML's return code."""
 
 
 class Engine(ABC):

@@ -26,30 +26,18 @@ from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.layered import LayeredDynamics
-from pyrnode.engines.base import (
-    STUCK,
-    Engine,
-    Solution,
-    Stats,
-    check_potential,
-    check_state,
-    embedded,
-    not_finite_at_start,
-    run,
-    stuck,
-    unstable,
-)
+from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
 from pyrnode.engines.foreign import Foreign
-from pyrnode.engines.runge_kutta import grid
-from pyrnode.errors import ConfigError, EngineError, EngineUnavailableError, unknown_name
+from pyrnode.engines.julia_words import JuliaFailure, check_options, in_words
+from pyrnode.errors import ConfigError, EngineUnavailableError, unknown_name
 from pyrnode.probes import Probes
-from pyrnode.solvers import SolverInfo, step_size
+from pyrnode.solvers import SolverInfo, step_size, unknown_solver
 
 SENSITIVITIES: dict[str, str] = {
-    "InterpolatingAdjoint": "the adjoint, solved backwards along an interpolation of the solve (Julia's default)",
+    "InterpolatingAdjoint": 'the adjoint, solved backwards along an interpolation of the solve ("auto")',
     "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
     "QuadratureAdjoint": "as InterpolatingAdjoint, the parameters' gradient by adaptive quadrature",
-    "GaussAdjoint": "as InterpolatingAdjoint, the parameters' gradient by Gauss quadrature: the smallest adjoint state",
+    "GaussAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by Gauss quadrature ("auto" of stiff solvers)',
     "Backprop": "discretise, then optimise: the exact gradient of the discrete solve (explicit Runge-Kutta methods)",
 }
 
@@ -79,7 +67,9 @@ def _start() -> Any:
             warnings.filterwarnings("ignore", message="torch was imported before juliacall")
             import juliacall
         main = juliacall.Main
-        main.seval("folder -> pushfirst!(LOAD_PATH, folder)")(str(julia_setup.sources()))
+        add = main.seval("folder -> push!(LOAD_PATH, folder)")  # behind the project, whose Manifest has what they need
+        for folder in (julia_setup.sources(), julia_setup.sources() / "bridge"):
+            add(str(folder))
         main.seval("import RNODEBridge")
         bridge = main.RNODEBridge
         bridge.start()
@@ -121,15 +111,7 @@ def _call(function: Any, *args: Any) -> Any:
         bridge = _start()
         if (original := bridge.original(exception)) is not None:
             raise original from None
-        raise _JuliaFailure(*bridge.describe(exception)) from None
-
-
-class _JuliaFailure(Exception):
-    """An exception of Julia's, told apart by kind; never leaves this file."""
-
-    def __init__(self, kind: str, status: str, message: str, time: float, bad: int, batch: int) -> None:
-        super().__init__(message)
-        self.kind, self.status, self.time, self.bad, self.batch = kind, status, time, bad, batch
+        raise JuliaFailure(*bridge.describe(exception)) from None
 
 
 class JuliaEngine(Engine):
@@ -151,7 +133,9 @@ class JuliaEngine(Engine):
 
     def solvers(self) -> list[SolverInfo]:
         rows = json.loads(str(_bridge().solvers()))
-        return [SolverInfo(**row, description=f"from {row['package']}") for row in rows]
+        for row in rows:
+            row["description"] = "; ".join(filter(None, (f"from {row['package']}", row.pop("fault"))))
+        return [SolverInfo(**row) for row in rows]
 
     def sensitivities(self) -> dict[str, str]:
         return SENSITIVITIES
@@ -173,37 +157,29 @@ class JuliaEngine(Engine):
                 f"solver.precision = {solver.precision!r}: the Julia engine computes in IEEE's numbers alone; use "
                 'engine="torch", or set it to "ieee"'
             )
-        sensealg = "InterpolatingAdjoint" if solver.sensealg == "auto" else solver.sensealg
-        if sensealg not in SENSITIVITIES:
+        if solver.sensealg != "auto" and solver.sensealg not in SENSITIVITIES:
             raise EngineUnavailableError(
-                unknown_name("sensitivity algorithm of the Julia engine", sensealg, SENSITIVITIES)
+                unknown_name("sensitivity algorithm of the Julia engine", solver.sensealg, SENSITIVITIES)
             )
-        try:
-            key = json.dumps(solver.to_dict(), sort_keys=True)
-        except TypeError:
-            raise ConfigError(
-                f"solver.options = {solver.options!r}: expected numbers, texts, truth values or lists of them"
-            ) from None
+        check_options(solver)
+        key = json.dumps(solver.to_dict(), sort_keys=True)
         if key not in self._solvers:
             bridge = _bridge()
-            names = [str(name) for name in bridge.names()]
-            if solver.name not in names:
-                listing = "`pyrnode solvers` lists them; known in both engines: RK4, Tsit5, DP5"
-                raise EngineUnavailableError(
-                    unknown_name("solver of the Julia engine", solver.name, names, listing=listing)
-                )
+            if not bool(bridge.is_known(solver.name)):
+                names, listing = [str(name) for name in bridge.names()], "`pyrnode solvers` lists them"
+                raise EngineUnavailableError(unknown_solver("Julia", solver.name, names, listing=listing))
             numbers = [float(solver.step_size), solver.rtol, solver.atol, float(solver.maxiters)]
             try:
                 self._solvers[key] = _call(
                     bridge.solver,
                     solver.name,
-                    sensealg,
+                    solver.sensealg,
                     numbers,
                     solver.error_control,
                     solver.memory,
                     solver.options | ({} if solver.adaptive else {"adaptive": False}),
                 )
-            except _JuliaFailure as failure:
+            except JuliaFailure as failure:
                 raise ConfigError(f"solver {solver.name!r}: {failure}") from None
         return self._solvers[key]
 
@@ -366,7 +342,7 @@ class _Solve:
             solve, nfe, nfe_max, accepted, rejected = _call(
                 bridge.forward, dynamics, self.handle, *inputs, *self.further, record, _shared(z), _shared(q)
             )
-        except _JuliaFailure as failure:
+        except JuliaFailure as failure:
             raise self._error(failure) from None
         stats = self.stats
         stats.nfe, stats.nfe_max, stats.accepted, stats.rejected = nfe, nfe_max, accepted, rejected
@@ -391,30 +367,15 @@ class _Solve:
         try:
             arrays = _shared(z_bar), _shared(q_bar), length, _shared(bars)
             self.stats.nfe_backward = float(_call(_bridge().backward, self.recorded, *arrays))
-        except _JuliaFailure as failure:
+        except JuliaFailure as failure:
             raise self._error(failure) from None
         z0_bar, *rest = _unflatten_dense_tensors(bars, wanted)
         c_bar = None if self.context is None else rest.pop(0)
         return z0_bar, c_bar, rest
 
-    def _error(self, failure: _JuliaFailure) -> BaseException:
-        """What happened in Julia, in the words of both engines."""
-        if failure.kind == "interrupt":
-            return KeyboardInterrupt()
-        if failure.kind == "argument":
-            return ConfigError(str(failure))
-        if failure.kind != "solve":
-            return EngineError(f"{self.solver.name} failed in Julia ({failure.status}): {failure}")
-        t0, _ = self.t_span
-        if failure.status == "InitialFailure" or (failure.time == t0 and failure.bad):
-            return not_finite_at_start(t0, failure.bad, failure.batch)
-        if bool(_bridge().is_adaptive(self.handle)):
-            why = STUCK.get(failure.status, f"the solver gave up with {failure.status}")
-            why = why.format(maxiters=self.solver.maxiters)
-            return stuck(failure.status, why, failure.time, max(1, failure.bad), failure.batch)
-        steps = grid(self.t_span, float(self.solver.step_size))
-        number = min(range(len(steps)), key=lambda i: abs(sum(steps[i]) - failure.time))
-        return unstable(self.solver.name, number + 1, len(steps), *steps[number], failure.bad, failure.batch)
+    def _error(self, failure: JuliaFailure) -> BaseException:
+        adaptive = failure.kind == "solve" and bool(_bridge().is_adaptive(self.handle))
+        return in_words(failure, self.solver, self.t_span, adaptive=adaptive)
 
 
 def _synchronize(x: Tensor) -> None:

@@ -232,7 +232,11 @@ class Trainer:
         def compute() -> tuple[Objective, Passage]:
             return loss(self.flow, batch, self._settled, self.solver, step)
 
-        taken = self.gradient.take(self.flow, batch, compute, state.optimizer, self._asked)
+        try:
+            taken = self.gradient.take(self.flow, batch, compute, state.optimizer, self._asked)
+        except KeyboardInterrupt:  # the second time, in the midst of a solve: nothing of this step has been applied
+            self._save()
+            raise
         rate = learning_rate(training, step, self.span.done(state.progress))
         for group in state.optimizer.param_groups:
             group["lr"] = rate

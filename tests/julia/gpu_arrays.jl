@@ -1,7 +1,7 @@
 # The code that would run on a GPU, on arrays that forbid what a GPU cannot do: one number at a time. JLArrays' kernels are
 # GPUArrays' own, run on the CPU. Only what CUDA's libraries do, convolutions and products of many matrices, is stood in for.
 # Prints "<case> <largest relative error>".
-pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
+push!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
 
 using JLArrays: JLArray, JLArrays
 using LuxCore: LuxCore

@@ -1,7 +1,7 @@
 # What the package image holds: none of ReverseDiff's types (JuliaLang/julia#62047), and the default adjoint compiled. Run with
 # `--trace-compile` into the file that TRACE names; prints "image <how many such types are named in it>", and how many methods of
 # SciMLSensitivity's backward problem were compiled for the default adjoint, and for a solver that is not in the image.
-pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
+push!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
 
 using LuxCore: LuxCore
 using RNODE

@@ -1,6 +1,6 @@
 # What a Julia user has without Python: a layer trained in Lux, any Lux model as dynamics, and a right-hand side that costs
 # little. Prints "<what> <number>"; tests/test_julia_native.py knows what to expect.
-pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
+push!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
 
 using Lux: Lux, Optimisers
 using Random: MersenneTwister, randn!

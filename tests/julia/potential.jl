@@ -1,5 +1,5 @@
 # A potential's network as a Julia user has it. Prints "<what> <number>"; tests/test_julia_native.py knows what to expect.
-pushfirst!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
+push!(LOAD_PATH, joinpath(@__DIR__, "..", "..", "julia"))
 
 using Lux: Lux, Optimisers
 using LuxCore: LuxCore

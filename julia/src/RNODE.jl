@@ -6,7 +6,8 @@ and differentiated by the adjoints of SciMLSensitivity or through the discrete s
 
     z' = f(z, t; θ)      l' = εᵀ(∂f/∂z)ε      E' = ‖f‖²      n' = ‖εᵀ∂f/∂z‖²      H' = |∂Φ/∂t − ½‖∇Φ‖²| where f = −∇Φ
 
-The same names, symbols and memory as the Python package pyrnode (which comes in through `RNODEBridge`): a C-order torch array
+[`RNODELayer`](@ref) is one as a layer of Lux, [`RNODEDistribution`](@ref) a trained one as a distribution. The same names, symbols and memory as
+the Python package pyrnode has (which comes in through `RNODEBridge`): a C-order torch array
 `(B, C, H, W)` is `(W, H, C, B)` here.
 """
 module RNODE
@@ -15,8 +16,9 @@ using ADTypes: AutoFiniteDiff, AutoZygote
 using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
 using ComponentArrays: ComponentArray, ComponentArrays, getaxes, getdata
 using DiffEqFlux: DiffEqFlux
+using Distributions: Distributions, ContinuousMultivariateDistribution
 using LinearAlgebra: BLAS, BlasReal, mul!
-using Lux: Lux, StatefulLuxLayer
+using Lux: Lux, Optimisers, StatefulLuxLayer
 using LuxCore: LuxCore, AbstractLuxLayer, AbstractLuxWrapperLayer
 using MLDataDevices: MLDataDevices
 using NNlib: NNlib, DenseConvDims
@@ -35,13 +37,14 @@ using OrdinaryDiffEqTsit5: OrdinaryDiffEqTsit5
 using OrdinaryDiffEqVerner: OrdinaryDiffEqVerner
 using PrecompileTools: @compile_workload
 using Random: Random, AbstractRNG
+using SHA: SHA
 using SciMLBase: SciMLBase, ODEFunction, ODEProblem
 using SciMLSensitivity: SciMLSensitivity, BacksolveAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, ZygoteVJP
 using SpecialFunctions: erfc
 using Zygote: Zygote
 
 export MLP, ConvNet, PotentialNetwork, LuxDynamics, Probes, Solver, Solution, SolveError, RNODELayer
-export algorithms, algorithm, exact_probes, integrate, potential, pullback
+export RNODEDistribution, algorithms, algorithm, exact_probes, integrate, load_flow, potential, pullback, save_flow
 
 include("activations.jl")  # φ, φ', φ''
 include("products.jl")     # c = a b for small matrices
@@ -54,10 +57,15 @@ include("potential.jl")    # f = −∇Φ: the network of Φ, and its gradient
 include("bound_potential.jl") # its curvature in explicit products, and the pullback of all
 include("module.jl")       # any Lux model, through nested differentiation
 include("augmented.jl")    # the right-hand side, its pullback, and the norm of its error
+include("failures.jl")   # solves that fail or are interrupted
+include("options.jl")    # what a solver's options are
 include("solvers.jl")      # algorithms by name, and their tableaus
 include("engine.jl")       # one solve, and its pullback by every sensitivity algorithm
 include("backprop.jl")     # the pullback through the solve's own steps
 include("flux.jl")         # the layer for Julia users: RNODELayer <: DiffEqFlux.CNFLayer
+include("distribution.jl") # a trained flow for Distributions.jl, and its training in one call
+include("json.jl")       # what files say of themselves
+include("files.jl")      # flows as files that Python reads and writes too
 include("precompile.jl")
 
 end

@@ -12,7 +12,7 @@ using LinearAlgebra: BLAS
 using PythonCall: C, PythonCall, Py, PyException, getptr, pybuiltins, pyconvert
 using DLPack: DLPack
 using RNODE: RNODE, Asked, ConvNet, Cotangents, Dynamics, Evaluation, MLP, PotentialNetwork, Probes, SolveError, Solver
-using RNODE: backward_count, counts, exact_probes, matrix, piece, results!, solve_backward!, solve_forward
+using RNODE: backward_count, counts, exact_probes, listening, matrix, piece, results!, solve_backward!, solve_forward
 
 # --- arrays ---
 
@@ -76,11 +76,11 @@ function solver(name, sensealg, numbers, error_control, memory, options)
     )
 end
 
-"An option's value: TOML's numbers, truth values, texts and lists, nothing that could be code."
+"An option's value: a number, truth value, text or list of them (Python has seen to that), and nothing that could be code."
 plain(x::Union{Bool,Int,Float64,String}) = x
 plain(x::AbstractVector) = map(plain, x)
-plain(x) = plain(pyconvert(Any, x))
-plain(x::Py) = throw(ArgumentError("an option of type $(pyconvert(String, pybuiltins.type(x).__name__)): expected a number, text or list"))
+plain(x::Py) = plain(pyconvert(Any, x))
+plain(x) = throw(ArgumentError("an option of type $(typeof(x)): expected a number, truth value, text or list of them"))
 
 """
 Dynamics that only Python can evaluate, such as a user's own `torch.nn.Module`. Everything goes through buffers that both
@@ -160,7 +160,9 @@ counts (nfe, nfe_max, accepted, rejected). The probes are `ε`, the unit vectors
 function forward(dynamics, solver, θ, z0, context, ε, weight, axes, t0, t1, total_derivative, hjb, record, z, q)
     z0, context, ε = view_of(z0), view_of(context), view_of(ε)
     probes = axes ? exact_probes() : ε === nothing ? nothing : Probes(ε, Float64(weight))
-    solves = solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; context, total_derivative, hjb, record)
+    solves = listening(signals) do
+        solve_forward(dynamics, view_of(θ), z0, probes, (t0, t1), solver; context, total_derivative, hjb, record)
+    end
     state, q = matrix(view_of(z)), view_of(q)
     integrals = fill!(similar(q, reverse(size(q))), false)
     results!(state, integrals, solves)
@@ -177,7 +179,8 @@ function backward(solves, z_bar, q_bar, context_length, bars)
     foreach(solve -> solve.system.nfe_backward = 0, solves.each)
     z_bar = matrix(view_of(z_bar))
     z0_bar, c̄, θ̄ = split_bars(fill!(view_of(bars), false), size(z_bar)..., context_length)
-    solve_backward!(z0_bar, θ̄, c̄, solves, z_bar, permutedims(view_of(q_bar)))
+    q̄ = permutedims(view_of(q_bar))
+    listening(() -> solve_backward!(z0_bar, θ̄, c̄, solves, z_bar, q̄), signals)
     synchronize(θ̄)
     return backward_count(solves)
 end
@@ -189,25 +192,39 @@ function split_bars(bars, d, batch, context_length)
     return reshape(z0_bar, d, batch), c̄ === nothing ? nothing : reshape(c̄, context_length, batch), θ̄
 end
 
+"""
+Lets Python answer signals in the midst of a solve, as it would between two of its own instructions: handlers run in its main thread,
+and what they raise ends the solve.
+"""
+signals() = ccall(CHECK_SIGNALS[], Cint, ()) == 0 ? nothing : PythonCall.Core.pythrow()
+
+const CHECK_SIGNALS = Ref(C_NULL)
+
 "Whether each sample of a batch is solved on its own."
 is_separate(solver::Solver, z0) = RNODE.separate(solver, view_of(z0))
 
 # --- errors, and what there is ---
 
-"An exception as Python can act on it: (kind, status, message, time, bad, batch)."
-describe(e::SolveError) = ("solve", e.status, sprint(showerror, e), e.time, e.bad, e.batch)
-describe(e::InterruptException) = ("interrupt", "", "", 0.0, 0, 0)
-describe(e::Union{ArgumentError,DimensionMismatch}) = ("argument", "", e.msg, 0.0, 0, 0)
+"An exception as Python can act on it: (kind, status, message), and of a failed solve its numbers (`JuliaFailure`)."
+describe(e::SolveError) =
+    ("solve", e.status, sprint(showerror, e), e.time, e.bad, e.stopped, e.batch, e.at_start, e.adjoint)
+describe(e::InterruptException) = ("interrupt", "", "")
+describe(e::Union{ArgumentError,DimensionMismatch}) = ("argument", "", e.msg)
 describe(e::TaskFailedException) = describe(e.task.exception)
 describe(e::CompositeException) = describe(first(e.exceptions))
-describe(e) = ("other", string(nameof(typeof(e))), first(split(sprint(showerror, e), "\n")), 0.0, 0, 0)
+describe(e) = ("other", string(nameof(typeof(e))), first(split(sprint(showerror, e), "\n")))
 
 "The Python exception inside a Julia one, if that is what it is."
 original(e::PyException) = e.v
+original(e::TaskFailedException) = original(e.task.exception)
+original(e::CompositeException) = original(first(e.exceptions))
 original(e) = nothing
 
-"A batch is split over Julia's threads, each of which multiplies matrices of its own."
-start() = (Threads.nthreads() > 1 && BLAS.set_num_threads(1); nothing)
+function start()
+    Threads.nthreads() > 1 && BLAS.set_num_threads(1)  # a batch is split over them, and each multiplies matrices of its own
+    CHECK_SIGNALS[] = Base.Libc.Libdl.dlsym(C.python_library_handle(), :PyErr_CheckSignals)
+    return nothing
+end
 
 "Bytes of the objects that are left when the collector has run."
 live_bytes() = (GC.gc(); Base.gc_live_bytes())
@@ -216,12 +233,15 @@ version() = "$VERSION with $(Threads.nthreads()) thread$(Threads.nthreads() == 1
 
 names() = sort!(collect(keys(RNODE.algorithms())))
 
+is_known(name) = RNODE.is_known(pyconvert(String, name))
+
 is_adaptive(solver::Solver) = solver.adaptive
 
 "`RNODE.describe_algorithms` as JSON."
 function solvers()
     rows = map(RNODE.describe_algorithms()) do row
-        "{\"name\": \"$(row.name)\", \"order\": $(row.order), \"kind\": \"$(row.kind)\", \"package\": \"$(row.package)\"}"
+        texts = join(("\"$key\": \"$(row[key])\", " for key in (:name, :kind, :package, :fault)))
+        "{$(texts)\"order\": $(row.order)}"
     end
     return "[$(join(rows, ", "))]"
 end

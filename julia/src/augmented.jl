@@ -28,14 +28,15 @@ end
 "A range in `n` parts that differ by at most one in length."
 split_range(range, n) = [range[(length(range) * (i - 1) ÷ n + 1):(length(range) * i ÷ n)] for i in 1:n]
 
-"Runs `work(i)` for i = 1, …, n, each in a thread."
+"Runs `work(i)` for i = 1, …, n, each in a thread. When it returns or throws, none of them is running any more."
 function in_threads(work, n::Int)
-    @sync begin
-        for i in 2:n
-            Threads.@spawn work(i)
-        end
+    tasks = [Threads.@spawn work(i) for i in 2:n]
+    try
         work(1)
+    finally
+        foreach(Base._wait, tasks)
     end
+    foreach(wait, tasks)  # throws what one of them has thrown
     return nothing
 end
 
@@ -77,6 +78,7 @@ end
 
 "Calls `work(bound, columns)` for every piece of the batch, with the bound dynamics of its thread or, of those given, the piece's own."
 function each_piece(work, system::Augmented, bindings=nothing)
+    hear()
     in_threads(length(system.workers)) do i
         worker, before = system.workers[i], sum(w -> length(w.pieces), view(system.workers, 1:(i - 1)); init=0)
         for (j, columns) in enumerate(worker.pieces)

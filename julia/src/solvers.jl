@@ -7,9 +7,12 @@ const FAMILIES = (
     OrdinaryDiffEqStabilizedRK, OrdinaryDiffEqTsit5, OrdinaryDiffEqVerner,
 )
 
-"Every ODE algorithm of OrdinaryDiffEq's packages, by name."
+"Names of OrdinaryDiffEq's for an algorithm with other coefficients: functions, with the options of that algorithm."
+const VARIANTS = (; QBDF=OrdinaryDiffEqBDF.QNDF, QBDF1=OrdinaryDiffEqBDF.QNDF1, QBDF2=OrdinaryDiffEqBDF.QNDF2)
+
+"What makes every ODE algorithm of OrdinaryDiffEq's packages, by name; beside them there are `COMPOSITES`."
 function algorithms()
-    table = Dict{String,Any}()
+    table = Dict{String,Any}(String(name) => getfield(OrdinaryDiffEqBDF, name) for name in keys(VARIANTS))
     for family in FAMILIES, name in names(family)
         isdefined(family, name) || continue
         T = getfield(family, name)
@@ -19,27 +22,69 @@ function algorithms()
     return table
 end
 
+"Explicit methods that hand over to a stiff one where the dynamics are, named in brackets: `AutoTsit5(Rosenbrock23)`."
+const COMPOSITES = (;
+    OrdinaryDiffEqLowOrderRK.AutoDP5, OrdinaryDiffEqTsit5.AutoTsit5, OrdinaryDiffEqVerner.AutoVern6, OrdinaryDiffEqVerner.AutoVern7,
+    OrdinaryDiffEqVerner.AutoVern8, OrdinaryDiffEqVerner.AutoVern9,
+)
+
+"The two names in that of a composite, or `nothing`."
+function composite_names(name)
+    found = match(r"^(Auto\w+)\((\w+)(\(\))?\)$", name)
+    return found !== nothing && haskey(COMPOSITES, Symbol(found[1])) ? (Symbol(found[1]), String(found[2])) : nothing
+end
+
+"Whether there is an algorithm of that name."
+function is_known(name)
+    both, table = composite_names(name), algorithms()
+    return haskey(table, name) || (both !== nothing && haskey(table, both[2]))
+end
+
 """
     algorithm("Vern7"; lazy=false)
 
 The algorithm of that name with its keyword options. Throws `ArgumentError` for a name or an option that it does not have.
 """
 function algorithm(name; options...)
-    table = algorithms()
-    haskey(table, name) || throw(ArgumentError("unknown solver $(repr(name))$(nearest(name, keys(table)))"))
-    T = table[name]
+    both, table = composite_names(name), algorithms()
+    is_known(name) || throw(ArgumentError("unknown solver $(repr(name))$(nearest(name, keys(table)))"))
+    if both === nothing
+        make = table[name]
+    else
+        stiff = algorithm(both[2])
+        make = (; given...) -> COMPOSITES[both[1]](stiff; given...)
+    end
     # Bound dynamics compute with plain numbers in their own memory, so Jacobians are taken by finite differences.
-    finite = "autodiff" in keywords(T) && !haskey(options, :autodiff) ? (; autodiff=AutoFiniteDiff()) : (;)
+    names = option_names(name)
+    finite = "autodiff" in names && !haskey(options, :autodiff) ? (; autodiff=AutoFiniteDiff()) : (;)
+    given = particular_options(name, names, options, bare(make))
     try
-        return Base.inferencebarrier(T)(; finite..., options...)
+        return Base.inferencebarrier(make)(; finite..., given...)
     catch exception
-        exception isa Union{MethodError,ErrorException,ArgumentError,TypeError} || rethrow()
-        allowed = isempty(options) ? "" : " ($(join(keys(options), ", "))); its options are $(join(keywords(T), ", "))"
-        throw(ArgumentError("$name cannot be made with the options given$allowed"))
+        exception isa Union{MethodError,ErrorException,ArgumentError,TypeError,UndefKeywordError} || rethrow()
+        why = exception isa UndefKeywordError ? "it needs the option $(exception.var)" : "its options are $(join(names, ", "))"
+        throw(ArgumentError("$name cannot be made$(isempty(options) ? "" : " with the options given ($(join(keys(options), ", ")))"); $why"))
     end
 end
 
+"An algorithm with no options, or `nothing` where it needs some."
+bare(make) =
+    try
+        Base.inferencebarrier(make)()
+    catch
+        nothing
+    end
+
 "Names of an algorithm's keyword options."
+function option_names(name)
+    both = composite_names(name)
+    both === nothing && return keywords(get(VARIANTS, Symbol(name), algorithms()[name]))
+    return sort!([SWITCHING; filter(==("lazy"), keywords(COMPOSITES[both[1]]))])
+end
+
+"Options of `AutoSwitch`, which composites are made with."
+const SWITCHING = ["dtfac", "maxnonstiffstep", "maxstiffstep", "nonstifftol", "stiffalgfirst", "stifftol", "switch_max"]
+
 keywords(T) = sort!(unique!(String[string(k) for m in methods(T) for k in Base.kwarg_decl(m) if !endswith(string(k), "...")]))
 
 "A hint at names that begin alike, or at where all of them are listed."
@@ -50,30 +95,54 @@ function nearest(name, names)
     return "$hint; `pyrnode solvers` and RNODE.algorithms() list the $(length(names)) that there are"
 end
 
-"What is known of every algorithm: name, order, kind and package."
+"What is known of every algorithm that its name alone makes: name, order, kind, package, and what is wrong with it."
 function describe_algorithms()
+    names = [collect(keys(algorithms())); ["$name(Rosenbrock23)" for name in keys(COMPOSITES)]]
     rows = NamedTuple[]
-    for (name, T) in sort!(collect(algorithms()); by=first)
+    for name in sort!(names)
         alg = try
-            T()
+            algorithm(name)
         catch
-            continue  # needs arguments that no name can give
+            continue  # needs options
         end
         order = varies(alg) ? 0 : Int(SciMLBase.alg_order(alg))
-        push!(rows, (; name, order, kind=kind(alg), package=String(nameof(parentmodule(T)))))
+        package = String(nameof(parentmodule(typeof(first_of(alg)))))
+        push!(rows, (; name, order, kind=kind(alg), package, fault=get(FAULTS, name, "")))
     end
     return rows
 end
+
+"A composite's explicit method, or the method itself."
+first_of(alg) = hasproperty(alg, :algs) ? first(alg.algs) : alg
+
+"What is known to be wrong of methods, found by tests/julia/solvers.jl (docs/solvers.md)."
+const FAULTS = Dict(
+    "AdaptiveRadau" => "may become unstable here, though not in OrdinaryDiffEq alone; take RadauIIA5",
+    "Alshina2" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "Alshina3" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "CKLLSRK54_3C" => "chooses steps that are too long: errors of 0.02 at 1e-6",
+    "CKLLSRK85_4FM_4R" => "chooses steps that are too long, in OrdinaryDiffEq itself: errors of 0.1 at 1e-6; right with adaptive = false",
+    "CKLLSRK95_4C" => "chooses steps that are too long: errors of 0.1 at 1e-6",
+    "ESDIRK659L2SA" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "FRK65" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "Kvaerno3" => "of order 1 in OrdinaryDiffEq itself; take KenCarp3",
+    "PFRK87" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
+    "RKV76IIa" => "of wrong coefficients in OrdinaryDiffEq itself; take Vern7",
+)
 
 varies(alg) = occursin(r"VCAB|FBDF|QNDF$|DFBDF|DefaultODE", String(nameof(typeof(alg))))
 
 const IMPLICIT = (OrdinaryDiffEqBDF, OrdinaryDiffEqFIRK, OrdinaryDiffEqRosenbrock, OrdinaryDiffEqSDIRK)
 const MULTISTEP = (OrdinaryDiffEqAdamsBashforthMoulton, OrdinaryDiffEqBDF)
 
+"Whether a method solves equations in each step, with a Jacobian over its whole state."
+is_implicit(alg) = hasproperty(alg, :algs) ? any(is_implicit, alg.algs) : parentmodule(typeof(alg)) in IMPLICIT
+
 "Explicit, stiff (implicit) or stabilised; multistep; adaptive or of fixed step."
 function kind(alg)
+    hasproperty(alg, :algs) && return "explicit or stiff, adaptive"
     family = parentmodule(typeof(alg))
-    form = family === OrdinaryDiffEqStabilizedRK ? "stabilised" : family in IMPLICIT ? "stiff" : "explicit"
+    form = family === OrdinaryDiffEqStabilizedRK ? "stabilised" : is_implicit(alg) ? "stiff" : "explicit"
     fixed = !SciMLBase.isadaptive(alg) || nameof(typeof(alg)) in CUSTOMARILY_FIXED
     return "$form$(family in MULTISTEP ? ", multistep" : ""), $(fixed ? "fixed step" : "adaptive")"
 end

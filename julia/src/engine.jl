@@ -2,7 +2,7 @@
 
 """
     Solver(name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
-           sensealg="InterpolatingAdjoint", memory=:auto, together=false, options...)
+           sensealg="auto", memory=:auto, together=false, options...)
 
 How a block is integrated. `name` is any of [`algorithms`](@ref). Methods without an error estimate, and those that are
 customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the others choose their steps by `rtol` and
@@ -10,12 +10,16 @@ customarily used with a fixed step (Midpoint, Heun, RK4), take `step_size`; the 
 whole batch by its hardest sample (faster for small networks; always so on a GPU).
 
 `sensealg` is one of SciMLSensitivity's `InterpolatingAdjoint`, `BacksolveAdjoint`, `QuadratureAdjoint`, `GaussAdjoint`, or
-`Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. With `memory=:checkpoint` only the
+`Backprop`: the exact gradient of the discrete solve, for explicit Runge-Kutta methods. `auto` is `GaussAdjoint` for stiff methods, which
+take a Jacobian over the whole state of the adjoint's solve (that of the others has the parameters in it), and else `InterpolatingAdjoint`. With `memory=:checkpoint` only the
 states at the steps are kept rather than a dense solution or the stages of fixed steps (or, for `BacksolveAdjoint`, it starts anew from
 them). For `Backprop` with fixed steps `:store` keeps every intermediate of the network's evaluations, and `:auto` does while that
 is 32 MiB or less. Options that SciML's `solve` knows (`SOLVE_OPTIONS`, such as `adaptive`, `dtmax` or `saveat`) go to it, all others to the algorithm.
+`maxiters` bounds the steps that a solver chooses; fixed steps are as many as they are. Throws `ArgumentError`, which names it, for
+whatever the solver does not take.
 """
 struct Solver
+    name::String
     alg::Any
     dense_alg::Any  # the same with an interpolant that adjoints can use
     adaptive::Bool
@@ -32,31 +36,22 @@ end
 
 const SENSITIVITIES = ("Backprop", "InterpolatingAdjoint", "BacksolveAdjoint", "QuadratureAdjoint", "GaussAdjoint")
 
-"Keywords of SciML's `solve` that may be given among a solver's options."
-const SOLVE_OPTIONS = (
-    :adaptive, :beta1, :beta2, :controller, :dense, :dtmax, :dtmin, :failfactor, :force_dtmin, :gamma, :internalnorm,
-    :qmax, :qmin, :qoldinit, :qsteady_max, :qsteady_min, :save_everystep, :save_start, :saveat, :tstops,
-)
-
-"Those of them that say which states `path` keeps; in a solve with a pullback its sensitivity algorithm decides."
-const SAVING = (:dense, :save_everystep, :save_start, :saveat)
-
 function Solver(
-    name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000,
-    sensealg="InterpolatingAdjoint", memory=:auto, together=false, options...,
+    name="RK4"; step_size=0.25, rtol=1e-5, atol=1e-5, error_control=:density, maxiters=10_000, sensealg="auto", memory=:auto,
+    together=false, options...,
 )
     step_size > 0 && rtol > 0 && atol > 0 ||
         throw(ArgumentError("step_size = $step_size, rtol = $rtol, atol = $atol: expected positive numbers"))
     error_control in (:density, :all) || throw(ArgumentError("error_control = $(repr(error_control)): expected :density or :all"))
-    sensealg in SENSITIVITIES ||
-        throw(ArgumentError("unknown sensitivity algorithm $(repr(sensealg)); known: $(join(SENSITIVITIES, ", "))"))
     memory in (:auto, :store, :checkpoint) ||
         throw(ArgumentError("memory = $(repr(memory)): expected :auto, :store or :checkpoint"))
-    general = Dict{Symbol,Any}(k => v for (k, v) in options if k in SOLVE_OPTIONS)
-    particular = (k => v for (k, v) in options if !(k in SOLVE_OPTIONS))
+    value(name, :together, together, TRUTH)
+    own = is_known(name) ? option_names(name) : String[]
+    general = general_options(name, own, options)
+    particular = Dict(k => v for (k, v) in options if !is_general(k, own))
     alg = algorithm(name; particular...)
     # The extra stages of a Verner method's interpolant cannot be computed after the solve by an adjoint: 1e-4 is lost.
-    lazy = "lazy" in keywords(typeof(alg).name.wrapper) && !haskey(options, :lazy)
+    lazy = "lazy" in own && !haskey(options, :lazy)
     dense_alg = lazy ? algorithm(name; particular..., lazy=false) : alg
     customary = SciMLBase.isadaptive(alg) && !(nameof(typeof(alg)) in CUSTOMARILY_FIXED)
     adaptive = pop!(general, :adaptive, customary)
@@ -64,14 +59,49 @@ function Solver(
         "memory = 'store' needs a fixed-step solver, and $name is adaptive; use 'checkpoint' or 'auto'",
     ))
     adaptive && !SciMLBase.isadaptive(alg) && throw(ArgumentError("adaptive = true: $name has no error estimate"))
+    sensealg = chosen_sensitivity(name, alg, sensealg, memory)
+    return Solver(
+        name, alg, dense_alg, adaptive, step_size, rtol, atol, error_control === :all, maxiters, sensealg, memory, together,
+        general,
+    )
+end
+
+"The sensitivity algorithm that is asked for, or by the solver; throws `ArgumentError` where it cannot be with that solver."
+function chosen_sensitivity(name, alg, sensealg, memory)
+    sensealg == "auto" && return is_implicit(alg) ? "GaussAdjoint" : "InterpolatingAdjoint"
+    sensealg in SENSITIVITIES ||
+        throw(ArgumentError("unknown sensitivity algorithm $(repr(sensealg)); known: auto, $(join(SENSITIVITIES, ", "))"))
     sensealg == "Backprop" && tableau(alg) === nothing && throw(ArgumentError(
         "Backprop needs an explicit Runge-Kutta method, and $name is none; use one of the adjoints: " *
         join(SENSITIVITIES[2:end], ", "),
     ))
-    return Solver(
-        alg, dense_alg, adaptive, step_size, rtol, atol, error_control === :all, maxiters, sensealg, memory, together,
-        general,
-    )
+    sensealg == "QuadratureAdjoint" && memory === :checkpoint && throw(ArgumentError(
+        "memory = 'checkpoint': QuadratureAdjoint needs the dense solution; use InterpolatingAdjoint or GaussAdjoint, or 'auto'",
+    ))
+    return sensealg
+end
+
+"Bytes of a Jacobian beyond which an implicit method is refused; it holds several, and factorises one in every step."
+const JACOBIAN_LIMIT = 128 * 2^20
+
+"Throws `ArgumentError` where an implicit method would need a Jacobian that is too large, with what works in its place."
+function check_jacobian(system::Augmented, solver::Solver, u, p, adjoint::Bool)
+    is_implicit(solver.alg) || return nothing
+    name, n = nameof(typeof(first_of(solver.alg))), length(u)
+    too_large(n) = n^2 * sizeof(eltype(u)) > JACOBIAN_LIMIT
+    too_large(n) && throw(ArgumentError(
+        "$name takes a Jacobian over all $n numbers of the state" * (
+            system.shape[2] > 1 && !solver.adaptive ? "; fixed steps go together: take smaller batches, or let it choose its steps" :
+            system.shape[2] > 1 ? " of the batch; solve each sample on its own (together = false), or take smaller batches" :
+            "; ROCK2 and ROCK4 are for stiff dynamics of many dimensions"
+        ),
+    ))
+    with_parameters = adjoint && solver.sensealg in ("InterpolatingAdjoint", "BacksolveAdjoint")
+    with_parameters && too_large(n + length(p)) && throw(ArgumentError(
+        "$(solver.sensealg) with $name takes a Jacobian over the adjoint's whole state, which has the $(length(p)) parameters " *
+        "in it; use sensealg = 'GaussAdjoint' (which 'auto' is for stiff solvers) or 'QuadratureAdjoint'",
+    ))
+    return nothing
 end
 
 """
@@ -88,17 +118,6 @@ struct Solution{A,V}
     stats::@NamedTuple{nfe::Float64, nfe_max::Int, accepted::Float64, rejected::Float64}
     path::Any
 end
-
-"A solve that did not reach its end time, or is not finite there: SciML's return code, the time, and how many samples."
-struct SolveError <: Exception
-    status::String
-    time::Float64
-    bad::Int
-    batch::Int
-end
-
-Base.showerror(io::IO, e::SolveError) =
-    print(io, "the solve ended with $(e.status) at t = $(round(e.time; sigdigits=4)) ($(e.bad) of $(e.batch) samples not finite)")
 
 "A finished solve of a batch, or of one sample of it, with what its pullback needs."
 struct Solve{S,U}
@@ -197,14 +216,6 @@ attempt(work) =
         error
     end
 
-"One error for the solves that failed: the first, if it is not a solve's, or else that of the earliest time."
-function together(failed, batch)
-    other = findfirst(x -> !(x isa SolveError), failed)
-    other === nothing || return failed[other]
-    first = argmin(x -> abs(x.time), failed)
-    return SolveError(first.status, first.time, sum(x -> max(1, x.bad), failed), batch)
-end
-
 "One solve, of `parts` of the batch."
 function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bool, parts::Int)
     T = eltype(z)
@@ -216,6 +227,7 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     # SciMLSensitivity solves again between checkpoints, and passes the tolerances alone: the grid has to be the problem's own.
     grid = solver.adaptive ? (;) : stepping(solver, tspan, T)
     problem = ODEProblem{true}(ode_function(system), initial_state(system, z), T.(tspan), p; grid...)
+    check_jacobian(system, solver, problem.u0, p, adjoint)
     given = solver.options
     if record  # what is saved, the pullback reads: it is not for the options to say
         given = filter(option -> !(first(option) in SAVING), given)
@@ -225,33 +237,22 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
     end
     controlled = system.integrals == 0 ? 0 : solver.control_all ? system.integrals : 1
     options = (;
-        stepping(solver, tspan, T)..., internalnorm=ErrorNorm(system.shape..., controlled), maxiters=solver.maxiters,
-        verbose=false, saving..., given..., save_end=true,
+        stepping(solver, tspan, T)..., internalnorm=ErrorNorm(system.shape..., controlled), verbose=false, saving..., given...,
+        save_end=true,
     )
     return dynamic(solve_path, problem, adjoint ? solver.dense_alg : solver.alg, options, system, solver, tspan)
 end
 
 function solve_path(problem, alg, options, system, solver, tspan)
     path = SciMLBase.solve(problem, alg; options...)
-    check(path, system)
+    check(path, system, solver.adaptive)
     return Solve(system, solver, Float64.(tspan), path)
 end
 
 "How steps are chosen, in SciML's keywords; `dt` has the sign of the way from `tspan[1]` to `tspan[2]`."
 function stepping(solver::Solver, tspan, T)
-    solver.adaptive && return (; reltol=T(solver.rtol), abstol=T(solver.atol))
-    return (; adaptive=false, dt=T(copysign(solver.step_size, tspan[2] - tspan[1])))
-end
-
-function check(path, system::Augmented)
-    u = last(path.u)
-    if SciMLBase.successful_retcode(path)
-        isfinite(sum(u)) && return nothing
-    end
-    status = SciMLBase.successful_retcode(path) ? "Unstable" : string(path.retcode)
-    z, q = parts(system, u)
-    finite = vec(isfinite.(sum(z; dims=1))) .& (size(q, 2) == 0 ? true : vec(isfinite.(sum(q; dims=2))))
-    throw(SolveError(status, last(path.t), system.shape[2] - sum(finite), system.shape[2]))
+    solver.adaptive && return (; reltol=T(solver.rtol), abstol=T(solver.atol), maxiters=solver.maxiters)
+    return (; adaptive=false, dt=T(copysign(solver.step_size, tspan[2] - tspan[1])), maxiters=typemax(Int))
 end
 
 "Writes the state at the end and the integrals (batch, 3 to 5)."
@@ -365,11 +366,11 @@ function adjoint!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     before = system.nfe
     options = (;
         t=[path.t[end]], dgdu_discrete=(out, u, p, t, i) -> (out .= end_bar), sensealg=sensitivity(solver),
-        maxiters=solver.maxiters, verbose=false, stepping(solver, reverse(solve.tspan), T)...,
+        verbose=false, stepping(solver, reverse(solve.tspan), T)...,
         (solver.adaptive ? (;) : (; abstol=T(solver.atol), reltol=T(solver.rtol)))...,
     )
     u_bar, p_bar = try
-        dynamic(adjoint_of_path, path, solver.alg, options)
+        dynamic(adjoint_of_path, path, Watched(solver.alg, system.shape[2]), options)
     finally
         system.product = nothing
     end
