@@ -56,13 +56,11 @@ class Calibration:
 
     def __post_init__(self) -> None:
         scores = np.sort(np.asarray(self.scores, dtype=np.float64))
-        if scores.ndim == 1 and (bad := int((~np.isfinite(scores)).sum())) and bad < len(scores):
-            raise DataError(
-                f"{bad} of {len(scores)} calibration scores are no numbers: leave these samples out (outside of its "
-                "columns' bounds a flow gives -inf)"
-            )
-        if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all():
-            raise DataError(f"calibration scores of shape {scores.shape}: expected (n,) finite numbers, n at least 1")
+        bad = int((~np.isfinite(scores)).sum())
+        if scores.ndim != 1 or len(scores) == 0 or bad:
+            said = f"; {bad} are not: leave those samples out (a flow gives -inf outside of its columns' bounds)"
+            wanted = f"expected (n,) finite numbers, n at least 1{said if bad else ''}"
+            raise DataError(f"calibration scores of shape {scores.shape}: {wanted}")
         object.__setattr__(self, "scores", scores)
 
     def __repr__(self) -> str:
