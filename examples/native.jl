@@ -2,7 +2,8 @@
 #
 #     julia --project=PROJECT --threads=2 examples/native.jl [--quick]
 #
-# PROJECT is a Julia project with what the repository's Project.toml lists; `pyrnode doctor` names the one that pyrnode uses.
+# PROJECT is a Julia project that has the package RNODE (docs/julia_package.md), or what it needs; `pyrnode doctor` names the one that
+# pyrnode uses. `fit(RNODELayer, X)` does in one call what is written out here.
 #
 # Learns a ring of eight Gaussians, whose density is known, and prints the loss of the paper before and after, the gap to
 # the truth, and that the layer, `integrate` and a quadrature over the plane agree.
