@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pyrnode import julia_setup
 from pyrnode.errors import EngineUnavailableError
-from pyrnode.progress import SECONDS, progress_bar
+from pyrnode.progress import progress_bar
 
 _RESOLVE = """
 import json, sys
@@ -149,7 +149,7 @@ def _python(code: str, argument: object, what: str, *, quiet: bool) -> list[str]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with (
-        progress_bar(None, what, unit="", show=not quiet, uncounted=True, delay=SECONDS),
+        progress_bar(None, what, unit="", show=not quiet, uncounted=True),
         subprocess.Popen(
             command, stdout=pipe, stderr=both, env=environment, encoding="utf-8", errors="replace"
         ) as child,
