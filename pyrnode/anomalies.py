@@ -224,7 +224,7 @@ def calibrate(
     chunks: Any
     if isinstance(data, (str, Path)):
         opened = open_for(flow, data, chunk, config)
-        chunks, total = opened, opened.rows
+        chunks, total = opened, opened.about() if progress else None
     elif isinstance(data, Samples):
         batches = data.batches(torch.arange(len(data), device="cpu"), chunk)
         chunks, total = zip(range(0, len(data), chunk), (batch.x for batch in batches), strict=True), len(data)
@@ -305,7 +305,7 @@ def score_file(
     check_targets(data, out)
     check_unconditional(flow)
     chunks = open_for(flow, data, chunk, as_settings(written))
-    with progress_bar(chunks.rows, "score", unit="sample", show=progress) as bar:
+    with progress_bar(chunks.about() if progress else None, "score", unit="sample", show=progress) as bar:
         return write_scores(scored(flow, chunks, bar, scores_or_none), out, calibration)
 
 

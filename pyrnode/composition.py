@@ -9,7 +9,7 @@ joins the dynamics of every block, and stays the same along the way. Everything 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -355,8 +355,15 @@ class Composition(nn.Module):
         return self.transform.contained(x.to(self.data_dtype or y.dtype)) if x.is_floating_point() else x
 
     @in_own_precision
-    def unsolve(self, z: Tensor, solver: SolverConfig | None = None, *, context: Tensor | None = None) -> Tensor:
-        """The way back through all blocks: of latents ``(batch, d)`` the ``y`` of `solve`, ``(batch, *state)``."""
+    def unsolve(
+        self,
+        z: Tensor,
+        solver: SolverConfig | None = None,
+        *,
+        context: Tensor | None = None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """The way back: of latents ``(batch, d)`` the ``y`` of `solve`. `tick` is called after each block."""
         solver, shapes = (solver or self.solver).computing_in("ieee"), self._latent_shapes()
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
@@ -367,6 +374,7 @@ class Composition(nn.Module):
                 index -= 1
                 solutions.append(self._integrate(index, state, None, (part.end_time, 0.0), solver, context))
                 state = solutions[-1].z
+                tick()
             elif isinstance(part, FactorOut):
                 state = part.inverse(state, outs.pop())
             else:
@@ -390,14 +398,7 @@ class Composition(nn.Module):
         dynamics = self.blocks[index].dynamics
         with naming(index, dynamics.event_shape):
             solution = self.engine.integrate(
-                dynamics,
-                z,
-                probes,
-                span,
-                solver,
-                context=context,
-                total_derivative=total_derivative,
-                hjb=hjb,
+                dynamics, z, probes, span, solver, context=context, total_derivative=total_derivative, hjb=hjb
             )
         if solution.verify is not None:
             solution.verify = naming(index, dynamics.event_shape)(solution.verify)

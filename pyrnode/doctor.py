@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ from pyrnode.distributed import World
 from pyrnode.errors import ConfigError
 from pyrnode.julia_setup import JuliaStatus
 from pyrnode.native import pointwise
+from pyrnode.progress import stages
 
 Status = Literal["ok", "note", "problem"]
 
@@ -61,34 +63,41 @@ class Check:
     remedy: str | None = None
 
 
-def diagnose() -> list[Check]:
-    """Looks at everything; takes about a second, and changes nothing but that kernels are compiled ahead of use."""
-    return [
-        _python(),
-        _torch(),
-        _cuda(),
-        _torchvision(),
-        *(_optional(name, purpose) for name, purpose in OPTIONAL.items()),
-        *_julia(),
-        _kernels(),
-        _gpu_kernels(),
-        _data(),
-        _space(),
-        _writable(),
-        _threads(),
-        _processes(),
-    ]
+def diagnose(*, progress: bool = False) -> list[Check]:
+    """Looks at everything; takes about a second, and changes nothing but that kernels are compiled ahead of use.
+
+    Args:
+        progress: Show a progress bar, if it takes more than two seconds (kernels that are compiled, a slow disk).
+    """
+    looks: dict[str, Callable[[], list[Check]]] = {
+        "Python and PyTorch": lambda: [_python(), _torch(), _cuda(), _torchvision()],
+        "other packages": lambda: [_optional(name, purpose) for name, purpose in OPTIONAL.items()],
+        "Julia": _julia,
+        "kernels": lambda: [_kernels(), _gpu_kernels()],
+        "data": lambda: [_data(), _space(), _writable()],
+        "threads and processes": lambda: [_threads(), _processes()],
+    }
+    checks = list[Check]()
+    with stages([f"doctor: {name}" for name in looks], show=progress) as done:
+        for look in looks.values():
+            checks += look()
+            done()
+    return checks
 
 
-def diagnose_all(world: World) -> list[Check]:
+def diagnose_all(world: World, *, progress: bool = False) -> list[Check]:
     """What the first process finds, and where each of the others is, once all have added a number up together.
+
+    Args:
+        world: The processes.
+        progress: As in `diagnose`, of the first.
 
     Raises:
         ProcessError: They cannot reach one another.
     """
     device = resolve_device("auto")
     total = float(world.sum(torch.ones(1, dtype=torch.float64, device=device), patient=True))
-    checks, others = world.once(diagnose), world.gathered(_processes)
+    checks, others = world.once(lambda: diagnose(progress=progress)), world.gathered(_processes)
     added = Check("their sum", "ok" if total == world.size else "problem", f"{total:g} of {world.size} ones")
     return [*checks, *others[1:], added]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyrnode import bounded, checkpoint, engines, export, seeds, uncertainty
 from pyrnode.composition import Composition, chunked
-from pyrnode.config import Config, DivergenceLike, SolverLike
+from pyrnode.config import Config, DivergenceLike, SolverConfig, SolverLike
 from pyrnode.data.arrays import check_spread
 from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device
@@ -26,6 +26,7 @@ from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
 from pyrnode.probes import SampleNoise
+from pyrnode.progress import SECONDS, parts, progress_bar
 from pyrnode.radial import Radial
 from pyrnode.transforms import Chain, Dequantize, Flatten, Logit, Standardize, Transform, Whiten
 
@@ -236,10 +237,16 @@ class Flow(Composition):
             SolverError: A solve failed.
         """
         solver = self.solver.changed(solver)
-        z, contexts = self.admit_latents(z, context)
-        pieces = chunked(z, contexts, self.chunk)
-        parts = [self.restored(self.unsolve(piece, solver, context=c), rounded=True) for piece, c in pieces]
-        return torch.cat(parts) if parts else self.restored(self.unsolve(z, solver, context=contexts), rounded=True)
+        return self._decoded(*self.admit_latents(z, context), solver)
+
+    def _decoded(self, z: Tensor, context: Tensor | None, solver: SolverConfig, bar: Any = None) -> Tensor:
+        """What `decode` gives of admitted latents; counts them on the bar, if there is one."""
+        pieces = chunked(z, context, self.chunk) if len(z) else [(z, context)]
+        made = list[Tensor]()
+        for piece, c in pieces:
+            tick = parts(bar, len(piece), len(self.blocks))
+            made.append(self.restored(self.unsolve(piece, solver, context=c, tick=tick), rounded=True))
+        return torch.cat(made)
 
     @torch.no_grad()
     def sample(
@@ -250,6 +257,7 @@ class Flow(Composition):
         solver: SolverLike = None,
         seed: int | None = None,
         temperature: float = 1.0,
+        progress: bool = False,
     ) -> Tensor:
         """Draws samples.
 
@@ -259,6 +267,7 @@ class Flow(Composition):
             solver: Solver; default the accurate one.
             seed: Seed; `None` draws from torch's global generator.
             temperature: Standard deviation of the base.
+            progress: Show a progress bar, if it takes more than two seconds.
 
         Returns:
             ``(n, *event)``, or ``(b, n, *event)`` for b contexts; integers for discrete data.
@@ -271,7 +280,10 @@ class Flow(Composition):
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ConfigError(f"temperature = {temperature!r}: expected a finite number, at least 0")
         z, contexts, lead = self.base_sample(n, context, seed=seed, temperature=temperature)
-        return self.decode(z, contexts, solver=solver).reshape(*lead, *self.event_shape)
+        solver = self.solver.changed(solver)
+        z, contexts = self.admit_latents(z, contexts)
+        with progress_bar(len(z), "sample", unit="sample", show=progress, delay=SECONDS) as bar:
+            return self._decoded(z, contexts, solver, bar).reshape(*lead, *self.event_shape)
 
     def to_torch(self, solver: SolverLike = None, *, divergence: DivergenceLike = None) -> TorchFlow:
         """The density as a plain PyTorch module with its own copy of the parameters, which needs no engine.

@@ -14,8 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pyrnode import julia_setup
 from pyrnode.errors import EngineUnavailableError
+from pyrnode.progress import progress_bar
 
 _RESOLVE = """
 import json, sys
@@ -45,7 +48,7 @@ _NO_NETWORK = re.compile(
 _NO_SPACE = re.compile(r"no space left|ENOSPC|quota exceeded", re.IGNORECASE)
 
 
-def install(*, cuda: bool = False) -> None:
+def install(*, cuda: bool = False, quiet: bool = False) -> None:
     """Installs Julia and the engine's packages, and runs its self-test; prints what it does as it goes.
 
     What is already there stays as it is and needs no network. Nothing is installed into a Julia project that the user
@@ -53,6 +56,7 @@ def install(*, cuda: bool = False) -> None:
 
     Args:
         cuda: Also the packages for a GPU.
+        quiet: Print the self-test's result alone.
 
     Raises:
         EngineUnavailableError: juliacall is missing; there is no network or no space; juliapkg or Julia failed (with
@@ -66,14 +70,17 @@ def install(*, cuda: bool = False) -> None:
     if not complete and (found.own or julia_setup.is_named()):
         raise _own_julia(found, cuda=cuda)
     if not complete:
-        _install_packages(cuda=cuda, force=not found.ready)
+        _install_packages(cuda=cuda, force=not found.ready, quiet=quiet)
         julia_setup.status.cache_clear()
         found = julia_setup.require()
-    print(f"{found.detail}\nCompiling and testing; the first time takes minutes", flush=True)
+    if not quiet:
+        print(f"{found.detail}\nCompiling and testing; the first time takes minutes", flush=True)
     try:
-        _python(_SELF_TEST, [sys.path])
+        lines = _python(_SELF_TEST, [sys.path], "install-julia: test", quiet=quiet)
     except _FailedError as error:
         raise EngineUnavailableError(f"the Julia engine is installed, but its self-test failed: {error}") from error
+    if quiet:
+        print(lines[-1])
 
 
 def _own_julia(found: julia_setup.JuliaStatus, *, cuda: bool) -> EngineUnavailableError:
@@ -83,16 +90,17 @@ def _own_julia(found: julia_setup.JuliaStatus, *, cuda: bool) -> EngineUnavailab
     return EngineUnavailableError(f"pyrnode installs nothing into a Julia that you have named: {found.explanation}")
 
 
-def _install_packages(*, cuda: bool, force: bool) -> None:
+def _install_packages(*, cuda: bool, force: bool, quiet: bool) -> None:
     """Lets juliapkg install what it finds that the packages on `sys.path` need, ours among them."""
     if os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes":
         detail = "PYTHON_JULIAPKG_OFFLINE=yes forbids juliapkg to install anything"
         raise EngineUnavailableError(f"{detail}; run: env -u PYTHON_JULIAPKG_OFFLINE {julia_setup.INSTALL}")
     _check_space(_SPACE_CUDA if cuda else _SPACE)
     packages = julia_setup.needs(gpu=True) if cuda else {}
-    print("Installing Julia and its packages; with compilation this takes 10 to 30 minutes", flush=True)
+    if not quiet:
+        print("Installing Julia and its packages; with compilation this takes 10 to 30 minutes", flush=True)
     try:
-        _python(_RESOLVE, [sys.path, packages, force])
+        _python(_RESOLVE, [sys.path, packages, force], "install-julia: packages", quiet=quiet)
     except _FailedError as error:
         raise EngineUnavailableError(_explain(str(error))) from error
 
@@ -123,8 +131,14 @@ class _FailedError(Exception):
     """A child process failed; the message is Julia's, or that of the Python exception."""
 
 
-def _python(code: str, argument: object) -> None:
-    """Runs code in a fresh Python and prints what it prints, except for stacks.
+def _python(code: str, argument: object, what: str, *, quiet: bool) -> list[str]:
+    """Runs code in a fresh Python and prints what it prints, except for stacks, above a bar; returns all its lines.
+
+    Args:
+        code: The code.
+        argument: Its argument, as JSON.
+        what: What the bar says.
+        quiet: Print nothing.
 
     Raises:
         _FailedError: It ended with another exit code than 0.
@@ -134,17 +148,22 @@ def _python(code: str, argument: object) -> None:
     command = [sys.executable, "-c", code, json.dumps(argument)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     pipe, both = subprocess.PIPE, subprocess.STDOUT
-    with subprocess.Popen(
-        command, stdout=pipe, stderr=both, env=environment, encoding="utf-8", errors="replace"
-    ) as child:
+    with (
+        progress_bar(None, what, unit="", show=not quiet, uncounted=True),
+        subprocess.Popen(
+            command, stdout=pipe, stderr=both, env=environment, encoding="utf-8", errors="replace"
+        ) as child,
+    ):
         for line in child.stdout or ():
             lines.append(line.rstrip())
             stack = line.startswith(("Stacktrace:", "signal (")) or (stack and (not line.strip() or line[0] in " [@"))
             failed = failed or line.startswith("Traceback (most recent call last)")
-            if not stack and not failed:
-                print(line, end="", flush=True)
+            if not (stack or failed or quiet):
+                tqdm.write(line, end="")
+                sys.stdout.flush()
     if child.returncode != 0:
         raise _FailedError(_reason(lines) or f"Python ended with exit code {child.returncode}")
+    return lines
 
 
 def _reason(lines: list[str]) -> str:

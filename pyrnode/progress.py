@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import util
 from typing import Any
 
 from tqdm import tqdm
@@ -13,11 +15,31 @@ SECONDS = 2.0
 """How long a bar stands still at most: its clock and the time left go on by themselves."""
 
 
+def _bar() -> Any:
+    """Tqdm's class of bars: the notebook's where one is open that can show it, else that of a terminal.
+
+    As `tqdm.auto`, which warns where ipywidgets is missing, and chooses when it is imported.
+    """
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if "IPKernelApp" not in getattr(shell, "config", ()) or util.find_spec("ipywidgets") is None:
+        return tqdm
+    from tqdm.notebook import tqdm as in_notebook
+
+    return in_notebook
+
+
 @contextmanager
 def progress_bar(
-    total: int | None, what: str, *, unit: str, show: bool, initial: int = 0, uncounted: bool = False
+    total: int | None,
+    what: str,
+    *,
+    unit: str,
+    show: bool,
+    initial: int = 0,
+    uncounted: bool = False,
+    delay: float = 0.0,
 ) -> Iterator[Any]:
-    """A bar of tqdm's on standard error, redrawn every `SECONDS`.
+    """A bar of tqdm's on standard error (in a notebook, the notebook's), redrawn every `SECONDS`.
 
     Args:
         total: Pieces in all; `None` where they are not known.
@@ -26,14 +48,17 @@ def progress_bar(
         show: Whether to show it at all.
         initial: Pieces done before.
         uncounted: There are no pieces to count: show what is done and the time it takes.
+        delay: Seconds before it is shown, or 0 to show it at once; what is done sooner shows none.
     """
     shape = "{desc} [{elapsed}]" if uncounted else None
     ended = threading.Event()
-    with tqdm(total=total, initial=initial, unit=unit, desc=what, disable=not show, bar_format=shape) as bar:
+    given = {"total": total, "initial": initial, "unit": unit, "desc": what, "bar_format": shape, "delay": delay}
+    with _bar()(**given, disable=not show) as bar:
 
         def redraw() -> None:
             while not ended.wait(SECONDS):
                 bar.refresh()
+                bar.delay = 0.0  # it is seen now: tqdm clears no bar that it takes for unseen
 
         thread = threading.Thread(target=redraw, name="pyrnode progress", daemon=True)
         if show:
@@ -44,6 +69,24 @@ def progress_bar(
             ended.set()
             if show:
                 thread.join()
+
+
+@contextmanager
+def stages(names: Sequence[str], *, show: bool) -> Iterator[Callable[[], None]]:
+    """A bar over what is done one after another, shown once that takes `SECONDS`; what it gives tells of each end.
+
+    Args:
+        names: What is done, in order.
+        show: Whether to show it at all.
+    """
+    with progress_bar(len(names), names[0], unit="stage", show=show, delay=SECONDS) as bar:
+        following = iter(names[1:])
+
+        def done() -> None:
+            bar.set_description(next(following, names[-1]), refresh=False)
+            bar.update()
+
+        yield done
 
 
 def parts(bar: Any, size: int, count: int) -> Callable[[], None]:

@@ -88,11 +88,8 @@ def score_shard(
     check_targets(data, out)
     check_unconditional(flow)
     chunks = open_for(flow, data, chunk, as_settings(written), Part(shard, shards))
-    here = (
-        None
-        if chunks.rows is None
-        else sum(min(chunk, chunks.rows - n) for n in range(shard * chunk, chunks.rows, shards * chunk))
-    )
+    rows = chunks.about() if progress else None
+    here = None if rows is None else sum(min(chunk, rows - n) for n in range(shard * chunk, rows, shards * chunk))
     with progress_bar(here, f"score shard {shard}/{shards}", unit="sample", show=progress) as bar:
         parts = list(scored(flow, chunks, bar, scores_or_none))
     none = torch.zeros(0, dtype=torch.float64, device="cpu")

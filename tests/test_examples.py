@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import runpy
 import shlex
+import sqlite3
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import pyrnode
 from pyrnode.cli import main
 from tests.test_kills import environment
 
@@ -43,7 +49,7 @@ def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "runs/digits/samples.png").stat().st_size > 1000
 
 
-# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below; the last is what three of them share.
+# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below; exported_flow.py is what three share.
 ELSEWHERE = {
     "julia_engine.py",
     "inside_sbi.py",
@@ -52,6 +58,9 @@ ELSEWHERE = {
     "score_with_ray.py",
     "score_with_spark.py",
     "exported_flow.py",
+    "log_to_tensorboard.py",
+    "log_to_wandb.py",
+    "log_to_mlflow.py",
 }
 EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE
 WRITING = {"straight_trajectories.py", "anomaly_scores.py", "export_and_use.py", "simulation_based_inference.py"}
@@ -103,3 +112,70 @@ def test_scores_by_other_engines(package: str, tmp_path: Path) -> None:
     rows, difference = re.findall(r"(\d+) rows, log_prob at most (\S+) nats", done.stdout)[0]
     assert int(rows) == 500
     assert float(difference) < 1e-5
+
+
+def logged(package: str, folder: Path) -> list[dict[str, float]]:
+    """What the example writes for that package, in a process of its own: these start threads and servers."""
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
+    command = [sys.executable, str(ROOT / "examples" / f"log_to_{package}.py"), "--quick", "--out", str(folder)]
+    offline = {**environment(), "WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
+    assert done.returncode == 0, done.stderr
+    settings = {"max_steps": 4, "validate_every": 2, "samples": 200}  # training is repeatable to the bit
+    return pyrnode.train("8gaussians", evaluate=False, progress=False, **settings).history
+
+
+def of_training(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [record for record in history if "loss" in record and "event" not in record]
+
+
+def test_numbers_for_tensorboard(tmp_path: Path) -> None:
+    history = logged("tensorboard", tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    losses = [(event.step, event.value) for event in read.Scalars("train/loss")]
+    assert losses == [(r["step"], pytest.approx(r["loss"])) for r in of_training(history)]
+    assert [event.step for event in read.Scalars("validation/validation")] == [2, 4]
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log, in blocks of 32 KiB after a header of 7 bytes."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if 2**15 - at % 2**15 < 7:  # no room for a record's head: the block is filled up
+            at += 2**15 - at % 2**15
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)  # after a checksum
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_numbers_for_wandb(tmp_path: Path) -> None:
+    history = logged("wandb", tmp_path)
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    records = [Record.FromString(data) for data in wandb_records(path.read_bytes())]
+    rows = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses == [pytest.approx(record["loss"]) for record in of_training(history)]
+    assert [row["validation/step"] for row in rows if "validation/step" in row] == [2, 4]
+
+
+def test_numbers_for_mlflow(tmp_path: Path) -> None:
+    history = logged("mlflow", tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as stored:
+        asked = "SELECT step, value FROM metrics WHERE key = ? ORDER BY step"
+        losses = stored.execute(asked, ["train/loss"]).fetchall()
+        validations = stored.execute(asked, ["validation/validation"]).fetchall()
+    assert losses == [(r["step"], pytest.approx(r["loss"])) for r in of_training(history)]
+    assert [step for step, _ in validations] == [2, 4]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyrnode import cli, julia_install, julia_setup
+from pyrnode import cli, julia_install, julia_setup, progress
 from pyrnode.errors import EngineUnavailableError
 from pyrnode.julia_install import install
 from tests.fake_julia import GPU_VERSIONS, VERSIONS, FakeJulia
@@ -98,11 +98,26 @@ def test_cuda_is_added_to_the_same_project(julia: FakeJulia) -> None:
 def test_the_command_installs(julia: FakeJulia, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["install-julia"]) == 0
     assert capfd.readouterr().out.endswith("self-test: 1.0 of 1.0\n")
+    assert cli.main(["install-julia", "--quiet"]) == 0
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("self-test: 1.0 of 1.0\n", "")
     (julia.bin / "error").write_text("ERROR: nothing works\n")
     (julia.project / "Manifest.toml").unlink()
     assert cli.main(["install-julia"]) == 1
     err = capfd.readouterr().err
-    assert err == "pyrnode: juliapkg could not install Julia's packages: nothing works\n"
+    said = err.replace("\r", "\n").splitlines()[-1]  # under the bar
+    assert said == "pyrnode: juliapkg could not install Julia's packages: nothing works"
+
+
+def test_a_bar_shows_that_julia_is_at_work(
+    julia: FakeJulia, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    monkeypatch.setattr(julia_install, "_SELF_TEST", f"import time; time.sleep(0.5); {PASSES}")
+    install()
+    captured = capfd.readouterr()
+    assert "install-julia: test [00:00]" in captured.err
+    assert "install-julia" not in captured.out
 
 
 FAILURES = {

@@ -29,6 +29,7 @@ from pyrnode.cli.output import (
     talks,
 )
 from pyrnode.errors import PyrnodeError
+from pyrnode.progress import SECONDS, progress_bar
 
 
 def _presets(args: argparse.Namespace) -> int:
@@ -53,11 +54,12 @@ def _solvers(args: argparse.Namespace) -> int:
     sensitivities: dict[str, dict[str, str]] = {}
     for name in asked:
         engine = engines.create(name)
-        if name == "julia":
-            print("starting Julia to ask it, which takes about 15 s", file=sys.stderr)
         keys = ("order", "kind", "package", "description")
-        rows += [{"name": s.name, "engine": name} | {key: getattr(s, key) for key in keys} for s in engine.solvers()]
-        for algorithm, text in engine.sensitivities().items():
+        what = "starting Julia to ask it, which takes about 15 s" if name == "julia" else "solvers"
+        with progress_bar(None, what, unit="", show=talks(args), uncounted=True, delay=SECONDS):
+            found, texts = engine.solvers(), engine.sensitivities()
+        rows += [{"name": s.name, "engine": name} | {key: getattr(s, key) for key in keys} for s in found]
+        for algorithm, text in texts.items():
             sensitivities.setdefault(algorithm, {})[name] = text
     if args.json:
         print_json({"solvers": rows, "sensitivities": sensitivities, "missing": missing or None})
@@ -80,13 +82,13 @@ def _print_solvers(rows: list[dict[str, Any]], sensitivities: dict[str, dict[str
 
 
 def _install_julia(args: argparse.Namespace) -> int:
-    julia_install.install(cuda=args.cuda)
+    julia_install.install(cuda=args.cuda, quiet=args.quiet)
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    world = distributed.world()
-    checks = doctor.diagnose() if world.size == 1 else doctor.diagnose_all(world)
+    world, show = distributed.world(), talks(args)
+    checks = doctor.diagnose(progress=show) if world.size == 1 else doctor.diagnose_all(world, progress=show)
     if not world.first:
         return 0
     print_json([asdict(check) for check in checks]) if args.json else print(doctor.format_report(checks))
@@ -140,11 +142,12 @@ def _solvers_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=["torch", "julia"], help="only its solvers (Julia's: about 15 s to start it)"
     )
-    json_argument(parser)
+    output_arguments(parser)
 
 
 def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda", action="store_true", help="also the Julia packages for NVIDIA GPUs")
+    parser.add_argument("--quiet", action="store_true", help="no progress, and of Julia's words the result alone")
 
 
 def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +220,7 @@ _COMMANDS: dict[str, _Command] = {
         "pyrnode install-julia --cuda",
         _install_julia_arguments,
     ),
-    "doctor": _Command(_doctor, "say what is installed and what to do", "pyrnode doctor", json_argument),
+    "doctor": _Command(_doctor, "say what is installed and what to do", "pyrnode doctor", output_arguments),
     "reproduce": _Command(
         _reproduce,
         "repeat a figure, the table or a claim of the paper",

@@ -10,21 +10,27 @@ import torch
 
 import pyrnode
 from pyrnode import solvers
-from pyrnode.cli.output import device_argument, engine_argument, json_argument, print_json
+from pyrnode.cli.output import device_argument, engine_argument, output_arguments, print_json, talks
 from pyrnode.export import TorchFlow, exported
 from pyrnode.flow import Flow
+from pyrnode.progress import SECONDS, progress_bar, stages
 
 
 def export(args: argparse.Namespace) -> int:
     """Writes a trained flow to a file for other programs, and says how far file and flow are from the truth."""
-    flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     solver = _given({"name": args.solver, "step_size": args.step_size, "rtol": args.rtol, "atol": args.atol})
     divergence = _given({"kind": args.divergence, "probes": args.probes, "seed": args.seed})
-    module = flow.to_torch(solver, divergence=divergence)
-    if args.dtype is not None:
-        module = module.to(getattr(torch, args.dtype))
-    result = exported.save(module, args.out, to=args.to, program=args.program)
-    gap = _solver_gap(flow, module)
+    named = [f"export: {stage}" for stage in ("the flow", "writing and checking the file", "the solver's error")]
+    with stages(named, show=talks(args)) as done:
+        flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
+        module = flow.to_torch(solver, divergence=divergence)
+        if args.dtype is not None:
+            module = module.to(getattr(torch, args.dtype))
+        done()
+        result = exported.save(module, args.out, to=args.to, program=args.program)
+        done()
+        gap = _solver_gap(flow, module)
+        done()
     if args.json:
         print_json({"out": args.out, **result.to_dict(), "solver_gap": gap})
         return 0
@@ -68,12 +74,13 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "float64"], help="convert to this type first")
     engine_argument(parser)
     device_argument(parser)
-    json_argument(parser)
+    output_arguments(parser)
 
 
 def verify(args: argparse.Namespace) -> int:
     """Checks an exported file against its digest and, if it is trusted or no program, the outputs that it carries."""
-    result = exported.verify(args.file, trust=args.trust)
+    with progress_bar(None, "verify", unit="", show=talks(args), uncounted=True, delay=SECONDS):
+        result = exported.verify(args.file, trust=args.trust)
     print_json(result.to_dict()) if args.json else print(result)
     return 0
 
@@ -86,4 +93,4 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run a program (.pt2, .onnx) and compare its outputs: it can do on this machine whatever you can",
     )
-    json_argument(parser)
+    output_arguments(parser)

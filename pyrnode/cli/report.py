@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pyrnode
-from pyrnode.cli.output import json_argument, print_json
+from pyrnode.cli.output import output_arguments, print_json, talks
 from pyrnode.errors import ConfigError
 from pyrnode.pages import live
 
@@ -19,7 +19,7 @@ def report(args: argparse.Namespace) -> int:
         return 0
     if args.port:
         raise ConfigError("--port is for --live, which serves the page: add that, or leave out the port")
-    path = pyrnode.report(*args.runs, out=args.out, open=args.open)
+    path = pyrnode.report(*args.runs, out=args.out, open=args.open, progress=talks(args))
     print_json({"out": str(path)}) if args.json else print(f"written to {path}")
     return 0
 
@@ -35,4 +35,4 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
         "--live", action="store_true", help="follow runs that are going on, until Ctrl-C; writes nothing"
     )
     parser.add_argument("--port", type=int, default=0, help="port of --live on this machine (default: a free one)")
-    json_argument(parser)
+    output_arguments(parser)

@@ -44,7 +44,7 @@ def score(args: argparse.Namespace) -> int:
     flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     check_unconditional(flow)
     number, of = distributed.shard() if args.shard is None and not args.merge else args.shard or (0, 1)
-    settings = {"chunk": args.chunk, "progress": not args.quiet, **_dialect(args)}
+    settings = {"chunk": args.chunk, "progress": talks(args), **_dialect(args)}
     if of > 1 or args.shard is not None:
         return _score_shard(flow, args, number, of, settings)
     calibration = _calibration(flow, args)

@@ -140,7 +140,8 @@ def sample(args: argparse.Namespace) -> int:
     if out.suffix == ".csv" and len(flow.event_shape) != 1:
         raise ConfigError(f"--out {out}: this flow's samples are images; name a .png or .npy file")
     context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64, device="cpu")
-    samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature).cpu()
+    samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature, progress=talks(args))
+    samples = samples.cpu()
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
     elif out.suffix == ".csv":
@@ -149,7 +150,7 @@ def sample(args: argparse.Namespace) -> int:
         buffer = io.BytesIO()
         np.save(buffer, samples.numpy())
         write_atomically(out, buffer.getvalue())
-    print(f"{args.n} samples written to {out}")
+    print_json({"out": str(out), "samples": args.n}) if args.json else print(f"{args.n} samples written to {out}")
     return 0
 
 
@@ -245,3 +246,4 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the base (default 1)")
     engine_argument(parser)
     device_argument(parser)
+    output_arguments(parser)

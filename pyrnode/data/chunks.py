@@ -39,6 +39,10 @@ class Chunks:
         self._order = ordering(reader.names, features, str(reader.path))
         self._reader, self._size, self._event_shape, self._discrete = reader, size, event_shape, discrete
 
+    def about(self) -> int | None:
+        """Number of samples, or about how many, for a bar; `None` where not even that is known."""
+        return self._reader.about()
+
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         first = None
         for first, array in self._reader.chunks(self._size, self._part):

@@ -15,7 +15,8 @@ from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.files import write_atomically
 from pyrnode.pages.markup import plain
 from pyrnode.pages.page import Page
-from pyrnode.pages.reading import is_run, labelled, read
+from pyrnode.pages.reading import Story, is_run, labelled, read
+from pyrnode.progress import stages
 
 __all__ = ["report"]
 
@@ -25,7 +26,7 @@ MOST = 100
 _OURS = b'<meta name="generator" content="pyrnode '
 
 
-def report(*runs: str | Path, out: str | Path | None = None, open: bool = False) -> Path:
+def report(*runs: str | Path, out: str | Path | None = None, open: bool = False, progress: bool = False) -> Path:
     """Writes one HTML page on a run, or on several side by side, that needs nothing but a browser.
 
     It has the curves laid over one another, scores with their errors and baselines, samples, particles with time as a
@@ -36,6 +37,7 @@ def report(*runs: str | Path, out: str | Path | None = None, open: bool = False)
         *runs: Folders of runs; a folder that holds folders of runs stands for all of them.
         out: The file; default ``report.html`` in the folder of a single run, and in the working folder for several.
         open: Show it in the browser.
+        progress: Show a progress bar, if it takes more than two seconds.
 
     Returns:
         The file.
@@ -56,15 +58,20 @@ def report(*runs: str | Path, out: str | Path | None = None, open: bool = False)
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"out = {plain(path)!r}: end the page's name in .html")
     _check_free(path)
-    write_atomically(path, page_of(folders).html().encode())
+    write_atomically(path, page_of(folders, progress=progress).html().encode())
     if open:
         webbrowser.open(path.resolve().as_uri())
     return path
 
 
-def page_of(folders: list[Path]) -> Page:
+def page_of(folders: list[Path], *, progress: bool = False) -> Page:
     """The page on runs, as their files are now."""
-    return Page.of([read(path, label) for path, label in zip(folders, labelled(folders), strict=True)])
+    labels, stories = labelled(folders), list[Story]()
+    with stages([*(f"report: {label}" for label in labels), "report: the page"], show=progress) as done:
+        for path, label in zip(folders, labels, strict=True):
+            stories.append(read(path, label))
+            done()
+        return Page.of(stories)
 
 
 def found(runs: Iterable[str | Path]) -> list[Path]:

@@ -45,6 +45,10 @@ class Reader(ABC):
     def __init__(self, path: Path, *, rows: int | None, names: tuple[str, ...] | None) -> None:
         self.path, self.rows, self.names = path, rows, names
 
+    def about(self) -> int | None:
+        """Number of samples, or about how many: for the time left, and for nothing that must be right."""
+        return self.rows
+
     @abstractmethod
     def chunks(self, size: int, part: Part = WHOLE) -> Iterator[tuple[int, Array]]:
         """One pass over the file.

@@ -26,6 +26,9 @@ _BUFFER = 2**16
 _HEAD_LINES, _HEAD_CHARACTERS = 100, 2**15
 """How much of a file is looked at to recognise its dialect; but always three lines."""
 
+_BLOCK = 2**20
+"""Bytes that are looked through at a time for line ends."""
+
 _LONGEST_LINE = 2**26
 """Characters of a line; a file without line ends would be read into memory whole."""
 
@@ -83,6 +86,15 @@ class DelimitedReader(TableReader):
             if name in names[:i]:
                 raise DataError(f"{self.path}: columns {names.index(name)} and {i} are both called {name!r}")
         return None if counts(names) else tuple(names)  # 0, 1, … are what pandas writes where there are no names
+
+    def about(self) -> int | None:
+        """The lines after that of names, blank ones too."""
+        with self._reading(), self._open() as file:
+            file.seek(self._start)
+            lines, last = 0, b"\n"
+            while block := file.read(_BLOCK):
+                lines, last = lines + block.count(b"\n"), block[-1:]
+        return lines + (last != b"\n")
 
     def _open(self) -> IO[bytes]:
         compressed = self.path.suffix.lower() == ".gz"
