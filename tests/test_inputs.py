@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 import types
 from collections.abc import Callable
@@ -313,23 +312,23 @@ def test_a_context_on_the_command_line_keeps_its_digits(tmp_path: Path) -> None:
 
 
 def test_sbi_samples_of_an_empty_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example's estimator, by a stand-in of sbi's base, which is not installed everywhere."""
+    """The estimator for sbi, by a stand-in of sbi's base, which is not installed everywhere."""
 
     class Estimator(torch.nn.Module):
         def __init__(self, net: torch.nn.Module, input_shape: torch.Size, condition_shape: torch.Size) -> None:
             super().__init__()
             self.net, self.input_shape, self.condition_shape = net, input_shape, condition_shape
 
-    base, inference = types.ModuleType("base"), types.ModuleType("inference")
-    base.ConditionalDensityEstimator, inference.NPE = Estimator, None  # type: ignore[attr-defined]
+    base = types.ModuleType("base")
+    base.ConditionalDensityEstimator = Estimator  # type: ignore[attr-defined]
     for name in ("sbi", "sbi.neural_nets", "sbi.neural_nets.estimators"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "sbi.neural_nets.estimators.base", base)
-    monkeypatch.setitem(sys.modules, "sbi.inference", inference)
-    example = runpy.run_path(str(Path(__file__).parent.parent / "examples/inside_sbi.py"))
+    monkeypatch.delitem(sys.modules, "pyrnode.sbi.estimator", raising=False)
     theta, x = torch.randn(20, 2), torch.randn(20, 3)
     x[:, 1] = 4.0  # a setting that does not vary
-    estimator = example["rnode"](Config().override(SMALL))(theta, x)
+    estimator = pyrnode.sbi.rnode(**SMALL)(theta, x)
+    monkeypatch.delitem(sys.modules, "pyrnode.sbi.estimator")
     for shape in ((), (4,), (0,), (2, 3)):
         assert estimator.sample(torch.Size(shape), x[:5]).shape == (*shape, 5, 2)
     density = flow_of(m=3).distribution(x[:5])
