@@ -12,7 +12,7 @@ The whole public interface is here. Importing it starts nothing and costs what i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyrnode import bounded, data, distribution, export, transforms
+from pyrnode import bounded, data, distribution, export, sbi, transforms
 from pyrnode.anomalies import Calibration, calibrate, score_file
 from pyrnode.architecture import FlowConfig, NetworkConfig
 from pyrnode.columns import ColumnsConfig
@@ -106,6 +106,7 @@ __all__ = [
     "presets",
     "report",
     "reproduce",
+    "sbi",
     "score_file",
     "score_shard",
     "train",
