@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrnode import files, particles, plotting
+from pyrnode import comparisons, files, particles, plotting
 from pyrnode.data import Splits
 from pyrnode.evaluation import Report, extra
 from pyrnode.flow import Flow
@@ -28,6 +28,9 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
     elif splits.levels is None and shape in ((1,), (2,)) and not splits.context_dim:
         with extra("the pictures of the density", report.notes):
             _draw_density(folder, flow, splits)
+    elif splits.levels is None and len(shape) == 1 and not splits.context_dim:
+        with extra("the pair plot", report.notes):
+            _draw_pairs(folder, flow, splits)
     folder.write_text("report.json", files.to_json(report.to_dict(), indent=2) + "\n")
     folder.write_text("report.txt", f"{report}\n")
 
@@ -61,6 +64,14 @@ def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
         figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
     plotting.save(figure, folder.path / "density.png")
     plotting.save(particles.trajectories(flow, x[:100]), folder.path / "trajectories.png")
+
+
+@torch.no_grad()
+def _draw_pairs(folder: RunFolder, flow: Flow, splits: Splits) -> None:
+    """Held-out rows of a wider table against as many samples, 2000 at most."""
+    x = splits.test.tensor()[:2000]
+    figure = comparisons.pair_plot(x, flow.sample(len(x), seed=flow.config.seed), title=splits.name)
+    plotting.save(figure, folder.path / "pairs.png")
 
 
 def _bounds(x: Tensor) -> tuple[float, float, float, float]:

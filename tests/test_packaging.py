@@ -178,6 +178,7 @@ LAYERS = (
         "shards",
         "estimator",
         "plotting",
+        "comparisons",
         "particles",
         "paper",
         "sbi",

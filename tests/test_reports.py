@@ -109,7 +109,7 @@ def test_a_report_is_json() -> None:
         (torch.randint(0, LEVELS, (30, 1, 4, 4), dtype=torch.uint8), LEVELS, {"curves.png", "samples.png"}),
         (torch.randn(30, 1), None, {"curves.png", "density.png", "trajectories.png"}),
         (torch.randn(30, 2), None, {"curves.png", "density.png", "trajectories.png"}),
-        (torch.randn(30, 3), None, {"curves.png"}),
+        (torch.randn(30, 3), None, {"curves.png", "pairs.png"}),
     ],
     ids=["images", "1-D", "2-D", "3-D"],
 )
@@ -139,7 +139,7 @@ def test_pictures_are_written_where_there_is_something_to_see(
         (torch.randint(0, 9, (60, 2, 4, 4), dtype=torch.uint8), 9, {"curves.png"}),
         (torch.randint(0, 9, (60, 3, 4, 4), dtype=torch.uint8), 9, {"curves.png", "samples.png"}),
         (torch.randn(200, 2), None, {"curves.png", "density.png", "trajectories.png"}),
-        (torch.randn(200, 4), None, {"curves.png"}),
+        (torch.randn(200, 4), None, {"curves.png", "pairs.png"}),
     ],
 )
 def test_a_run_draws_what_can_be_drawn(data: Tensor, levels: int | None, pictures: set[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pyrnode.settings import flatten
 PICTURES = {
     "samples.png": "Samples of the flow, side by side",
     "density.png": "The learned density, beside the truth where it is known",
+    "pairs.png": "Pairs of columns: held-out data below the diagonal, samples above it",
     "trajectories.png": "Paths of particles from the data to the base",
 }
 """The pictures of a run that the page shows, and what they are (the curves are drawn anew)."""

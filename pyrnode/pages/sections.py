@@ -234,16 +234,14 @@ def ladder(stories: Sequence[Story]) -> Html:
 def pictures(stories: Sequence[Story]) -> Html:
     """Samples and densities, run beside run; the paths are a picture only where they cannot be moved."""
     shown = []
-    for file in ("samples.png", "density.png"):
+    for file in ("samples.png", "density.png", "pairs.png"):
         for story in stories:
             if file in story.pictures:
                 caption = join(name(story.label), f": {PICTURES[file].lower()}")
                 alt = f"{PICTURES[file]}, of the run {story.label} on {story.data}"
                 shown.append(picture(story.pictures[file], alt=alt, caption=caption))
     if not shown:
-        return tag(
-            "p", "There are none: they are drawn with the report, of images and of tables of one or two columns."
-        )
+        return tag("p", "There are none: they are drawn with the report, of images and of continuous tables.")
     wide = all("density.png" in story.pictures for story in stories)
     return tag("div", *shown, class_="pictures wide" if wide else "pictures")
 
