@@ -17,7 +17,7 @@ def _normal(n: int, d: int, seed: int) -> torch.Tensor:
 
 
 def test_pair_plot_draws_data_below_and_samples_above() -> None:
-    x, y = _normal(400, 3, 0), _normal(300, 3, 1) + 0.5
+    x, y = _normal(400, 3, 0), _normal(300, 3, 1) + 2  # so that some lie outside the window
     figure = comparisons.pair_plot(x, y, names=["a", "b", "c"])
     grid = np.array(figure.axes).reshape(3, 3)
     for row in range(3):
