@@ -66,7 +66,7 @@ def page(folder: Path) -> str:
     head = next(entry for entry in documented if entry.name == "RNODE")
     parts = [
         "# Julia: the package RNODE",
-        head.text,
+        _without_references(head.text),
         "[The Julia engine](../julia.md) says how it is installed and used.",
     ]
     parts += ["## What it exports"]
@@ -81,9 +81,14 @@ def _shown(same: list[Entry]) -> str:
     """What documents one name: a docstring, or one for each way to call it."""
     parts = [f"### `{same[0].name}`"]
     for entry in same:
-        text = re.sub(r"\[(`[^`]+`)\]\(@ref\)", r"\1", entry.text)
+        text = _without_references(entry.text)
         parts += [f"```julia\n{entry.signature}\n```", text, f"*julia/src/{entry.file}, line {entry.line}*"]
     return "\n\n".join(parts)
+
+
+def _without_references(text: str) -> str:
+    """Documenter's links between docstrings as plain names, which mkdocs would take for files."""
+    return re.sub(r"\[(`[^`]+`)\]\(@ref\)", r"\1", text)
 
 
 def on_files(files: Any, config: Any) -> Any:
