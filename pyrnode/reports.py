@@ -70,7 +70,9 @@ def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
 def _draw_pairs(folder: RunFolder, flow: Flow, splits: Splits) -> None:
     """Held-out rows of a wider table against as many samples, 2000 at most."""
     x = splits.test.tensor()[:2000]
-    figure = comparisons.pair_plot(x, flow.sample(len(x), seed=flow.config.seed), title=splits.name)
+    figure = comparisons.pair_plot(
+        x, flow.sample(len(x), seed=flow.config.seed), names=splits.features, title=splits.name
+    )
     plotting.save(figure, folder.path / "pairs.png")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+import pyrnode
 from pyrnode import comparisons
 from pyrnode.errors import ConfigError, DataError
 
@@ -78,3 +83,12 @@ def test_bad_input_is_named() -> None:
         comparisons.calibration_plot(torch.tensor([0.5, 2.0], dtype=torch.float64))
     with pytest.raises(ConfigError, match="level = 1"):
         comparisons.calibration_plot(torch.tensor([0.5], dtype=torch.float64), level=1)
+
+
+def test_a_runs_pair_plot_names_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(comparisons, "pair_plot", lambda *a, names=None, **k: told.append(names) or Figure())
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 3)), columns=["age", "height in m", "c"])
+    settings = {"hidden": [4], "max_steps": 1, "engine": "torch", "draws": 1}
+    pyrnode.train(frame, out=tmp_path / "run", progress=False, **settings)
+    assert told == [("age", "height in m", "c")]

@@ -189,13 +189,18 @@ class _Together(Gradient):
         return self._told
 
 
+_ROUNDING = 1e-3
+"""How far below zero, per dimension, an integral of squares may be: what negative weights leave where there is hardly
+any motion yet is harmless, and weighs less than the solver's tolerance."""
+
+
 def _check_signs(**integrals: float) -> None:
     """Raises where a mean of what is never negative is: a solver with negative weights, such as DP5, steps too far.
 
     Its minimum would have no bound: a rate at the stages that count negatively, which no finer solve sees.
     """
     for name, value in integrals.items():
-        if value < 0:
+        if value < -_ROUNDING:
             raise NotFiniteError(f"{name} = {value:g} is negative: the training solver's steps are too long for it")
 
 
