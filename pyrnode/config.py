@@ -37,6 +37,9 @@ EXACT_LIMIT = 64
 EXACT_TRAINING = 2
 """The same in training, where an evaluation with one probe is cheaper, and what it scatters is averaged away."""
 
+WIDE = 48
+"""From how many columns on a table has a wider network (docs/training.md)."""
+
 Engine = Literal["auto", "torch", "julia"]
 Precision = Literal["ieee", "tf32", "bf16"]
 
@@ -353,10 +356,6 @@ def presets() -> dict[str, str]:
         if entry.name.endswith(".toml"):
             table[entry.name.removesuffix(".toml")] = entry.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
     return table
-
-
-WIDE = 48
-"""From how many columns on a table has a wider network (docs/training.md)."""
 
 
 def made_for(state_shape: tuple[int, ...]) -> str:

@@ -218,8 +218,10 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
         """The settings of the run."""
         config = Config.preset(made_for(shape[1:])).override({"solver": self.solver})
-        if self.hidden != "auto":
+        if not isinstance(self.hidden, str):  # an array does not compare as one
             config = config.override({"flow.network.hidden": list(self.hidden)})
+        elif self.hidden != "auto":
+            raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as (64, 64)")
         if self.learning_rate != "auto":
             config = config.override({"training.learning_rate": self.learning_rate})
         config = config.override(

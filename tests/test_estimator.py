@@ -360,6 +360,8 @@ def test_bad_input(model: RNODEDensity) -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
+        ({"hidden": "wide"}, "hidden = 'wide': expected 'auto'"),
+        ({"learning_rate": "fast"}, "learning_rate"),
         ({"hidden": (0,)}, "hidden"),
         ({"max_steps": 0}, "max_steps"),
         ({"kinetic": -1.0}, "kinetic"),
@@ -424,3 +426,12 @@ def test_scores_in_workers_of_joblib(tmp_path: Path) -> None:
         for jobs in ("1", "2")
     )
     assert json.loads(beside) == pytest.approx(json.loads(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize(("d", "width", "rate"), [(3, 64, 0.01), (48, 128, 0.005)])
+def test_network_and_rate_are_those_of_the_presets(d: int, width: int, rate: float) -> None:
+    X = np.random.default_rng(0).normal(size=(60, d))
+    config = RNODEDensity(max_steps=1, random_state=0).fit(X).flow_.config
+    assert (config.flow.network.hidden, config.training.learning_rate) == ((width,) * 3, rate)
+    given = RNODEDensity(hidden=np.array([8, 4]), learning_rate=0.02, max_steps=1, random_state=0).fit(X).flow_.config
+    assert (given.flow.network.hidden, given.training.learning_rate) == ((8, 4), 0.02)
