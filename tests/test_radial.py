@@ -160,3 +160,11 @@ def test_a_flow_with_it_is_saved_and_read(tmp_path: Path) -> None:
     assert torch.equal(again.log_prob(x), flow.log_prob(x))
     assert again.sample(1000, seed=0).dtype == torch.float64
     assert torch.allclose(flow.decode(flow.encode(x)), x, rtol=1e-5)
+
+
+def test_what_it_gains_is_weighed() -> None:
+    """Samples of weight zero, whose tails are heavy, bring nothing."""
+    x = torch.cat([normal(2000, 4), student(2000, 4, 1)])[torch.arange(4000).view(2, -1).T.flatten()]  # in turn
+    weight = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(2000)
+    assert Radial.gain(x) > 0.2
+    assert abs(Radial.gain(x, weight)) < 1e-3
