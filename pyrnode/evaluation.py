@@ -297,6 +297,7 @@ def measure(
     x: Tensor,
     solver: SolverConfig | None = None,
     *,
+    context: Tensor | None = None,
     config: EvaluationConfig | None = None,
     seed: int = 0,
     world: World = alone,
@@ -304,21 +305,23 @@ def measure(
     """Scores samples with any solver: the noise is the same for all solvers and flows of one seed.
 
     Args:
-        flow: An unconditional flow.
+        flow: The flow.
         x: Samples, ``(n, *event)``, integers for discrete data.
         solver: Solver; default the accurate one.
+        context: ``(n, m)``, for conditional flows.
         config: Divergence, probes, draws and chunk; default those of the flow.
         seed: Seed of the noise.
         world: Processes that share the samples, as in `evaluate`.
 
     Raises:
-        DataError: `x` does not fit the flow.
+        DataError: `x` or `context` does not fit the flow.
         SolverError: A solve failed.
     """
     config = config or _settings(flow)
     scorer = _Scorer(flow, config, seed, world)
     start = time.perf_counter()
-    log_prob, totals = scorer.score(TensorSamples(x), len(x), solver or config.solver, config.draws, None)
+    samples = TensorSamples(x) if context is None else TensorSamples(x).carrying(context=context)
+    log_prob, totals = scorer.score(samples, len(x), solver or config.solver, config.draws, None)
     return Measurement(log_prob, Score.of(log_prob, flow.dim), **totals, seconds=time.perf_counter() - start)
 
 

@@ -31,7 +31,9 @@ History = Sequence[Mapping[str, object]]
 
 DPI = 150
 BLUE, ORANGE, GREEN, GREY = "#0b6bb3", "#d95f0e", "#2f8f4e", "#7a7a7a"
-_UNITS = {"nats/dim": 1.0, "bits/dim": 1 / math.log(2)}
+UNITS = {"nats/dim": 1.0, "bits/dim": 1 / math.log(2)}
+"""What a number in nats per dimension is to be multiplied by."""
+
 _MIN_CELL = 80  # side in pixels that a small image is enlarged to
 _GAP = 2  # pixels between images
 _TIGHT: dict[str, Any] = {"columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5, "borderaxespad": 0.2}
@@ -81,8 +83,8 @@ def learning_curves(history: History, *, unit: str) -> Figure:
         ConfigError: The unit is unknown.
         DataError: There is nothing to draw.
     """
-    if unit not in _UNITS:
-        raise ConfigError(unknown_name("unit", unit, _UNITS))
+    if unit not in UNITS:
+        raise ConfigError(unknown_name("unit", unit, UNITS))
     curves = {key: _curve(history, key) for key in ("nll", "validation", "E", "n", "nfe", "disagreement")}
     if not len(curves["nll"][0]) and not len(curves["validation"][0]):
         raise DataError(f"none of the history's {len(history)} records has a finite 'nll' or 'validation': train first")
@@ -98,7 +100,7 @@ def learning_curves(history: History, *, unit: str) -> Figure:
     panels[1].set_ylim(0, 1.15 * max(curves["nfe"][1].max(initial=0), 1))
     if rows == 3:
         steps, values = curves["disagreement"]
-        sizes = np.where(values == 0, np.nan, np.abs(values)) * _UNITS[unit]  # zero has no logarithm: a gap
+        sizes = np.where(values == 0, np.nan, np.abs(values)) * UNITS[unit]  # zero has no logarithm: a gap
         panels[2].semilogy(steps, sizes, color=GREY, lw=1.2, marker=".")
         panels[2].set(ylabel=f"solver against\nthe accurate one\n({unit})")
     for panel in panels:
@@ -127,7 +129,7 @@ def smooth(values: Array, window: int) -> Array:
 
 
 def _likelihood_panel(axes: Axes, train: tuple[Array, Array], validation: tuple[Array, Array], unit: str) -> None:
-    scale = _UNITS[unit]
+    scale = UNITS[unit]
     steps, raw = train[0], train[1] * scale
     window = 2 * (len(raw) // 100) + 1
     smoothed = smooth(raw, window)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrnode import comparisons, files, particles, plotting
+from pyrnode import agreement, comparisons, files, particles, plotting, solvers
 from pyrnode.data import Splits
 from pyrnode.evaluation import Report, extra
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder
+
+_CALIBRATED, _SOLVED = 2000, 64
+"""Held-out samples that the pictures of calibration and of solvers are made from, at most."""
 
 
 def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, history: list[Record]) -> None:
@@ -31,13 +34,21 @@ def write_report(folder: RunFolder, flow: Flow, splits: Splits, report: Report, 
     elif splits.levels is None and len(shape) == 1 and not splits.context_dim:
         with extra("the pair plot", report.notes):
             _draw_pairs(folder, flow, splits)
+    if splits.levels is None and len(shape) == 1:
+        with extra("the calibration plot", report.notes):
+            _draw_calibration(folder, flow, splits)
+    with extra("the picture of solvers", report.notes):
+        _draw_solvers(folder, flow, splits)
     folder.write_text("report.json", files.to_json(report.to_dict(), indent=2) + "\n")
     folder.write_text("report.txt", f"{report}\n")
 
 
+def _unit(splits: Splits) -> str:
+    return "bits/dim" if splits.levels is not None else "nats/dim"
+
+
 def _draw_curves(folder: RunFolder, splits: Splits, history: list[Record]) -> None:
-    unit = "bits/dim" if splits.levels is not None else "nats/dim"
-    plotting.save(plotting.learning_curves(history, unit=unit), folder.path / "curves.png")
+    plotting.save(plotting.learning_curves(history, unit=_unit(splits)), folder.path / "curves.png")
 
 
 def _draw_samples(folder: RunFolder, flow: Flow, splits: Splits) -> None:
@@ -74,6 +85,34 @@ def _draw_pairs(folder: RunFolder, flow: Flow, splits: Splits) -> None:
         x, flow.sample(len(x), seed=flow.config.seed), names=splits.features, title=splits.name
     )
     plotting.save(figure, folder.path / "pairs.png")
+
+
+@torch.no_grad()
+def _draw_calibration(folder: RunFolder, flow: Flow, splits: Splits) -> None:
+    """PIT values of held-out rows, 2000 at most: of the first latents, and of the squared length of all of them."""
+    rows = splits.test.first(_CALIBRATED)
+    z = flow.encode(rows.x, rows.context).cpu().double()
+    shown = min(flow.dim, comparisons.MOST)
+    pit, names = torch.special.ndtr(z[:, :shown]), [f"$z_{{{i}}}$" for i in range(1, shown + 1)]
+    if flow.dim > 1:
+        length = torch.special.gammainc(z.new_tensor(flow.dim / 2), z.square().sum(1) / 2)  # the χ² distribution
+        pit, names = torch.cat([pit, length[:, None]], 1), [*names, "$|z|^2$"]
+    plotting.save(comparisons.calibration_plot(pit, names=names), folder.path / "calibration.png")
+
+
+def _draw_solvers(folder: RunFolder, flow: Flow, splits: Splits) -> None:
+    """How far solvers of fixed steps are from the accurate one on a few held-out samples.
+
+    Of Julia's solvers the training solver alone: each other one would be compiled first, which takes its time.
+    """
+    rows, trained = splits.test.first(_SOLVED), flow.config.solver
+    names = agreement.SOLVERS if flow.engine.name == "torch" else (trained.name,) * solvers.fixed(trained)
+    found = agreement.disagreement_by_step(flow, rows.x, context=rows.context, names=names, seed=flow.config.seed)
+    if all(row.nats == 0 for row in found):
+        return  # nothing moves, and there is nothing to see
+    tolerance = flow.config.training.tolerance
+    figure = agreement.disagreement_plot(found, unit=_unit(splits), tolerance=tolerance)
+    plotting.save(figure, folder.path / "solvers.png")
 
 
 def _bounds(x: Tensor) -> tuple[float, float, float, float]:

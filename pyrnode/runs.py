@@ -5,6 +5,7 @@
 * ``metrics.jsonl``: one JSON object per optimiser step and per validation
 * ``checkpoint.safetensors``: the state to resume from
 * ``model.safetensors``: the best model on validation
+* ``model_card.md``: what the model is, its data, scores and limits, for whoever is given it
 * ``report.json``, ``report.txt``, ``*.png``: the score, and pictures
 * ``snapshots/``: the model of every validation, if ``training.snapshots`` is on
 * ``tensorboard/``: the metrics once more, if ``training.tensorboard`` is on

@@ -229,10 +229,15 @@ def step_size(solver: SolverConfig) -> float:
     return solver.step_size
 
 
+def fixed(solver: SolverConfig) -> bool:
+    """Whether a solver of either engine is known to take steps of one size: of Julia's own it is not, unless told."""
+    known = METHODS.get(solver.name)
+    return not solver.adaptive or (known is not None and not known.adaptive)
+
+
 def describe(solver: SolverConfig) -> str:
     """A solver with what determines its accuracy, in a few words."""
-    known = METHODS.get(solver.name)
-    if not solver.adaptive or (known is not None and not known.adaptive):
+    if fixed(solver):
         return f"{solver.name} step {solver.step_size}"
     return f"{solver.name} rtol {solver.rtol:g} atol {solver.atol:g}"
 

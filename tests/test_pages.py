@@ -59,7 +59,7 @@ def test_a_page_of_a_trained_run_has_its_numbers_pictures_and_paths(trained: Pat
     assert markup.decimals(score) in page.text
     images = page.all("img")
     pictures = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images]
-    assert pictures == [(trained / "density.png").read_bytes()]
+    assert pictures == [(trained / name).read_bytes() for name in ("density.png", "calibration.png", "solvers.png")]
     assert all(len(image["alt"]) > 20 for image in images)
 
 

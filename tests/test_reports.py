@@ -59,6 +59,8 @@ def fails(*_: Any, **__: Any) -> Any:
         ("pyrnode.plotting.learning_curves", "the learning curves"),
         ("pyrnode.plotting.density_2d", "the pictures of the density"),
         ("pyrnode.particles.trajectories", "the pictures of the density"),
+        ("pyrnode.comparisons.calibration_plot", "the calibration plot"),
+        ("pyrnode.agreement.disagreement_plot", "the picture of solvers"),
         ("pyrnode.evaluation._Scorer.inversion_error", "the inversion error"),
         ("pyrnode.data.support.remarks", "the remarks on the data's support"),
     ],
@@ -73,9 +75,15 @@ def test_an_extra_that_fails_is_a_note(where: str, note: str, tmp_path: Path, mo
     assert math.isfinite(result.report.score.nats)
 
 
-@pytest.mark.parametrize("where", ["pyrnode.evaluation._Scorer.score", "pyrnode.runs.RunFolder.write_text"])
+@pytest.mark.parametrize(
+    ("where", "lost"),
+    [
+        ("pyrnode.evaluation._Scorer.score", ["the report"]),
+        ("pyrnode.runs.RunFolder.write_text", ["the report", "the model card"]),
+    ],
+)
 def test_a_report_that_fails_is_a_note_of_the_result(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str, lost: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"hidden": [4], "max_steps": 2, "samples": 100}
     original = pyrnode.evaluation.evaluate
@@ -86,8 +94,9 @@ def test_a_report_that_fails_is_a_note_of_the_result(
 
     monkeypatch.setattr(pyrnode.evaluation, "evaluate", evaluate_with_a_fault)
     result = pyrnode.train("8gaussians", out=tmp_path, **settings, progress=False)
-    assert result.notes == ["the report: left out (of another's making)"]
-    assert result.notes[0] in capsys.readouterr().err
+    assert result.notes == [f"{what}: left out (of another's making)" for what in lost]
+    said = capsys.readouterr().err
+    assert all(note in said for note in result.notes)
     assert torch.equal(pyrnode.load(tmp_path).log_prob(torch.zeros(2, 2)), result.flow.log_prob(torch.zeros(2, 2)))
 
 
@@ -107,9 +116,9 @@ def test_a_report_is_json() -> None:
     ("values", "levels", "pictures"),
     [
         (torch.randint(0, LEVELS, (30, 1, 4, 4), dtype=torch.uint8), LEVELS, {"curves.png", "samples.png"}),
-        (torch.randn(30, 1), None, {"curves.png", "density.png", "trajectories.png"}),
-        (torch.randn(30, 2), None, {"curves.png", "density.png", "trajectories.png"}),
-        (torch.randn(30, 3), None, {"curves.png", "pairs.png"}),
+        (torch.randn(30, 1), None, {"curves.png", "density.png", "trajectories.png", "calibration.png"}),
+        (torch.randn(30, 2), None, {"curves.png", "density.png", "trajectories.png", "calibration.png"}),
+        (torch.randn(30, 3), None, {"curves.png", "pairs.png", "calibration.png"}),
     ],
     ids=["images", "1-D", "2-D", "3-D"],
 )
@@ -135,11 +144,15 @@ def test_pictures_are_written_where_there_is_something_to_see(
 @pytest.mark.parametrize(
     ("data", "levels", "pictures"),
     [
-        (torch.randint(0, 5, (200, 2)), 5, {"curves.png"}),
-        (torch.randint(0, 9, (60, 2, 4, 4), dtype=torch.uint8), 9, {"curves.png"}),
-        (torch.randint(0, 9, (60, 3, 4, 4), dtype=torch.uint8), 9, {"curves.png", "samples.png"}),
-        (torch.randn(200, 2), None, {"curves.png", "density.png", "trajectories.png"}),
-        (torch.randn(200, 4), None, {"curves.png", "pairs.png"}),
+        (torch.randint(0, 5, (200, 2)), 5, {"curves.png", "solvers.png"}),
+        (torch.randint(0, 9, (60, 2, 4, 4), dtype=torch.uint8), 9, {"curves.png", "solvers.png"}),
+        (torch.randint(0, 9, (60, 3, 4, 4), dtype=torch.uint8), 9, {"curves.png", "samples.png", "solvers.png"}),
+        (
+            torch.randn(200, 2),
+            None,
+            {"curves.png", "solvers.png", "density.png", "trajectories.png", "calibration.png"},
+        ),
+        (torch.randn(200, 4), None, {"curves.png", "solvers.png", "pairs.png", "calibration.png"}),
     ],
 )
 def test_a_run_draws_what_can_be_drawn(data: Tensor, levels: int | None, pictures: set[str], tmp_path: Path) -> None:

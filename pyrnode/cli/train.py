@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import pyrnode
-from pyrnode import distributed, plotting
+from pyrnode import animations, distributed, plotting
 from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
@@ -130,20 +130,29 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def sample(args: argparse.Namespace) -> int:
-    """Draws samples into a picture or an array."""
+    """Draws samples into a picture, an array or an animation."""
     out = Path(args.out)
-    if out.suffix not in (".png", ".npy", ".csv"):
-        raise ConfigError(f"--out {out}: expected a .png (images), .npy or .csv (tables) file")
+    if out.suffix not in (".png", ".npy", ".csv", *animations.SUFFIXES):
+        raise ConfigError(
+            f"--out {out}: expected a .png (images), .npy or .csv (tables) file, or a .gif or .mp4 "
+            "(an animation, of one or two columns)"
+        )
     flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
     if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy or .csv file")
     if out.suffix == ".csv" and len(flow.event_shape) != 1:
         raise ConfigError(f"--out {out}: this flow's samples are images; name a .png or .npy file")
+    if out.suffix in animations.SUFFIXES:
+        animations.check_animation(flow, out)
+        if args.temperature != 1:
+            raise ConfigError(f"--out {out}: an animation shows the density as it is; leave --temperature out")
     context = None if args.context is None else torch.tensor(args.context, dtype=torch.float64, device="cpu")
     samples = flow.sample(args.n, context, seed=args.seed, temperature=args.temperature, progress=talks(args))
     samples = samples.cpu()
     if flow.levels is not None and out.suffix == ".png":
         plotting.save_image_grid(samples, out, levels=flow.levels)
+    elif out.suffix in animations.SUFFIXES:
+        animations.animate(flow, samples, out, progress=talks(args))
     elif out.suffix == ".csv":
         write_atomically(out, _csv(samples, flow.features).encode())
     else:
@@ -239,7 +248,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode sample`` takes."""
     parser.add_argument("run", help="folder of a run, or a model file")
-    parser.add_argument("--out", required=True, help=".png grid (images), .npy array, or .csv table")
+    parser.add_argument(
+        "--out", required=True, help=".png grid (images), .npy array, .csv table, or .gif or .mp4 animation"
+    )
     parser.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
     parser.add_argument("--context", type=float, nargs="+", help="context of a conditional flow, its features in order")
     parser.add_argument("--seed", type=int, default=0)

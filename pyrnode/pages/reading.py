@@ -23,6 +23,8 @@ PICTURES = {
     "samples.png": "Samples of the flow, side by side",
     "density.png": "The learned density, beside the truth where it is known",
     "pairs.png": "Pairs of columns: held-out data below the diagonal, samples above it",
+    "calibration.png": "Calibration: PIT values of held-out data against the uniform distribution",
+    "solvers.png": "Solvers of fixed steps against the accurate one, by their step",
     "trajectories.png": "Paths of particles from the data to the base",
 }
 """The pictures of a run that the page shows, and what they are (the curves are drawn anew)."""

@@ -234,10 +234,10 @@ def ladder(stories: Sequence[Story]) -> Html:
 def pictures(stories: Sequence[Story]) -> Html:
     """Samples and densities, run beside run; the paths are a picture only where they cannot be moved."""
     shown = []
-    for file in ("samples.png", "density.png", "pairs.png"):
+    for file in PICTURES:
         for story in stories:
-            if file in story.pictures:
-                caption = join(name(story.label), f": {PICTURES[file].lower()}")
+            if file in story.pictures and file != "trajectories.png":
+                caption = join(name(story.label), f": {PICTURES[file][0].lower()}{PICTURES[file][1:]}")
                 alt = f"{PICTURES[file]}, of the run {story.label} on {story.data}"
                 shown.append(picture(story.pictures[file], alt=alt, caption=caption))
     if not shown:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyrnode import bounded, distributed, engines, evaluation, reports
+from pyrnode import bounded, cards, distributed, engines, evaluation, reports
 from pyrnode.config import Config, SolverConfig, made_for
 from pyrnode.data import load, sources, support
 from pyrnode.data.loading import leaves_files
@@ -155,6 +155,9 @@ def train(
                 if folder is not None and world.first:
                     with progress_bar(None, "report and pictures", unit="", show=progress, uncounted=True):
                         reports.write_report(folder, best, splits, report, trainer.history)
+        if folder is not None and folder.model.exists() and world.first:
+            with evaluation.extra("the model card", notes):
+                cards.write_card(folder, best, splits, report, trainer.history)
         for note in notes if world.first else ():
             tqdm.write(note, file=sys.stderr)
     out = None if folder is None else folder.path
