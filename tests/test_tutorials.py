@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
@@ -54,13 +56,60 @@ def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {}
     for number, cell in enumerate(cells(path, "code"), 1):
         exec(compile(code(cell), f"{path.name}, cell {number}", "exec"), names)
-    if path.stem == "1_tables":
-        assert names["p_malignant"].shape == (len(names["malignant"]),) == (212,)
-        assert names["p_fresh"].min() >= 1 / 81
-        assert (names["error"] > 0).all()
-    else:
-        assert names["page"].name == "comparison.html"
-        assert names["page"].stat().st_size > 100_000
+    _CHECKS[path.stem](names)
+
+
+def _tables(names: dict[str, Any]) -> None:
+    assert names["p_malignant"].shape == (len(names["malignant"]),) == (212,)
+    assert names["p_fresh"].min() >= 1 / 81
+    assert (names["error"] > 0).all()
+
+
+def _page(names: dict[str, Any]) -> None:
+    assert names["page"].name == "comparison.html"
+    assert names["page"].stat().st_size > 100_000
+
+
+def _simulations(names: dict[str, Any]) -> None:
+    """The exact posterior is one: its log-density is that of the simulator at the observation, by Bayes' rule."""
+    exact, log_p = names["exact"], names["log_p"]
+    total, difference = exact.sum(1).abs() / 2**0.5, (exact[:, 1] - exact[:, 0]) / 2**0.5
+    point = names["observed"] + torch.stack((total, -difference), 1) - torch.tensor([0.25, 0.0])  # the crescent's
+    r = point.norm(dim=1)
+    likelihood = torch.distributions.Normal(0.1, 0.01).log_prob(r) - (math.pi * r).log()
+    offset = likelihood - log_p  # the evidence over the prior: one number
+    torch.testing.assert_close(offset, offset.mean().expand_as(offset), atol=2e-3, rtol=0)
+    for ranks in (names["found"], names["narrow"]):
+        assert ranks.shape == (20, 3)
+        assert 0 <= ranks.min() <= ranks.max() <= 1
+
+
+def _inside_a_model(names: dict[str, Any]) -> None:
+    """The truth is a density, both models were trained, and the exported file gives the model's numbers."""
+    side = torch.linspace(-2, 2, 201)
+    grid = torch.cartesian_prod(side, side)
+    mass = names["truth"](names["one"].expand(len(grid), -1), grid).exp().sum() * float(side[1] - side[0]) ** 2
+    assert float(mass) == pytest.approx(1, abs=1e-3)
+    assert names["scores"].keys() == {"Gaussian", "flow"}
+    assert all(0 < score < 10 for score in names["scores"].values())
+    assert names["difference"] < 1e-3
+
+
+def _julia(names: dict[str, Any]) -> None:
+    assert {row.solver for row in names["table"]} == {"Euler", "Midpoint", "RK4", "DP5", "DP8"}
+    if not names["ready"]:
+        assert "julia" in names["why"].lower()
+        assert not {"julia", "trained"} & names.keys()  # its cells were skipped, and the others ran
+
+
+_CHECKS = {
+    "1_tables": _tables,
+    "2_images": _page,
+    "3_simulations": _simulations,
+    "4_inside_a_model": _inside_a_model,
+    "5_julia": _julia,
+    "6_choosing": _page,
+}
 
 
 def test_the_site_lists_every_tutorial() -> None:
