@@ -4,7 +4,7 @@ PYTHON ?= python3.11 python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint types wheel-smoke bench gpu docs format clean
+.PHONY: venv demo test lint types wheel-smoke release bench gpu docs format clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := venv
 
@@ -84,6 +84,13 @@ wheel-smoke: .venv/installed-dev
 	test -s run/config.toml && test -s run/report.json; \
 	venv/bin/pyrnode --help >/dev/null; \
 	echo "The wheel installs, trains and writes its run directory"
+
+# The files of a release in dist/, checked, with its notes and conda-forge's recipe. Publishing them is for a person.
+release: .venv/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*.tar.gz dist/*.whl
+	$(BIN)/python .ci/release.py dist
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
