@@ -64,7 +64,8 @@ def _lines(*lines: str) -> str:
 
 def _model(flow: Flow, file: str) -> str:
     shape = "×".join(map(str, flow.event_shape))
-    what = f"vectors of {shape} columns" if len(flow.event_shape) == 1 else f"images {shape}"
+    columns = "column" if flow.dim == 1 else "columns"
+    what = f"vectors of {shape} {columns}" if len(flow.event_shape) == 1 else f"images {shape}"
     levels = "continuous" if flow.levels is None else f"discrete, {flow.levels} levels"
     given = f", given a context of {flow.context_dim} features" if flow.context_dim else ""
     count = sum(p.numel() for p in flow.parameters())

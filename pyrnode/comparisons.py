@@ -54,7 +54,7 @@ def pair_plot(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = No
     margin = np.where(high > low, 0.1 * (high - low), 0.5)  # a constant column has a window too
     low, high = low - margin, high + margin
     figure = new_figure(1.7 * shown + 0.4, 1.7 * shown + 0.8)
-    grid = figure.subplots(shown, shown, sharex="col")
+    grid = figure.subplots(shown, shown, sharex="col", squeeze=False)
     for row in range(shown):
         for column in range(shown):
             axes = grid[row, column]

@@ -177,14 +177,17 @@ class Composition(nn.Module):
         super().__init__()
         self.data_dtype = data_dtype
         self.transform = transform
-        self.context_transform = context_transform or Chain([])
-        self.parts = nn.ModuleList(parts)
-        self.event_shape, self.levels = tuple(event_shape), levels
-        self.engine, self.solver, self.divergence = engine, solver, divergence
+        self.context_transform: Chain = context_transform or Chain([])
+        self.parts: nn.ModuleList = nn.ModuleList(parts)
+        self.event_shape: tuple[int, ...] = tuple(event_shape)
+        self.levels = levels
+        self.engine = engine
+        self.solver = solver
+        self.divergence = divergence
         widths = sorted({block.dynamics.context_dim for block in self.blocks})
         if len(widths) != 1:
             raise ConfigError(f"the blocks take contexts of {widths} features: expected the same for all")
-        (self.context_dim,) = widths
+        self.context_dim: int = widths[0]
 
     @property
     def dim(self) -> int:
@@ -432,8 +435,7 @@ class Composition(nn.Module):
             ConfigError: `n` is no whole number, or negative.
             DataError: The context is missing, superfluous or of the wrong shape.
         """
-        if not recording():
-            n = whole(n, "n", 0, "number of samples")
+        n = n if recording() else whole(n, "n", 0, "number of samples")
         context = self.context_tensor(context)
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)

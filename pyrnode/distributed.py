@@ -47,7 +47,8 @@ class World:
         size: Number of processes.
     """
 
-    rank, size = 0, 1
+    rank: int = 0
+    size: int = 1
 
     @property
     def first(self) -> bool:
@@ -93,7 +94,7 @@ class World:
         return work()
 
 
-alone = World()
+alone: World = World()
 """One process."""
 
 

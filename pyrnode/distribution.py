@@ -245,7 +245,7 @@ class FlowTransform(Transform):
     """
 
     bijective = True
-    domain = constraints.independent(constraints.real, 1)
+    domain: constraints.Constraint = constraints.independent(constraints.real, 1)
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class FlowTransform(Transform):
                 "a flow with periodic columns is no bijection: its density is a sum over all that a value stands for; "
                 "take flow.distribution()"
             )
-        self.codomain = self._bijection.support()
+        self.codomain: constraints.Constraint = self._bijection.support()
         self._cached_log_det: tuple[Tensor, Tensor] | None = None
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:

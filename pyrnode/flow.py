@@ -73,7 +73,7 @@ class Flow(Composition):
             data_dtype=data_dtype,
         )
         self.config = config
-        self.chunk = config.evaluation.chunk
+        self.chunk: int = config.evaluation.chunk
 
     @classmethod
     @torch.inference_mode(False)  # in which the parameters could never be trained

@@ -20,7 +20,8 @@ class Block(nn.Module):
 
     def __init__(self, dynamics: Dynamics, end_time: float = 1.0) -> None:
         super().__init__()
-        self.dynamics, self.end_time = dynamics, end_time
+        self.dynamics = dynamics
+        self.end_time = end_time
 
     def extra_repr(self) -> str:
         return f"end_time={self.end_time}"

@@ -82,7 +82,8 @@ class Dequantize(Transform):
         super().__init__()
         if levels < 2:
             raise ConfigError(f"levels = {levels!r}: expected at least 2")
-        self.levels, self.dtype = levels, dtype
+        self.levels = levels
+        self.dtype = dtype
 
     def check(self, x: Tensor) -> None:
         if recording() or not x.numel():
@@ -153,7 +154,7 @@ class Flatten(Transform):
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape: tuple[int, ...] = tuple(event_shape)
 
     def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         return x.flatten(1), _zeros(x)
@@ -339,7 +340,7 @@ class Chain(Transform):
 
     def __init__(self, transforms: Iterable[Transform]) -> None:
         super().__init__()
-        self.transforms = nn.ModuleList(transforms)
+        self.transforms: nn.ModuleList = nn.ModuleList(transforms)
 
     def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         log_det: Tensor | None = None

@@ -47,7 +47,7 @@ def test_a_run_that_is_not_scored_says_so(tmp_path: Path) -> None:
     pyrnode.train(torch.randn(80, 1), context=context, out=tmp_path, evaluate=False, **TINY)
     text = (tmp_path / cards.NAME).read_text(encoding="utf-8")
     assert "None: the run was not scored" in text
-    assert "given a context of 2 features" in text
+    assert "on vectors of 1 column, continuous, given a context of 2 features" in text
 
 
 def test_a_run_that_saves_no_model_has_no_card(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ class Density(ABC):
     exact: bool = True
 
     def __init__(self, name: str, description: str, bounds: tuple[float, ...]) -> None:
-        self.name, self.description, self.bounds = name, description, bounds
+        self.name = name
+        self.description = description
+        self.bounds = bounds
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

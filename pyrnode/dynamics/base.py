@@ -50,12 +50,14 @@ class SplitPullback(Protocol):
 
     def join(self, linearizations: list[Linearization], t: Tensor, eps: Tensor | None) -> Linearization:
         """One linearization of all stages, from taped ones of f alone; `t` and `eps` are for the joint batch."""
+        ...
 
     def pull_product(self, linearization: Linearization, w_bar: Tensor) -> None:
         """First: the transpose of the product, for all stages."""
 
     def pull_state(self, linearization: Linearization, f_bar: Tensor, rows: slice) -> Tensor:
         """Then, from the last stage to the first: the cotangent of the state of the stage at `rows` of the batch."""
+        ...
 
     def pull_parameters(self, linearization: Linearization, f_bar: Tensor) -> Tensor | None:
         """Last: adds the parameters' gradients, given the f̄ of all stages; gives the cotangent of c."""

@@ -278,13 +278,15 @@ class LayeredDynamics(Dynamics):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: nn.ModuleList = nn.ModuleList(layers)
         self.activation = activation
-        self.event_shape, self.context_dim = event_shape, context_dim
+        self.event_shape = event_shape
+        self.context_dim = context_dim
         if context_dim:
             widths = [layer.weight.shape[0] * TIME_ENTRIES[layer.time].context_parts for layer in layers]
             device = layers[0].weight.device
-            self.context = nn.Linear(context_dim, sum(widths), bias=False, device="meta", dtype=torch.float32)
+            made = nn.Linear(context_dim, sum(widths), bias=False, device="meta", dtype=torch.float32)
+            self.context: nn.Linear = made
             self.context.to_empty(device=device)
             # As nn.Linear draws before what is drawn here: so the numbers that a seed gives are what they always were.
             nn.init.kaiming_uniform_(self.context.weight, math.sqrt(5), generator=generator)

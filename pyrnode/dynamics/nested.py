@@ -152,7 +152,8 @@ class ModuleDynamics(Dynamics):
     def __init__(self, module: nn.Module, event_shape: tuple[int, ...], context_dim: int = 0) -> None:
         super().__init__()
         self.module = module
-        self.event_shape, self.context_dim = tuple(event_shape), context_dim
+        self.event_shape: tuple[int, ...] = tuple(event_shape)
+        self.context_dim = context_dim
         for layer in module.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 raise ConfigError(

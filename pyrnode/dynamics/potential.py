@@ -56,8 +56,10 @@ class Potential(GradientDynamics):
     ) -> None:
         super().__init__()
         check_settings(hidden, activation, time, rank, initial)
-        self.event_shape, self.context_dim = (dim,), context_dim
-        self.activation, self.timed = activation, time == "concat"
+        self.event_shape: tuple[int, ...] = (dim,)
+        self.context_dim = context_dim
+        self.activation = activation
+        self.timed: bool = time == "concat"
         width, inputs = hidden[0], dim + self.timed
         device = None if generator is None else generator.device
 
@@ -65,10 +67,11 @@ class Potential(GradientDynamics):
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         sizes = [inputs, *hidden[:-1]]
-        self.layers = nn.ModuleList(_Affine(made(width, size), made(width)) for size in sizes)
-        self.w, self.b = nn.Parameter(made(width)), nn.Parameter(made(inputs))
+        self.layers: nn.ModuleList = nn.ModuleList(_Affine(made(width, size), made(width)) for size in sizes)
+        self.w: nn.Parameter = nn.Parameter(made(width))
+        self.b: nn.Parameter = nn.Parameter(made(inputs))
         self.A = nn.Parameter(made(min(rank, inputs), inputs))
-        self.context = _Affine(made(width + inputs, context_dim), None) if context_dim else None
+        self.context: _Affine | None = _Affine(made(width + inputs, context_dim), None) if context_dim else None
         self.reset_parameters(initial, generator)
 
     def reset_parameters(self, initial: str = "identity", generator: torch.Generator | None = None) -> None:
@@ -148,8 +151,8 @@ class _Affine(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.weight: nn.Parameter = nn.Parameter(weight)
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape

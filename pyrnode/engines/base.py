@@ -103,9 +103,11 @@ class Solve(Protocol):
 
     def forward(self, z0: Tensor) -> tuple[Tensor, Tensor]:
         """The state at the end time and the integrals (l, E, n, D), ``(batch, 4)``, or no columns without probes."""
+        ...
 
     def backward(self, z_bar: Tensor, q_bar: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Cotangents of the start state, of the embedded context, and of the parameters that the solve depends on."""
+        ...
 
     def replay(self, z0: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """`forward` again, in operations that autograd can differentiate to any order.
@@ -113,6 +115,7 @@ class Solve(Protocol):
         Raises:
             ConfigError: The engine cannot; the message names `to_torch`.
         """
+        ...
 
 
 class _Nothing:

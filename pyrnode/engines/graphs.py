@@ -66,6 +66,7 @@ class Recorder(Protocol):
         Raises:
             RuntimeError: There is something among them that cannot be recorded.
         """
+        ...
 
 
 class CudaRecorder:

@@ -44,9 +44,11 @@ class System(Protocol):
 
     def rate(self, t: Time, y: Tensor, rows: Tensor | None, /) -> Rate:
         """That of the state and of the integrals."""
+        ...
 
     def state_rate(self, t: Time, y: Tensor, rows: Tensor | None, /) -> Tensor:
         """That of the state, where a stage has no weight in the integrals, or there are none."""
+        ...
 
 
 class StateOnly(ABC):

@@ -84,7 +84,7 @@ class TorchFlow(Composition):
             data_dtype=data_dtype,
         )
         exact = divergence.exact(self.dim)
-        self.divergence = Divergence("exact") if exact else replace(divergence, kind="hutchinson")
+        self.divergence: Divergence = Divergence("exact") if exact else replace(divergence, kind="hutchinson")
         if isinstance(engine, PlainEngine):
             for block in self.blocks:
                 engine.steps((0.0, block.end_time), solver)

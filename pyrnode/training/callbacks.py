@@ -196,7 +196,7 @@ class TensorBoard(Callback):
 
     def __init__(self, folder: str | Path) -> None:
         _summary_writer()
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._writer: Any = None
 
     def on_start(self, run: TrainingRun) -> None:
