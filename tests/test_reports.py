@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 
 import pyrnode
-from pyrnode import evaluate
+from pyrnode import agreement, comparisons, evaluate, reports
 from pyrnode.config import Config, EvaluationConfig
 from pyrnode.data import Splits, TensorSamples
 from pyrnode.evaluation import Report
@@ -159,3 +162,43 @@ def test_a_run_draws_what_can_be_drawn(data: Tensor, levels: int | None, picture
     overrides = {"max_steps": 2, "hidden": (4,), "data.levels": levels, "evaluation.draws": 1, "grid": 4}
     pyrnode.train(data, out=tmp_path / "run", **overrides, progress=False)
     assert {path.name for path in (tmp_path / "run").glob("*.png")} == pictures
+
+
+@pytest.mark.parametrize(("d", "context"), [(1, 0), (3, 2), (9, 0)])
+def test_calibration_is_of_the_first_latents_and_of_all_together(
+    d: int, context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(comparisons, "calibration_plot", lambda pit, names: told.append((pit, names)) or Figure())
+    flow = Flow.build(Config().override({"hidden": [3], "dtype": "float64"}), (d,), context_dim=context)
+    samples = TensorSamples(torch.randn(2100, d, dtype=torch.float64))
+    c = torch.randn(2100, context, dtype=torch.float64) if context else None
+    part = samples if c is None else samples.carrying(context=c)
+    splits = Splits("test data", part, part, part, (d,))
+    write_report(RunFolder(tmp_path), flow.requires_grad_(False), splits, evaluate(flow, splits, baselines=False), [])
+    ((pit, names),) = told
+    z = flow.encode(samples.tensor()[:2000], None if c is None else c[:2000])
+    shown = min(d, 6)
+    assert names == [f"$z_{{{i + 1}}}$" for i in range(shown)] + (["$|z|^2$"] if d > 1 else [])
+    np.testing.assert_allclose(pit[:, :shown], stats.norm.cdf(z[:, :shown]), atol=1e-12)
+    if d > 1:
+        np.testing.assert_allclose(pit[:, -1], stats.chi2(d).cdf(z.square().sum(1)), atol=1e-12)
+
+
+def test_of_julias_solvers_the_training_solver_alone_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each other one would be compiled first."""
+    told: list[Any] = []
+    monkeypatch.setattr(agreement, "disagreement_plot", lambda rows, **more: told.append((rows, more)) or Figure())
+    flow = build((2,), None)
+    flow.config = flow.config.override({"solver.name": "RK4", "solver.step_size": 0.5, "tolerance": 0.03})
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.fill_(0.3)
+    splits = Splits("test data", *[TensorSamples(torch.randn(100, 2))] * 3, event_shape=(2,))
+    for name, expected in (("torch", {"Euler", "Midpoint", "RK4", "DP5"}), ("julia", {"RK4"})):
+        monkeypatch.setattr(type(flow.engine), "name", name)
+        reports._draw_solvers(RunFolder(tmp_path), flow, splits)
+        rows, more = told.pop()
+        assert {row.solver for row in rows} == expected
+        assert [row.step for row in rows if row.trained] == [0.5]
+        assert more == {"unit": "nats/dim", "tolerance": 0.03}
