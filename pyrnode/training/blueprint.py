@@ -14,6 +14,7 @@ from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
+from pyrnode.edges import Edges
 from pyrnode.flow import Flow, outset
 from pyrnode.radial import Radial
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
@@ -104,6 +105,9 @@ def _to_standard(config: Config, splits: Splits, begin: Chain) -> Iterator[Trans
     noise = torch.Generator("cpu").manual_seed(config.seed)
     y = torch.cat([begin(begin.unwrapped(x)[: len(x)], noise)[0] for _ in range(copies)])
     weights = None if weight is None else weight.repeat(copies)
+    if config.flow.opens(splits.event_shape, splits.levels):
+        yield (edges := Edges.fit(y[:CHOSEN_ON], None if weight is None else weight[:CHOSEN_ON]))
+        y = edges(y)[0]
     yield (scale := _pooled(config, Standardize.fit(y, weights)))
     if config.flow.whitens(splits.event_shape):
         y = scale(y)[0]
@@ -131,6 +135,10 @@ def _to_standard_mapped(
     config: Config, splits: Splits, train: MappedSamples, begin: Chain, world: World
 ) -> Iterator[Transform]:
     """The same of samples that are not in memory: from sums over pieces of the file, which the processes divide."""
+    few = train.first(CHOSEN_ON)
+    if config.flow.opens(splits.event_shape, splits.levels):
+        yield (edges := Edges.fit(begin(begin.unwrapped(few.x)[: len(few)])[0], few.weight))
+        begin = Chain([*begin.transforms, edges])
 
     def mean(values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The mean over the samples of what gives a sum over a piece's samples and their weights."""
@@ -161,7 +169,6 @@ def _to_standard_mapped(
     spread = mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()
     yield (scale := _pooled(config, Standardize(centre, spread)))
     if config.flow.whitens(splits.event_shape):
-        few = train.first(CHOSEN_ON)
         fit = partial(Whiten.of_covariance, mean(products))
         y = scale(begin(begin.unwrapped(few.x)[: len(few)])[0])[0]
         yield from _axes(config, splits, y, few.weight, lambda shrinkage: fit(shrinkage=shrinkage))
