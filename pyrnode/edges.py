@@ -51,10 +51,10 @@ class Edges(DoubleTransform):
     form.
 
     Args:
-        low: Lower edges ``(d,)``, −inf where there is none.
-        high: Upper edges ``(d,)``, inf where there is none.
+        low: Lower edges ``(d,)``.
+        high: Upper edges ``(d,)``.
         width: Widths ``(d,)``, positive: the distance of two edges, or the scale of a column with one.
-        soft_low: ``s``, positive ``(d,)``: softness of the lower edge, in widths.
+        soft_low: ``s``, ``(d,)``: softness of the lower edge, in widths; 0 where there is none.
         soft_high: The same of the upper.
 
     Raises:
@@ -71,14 +71,15 @@ class Edges(DoubleTransform):
         super().__init__()
         given = {"low": low, "high": high, "width": width, "soft_low": soft_low, "soft_high": soft_high}
         for name, values in given.items():
-            self.register_buffer(name, values.double())
+            self.register_buffer(name, values.double().clone())
         if not low.is_meta:
             self._check()
 
     def _check(self) -> None:
-        positive = torch.stack([self.width, self.soft_low, self.soft_high])
-        ends = (self.low < self.high) & (self.low < math.inf) & (self.high > -math.inf)
-        good = ends & ((positive > 0) & (positive < math.inf)).all(0)
+        numbers = torch.stack([self.low, self.high, self.width, self.soft_low, self.soft_high])
+        two = (self.soft_low > 0) & (self.soft_high > 0)
+        good = torch.isfinite(numbers).all(0) & (self.width > 0) & (numbers[3:] >= 0).all(0)
+        good &= ~two | (self.low < self.high)
         if not bool(good.all()):
             worst = int((~good).nonzero()[0])
             found = ", ".join(f"{name} {float(buffer[worst]):g}" for name, buffer in self.named_buffers())
@@ -87,8 +88,8 @@ class Edges(DoubleTransform):
     @classmethod
     def none(cls, columns: int) -> Edges:
         """The map that leaves all columns as they are."""
-        one = torch.ones(columns, dtype=torch.float64, device="cpu")
-        return cls(-math.inf * one, math.inf * one, one, one, one)
+        zero = torch.zeros(columns, dtype=torch.float64, device="cpu")
+        return cls(zero, zero, zero + 1, zero, zero)
 
     @classmethod
     def fit(cls, x: Tensor, weight: Tensor | None = None) -> Edges:
@@ -140,23 +141,22 @@ class Edges(DoubleTransform):
 
     def _kinds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Which columns have any edge, which two, and which an upper one alone."""
-        below, above = self.low > -math.inf, self.high < math.inf
+        below, above = self.soft_low > 0, self.soft_high > 0
         return below | above, below & above, above & ~below
 
-    def _start(self, upper: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def _start(self, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The edge that a column is measured from, and its sign, −1 from an upper one."""
-        start = torch.where(upper, self.high, torch.where(known, self.low, 0.0))
-        return start, torch.where(upper, -1.0, 1.0).double()
+        return torch.where(upper, self.high, self.low), torch.where(upper, -1.0, 1.0).double()
 
     def forward(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         known, two, upper = self._kinds()
-        start, sign = self._start(upper, known)
+        start, sign = self._start(upper)
         x = x.double()
         u = torch.where(known, sign * (x - start) / self.width, 0.5)
         out = u.abs() > _FAR
         u = torch.where(out, 0.5, u)
         p, dp = _softened(u, torch.where(upper, self.soft_high, self.soft_low))
-        q, dq = _softened(1 - u, self.soft_high)
+        q, dq = _softened(torch.where(two, 1 - u, 0.5), self.soft_high)
         one, done = _grown_logit(torch.where(two, 1.0, p))
         logit = torch.where(two, p.log() - q.log(), one)
         slope = torch.where(two, dp / p + dq / q, done * dp)
@@ -167,7 +167,7 @@ class Edges(DoubleTransform):
 
     def inverse(self, y: Tensor) -> Tensor:
         known, two, upper = self._kinds()
-        start, sign = self._start(upper, known)
+        start, sign = self._start(upper)
         y = y.double()
         logit = _logit(torch.where(known, sign * y, 0.0)).clamp(-_EXPONENT, _EXPONENT)
         s, t = torch.where(upper, self.soft_high, self.soft_low), self.soft_high
@@ -179,13 +179,13 @@ class Edges(DoubleTransform):
         return torch.where(known, start + sign * self.width * u, y)
 
     def extra_repr(self) -> str:
-        known = self._kinds()[0]
+        buffers = (self.low, self.high, self.soft_low, self.soft_high)
         ends = [
-            f"{i}: ({low:g}, {high:g})"
-            for i, (low, high) in enumerate(zip(self.low.tolist(), self.high.tolist(), strict=True))
-            if known[i]
+            f"{i}: {f'{low:g}' if soft else ''} to {f'{high:g}' if softer else ''}"
+            for i, (low, high, soft, softer) in enumerate(zip(*(b.tolist() for b in buffers), strict=True))
+            if soft or softer
         ]
-        return ", ".join(ends) or "none"
+        return "; ".join(ends) or "none"
 
 
 # -- the functions of one number -------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ class _Column:
     low: float
     high: float
     width: float
-    soft_low: float = 1.0
-    soft_high: float = 1.0
+    soft_low: float = 0.0
+    soft_high: float = 0.0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the column ``(n,)`` becomes, and the logarithms of its slopes."""
@@ -260,10 +260,10 @@ def _candidates(x: Tensor, share: Tensor) -> Iterator[_Column]:
         yield _Column(first, last, width, _SOFTNESS * before / width, _SOFTNESS * after / width)
     if before is not None:
         width = mean - (low - before)
-        yield _Column(low - before, math.inf, width, soft_low=_SOFTNESS * before / width)
+        yield _Column(low - before, 0.0, width, soft_low=_SOFTNESS * before / width)
     if after is not None:
         width = high + after - mean
-        yield _Column(-math.inf, high + after, width, soft_high=_SOFTNESS * after / width)
+        yield _Column(0.0, high + after, width, soft_high=_SOFTNESS * after / width)
 
 
 def _spacing(order: Tensor) -> float | None:

@@ -31,10 +31,11 @@ READING = {
     "whiten": "y_i = (sum_j x_j rotation_ji)/scale_i, in double precision; log_det = -sum(log scale)",
     "radial": "y = c f(k |x|^2) x, f(q) = asinh(sqrt q)/sqrt q, f(0) = 1, c = scale, k = curvature, in double "
     "precision; log_det = d log c + (d - 1) log f - log(1 + k |x|^2)/2",
-    "edges": "by column, in double precision, where low or high is finite: p_s(u) = (u + sqrt(u^2 + s^2))/2; with both "
-    "u = (x - low)/width and l = log p_soft_low(u) - log p_soft_high(1 - u); with low alone l = log(exp(p_soft_low(u)) "
-    "- 1); with high alone u = (high - x)/width, l = log(exp(p_soft_high(u)) - 1); y = k l/(1 + c l^2)^(1/4), k^2 = "
-    "pi/8, c = k^4/4, and -y with high alone; log_det = sum(log |dy/dx|), and -inf where |u| > 1e100",
+    "edges": "by column, in double precision; its edges are those whose softness s is positive: p_s(u) = "
+    "(u + sqrt(u^2 + s^2))/2; with both u = (x - low)/width and l = log p_soft_low(u) - log p_soft_high(1 - u); with "
+    "low alone l = log(exp(p_soft_low(u)) - 1); with high alone u = (high - x)/width, l = log(exp(p_soft_high(u)) - "
+    "1); y = k l/(1 + c l^2)^(1/4), k = sqrt(pi/8), c = k^4/4, and -y with high alone; y = x with none; log_det = "
+    "sum(log |dy/dx|), and -inf where |u| > 1e100",
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
