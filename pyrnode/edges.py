@@ -169,9 +169,9 @@ class Edges(DoubleTransform):
         known, two, upper = self._kinds()
         start, sign = self._start(upper)
         y = y.double()
-        logit = _logit(torch.where(known, sign * y, 0.0)).clamp(-_EXPONENT, _EXPONENT)
+        logit = _logit(torch.where(known, sign * y, 0.0)).clamp(min=-_EXPONENT)
         s, t = torch.where(upper, self.soft_high, self.soft_low), self.soft_high
-        ratio = torch.where(two, logit, 0.0).exp()
+        ratio = torch.where(two, logit, 0.0).clamp(max=_EXPONENT).exp()
         part = 1 + 1 / ratio
         p = (1 + (1 + part * (s * s + t * t * ratio)).sqrt()) / (2 * part)
         p = torch.where(two, p, _log_grown(torch.where(two, 0.0, logit)))
@@ -275,7 +275,7 @@ def _spacing(order: Tensor) -> float | None:
     if len(near) <= count or len(values) == 0 or float(near[0]) == float(near[count // 2]):
         return None
     spacing = max(float(near[-1] - near[0]) / count, float(values.median()) / 2)
-    smallest = 1e-12 * max(1.0, float(near[0].abs()), float(order[-1] - order[0]))
+    smallest = max(8 * torch.finfo(order.dtype).eps * float(near[0].abs()), 1e-12 * float(order[-1] - order[0]))
     return spacing if smallest < spacing < math.inf else None
 
 
