@@ -34,8 +34,11 @@ _SHARE, _LEAST, _NEAR = 0.01, 20, 10
 _SOFTNESS = 6.0
 """Softness of an edge in mean distances of neighbours: a sample beyond the last is that far at once in 400 tables."""
 
-_GAIN, _ROWS, _FOLDS = 0.05, 10_000, 5
-"""Nats that a column must bring the normal density of all, cross-validated; on how many rows; in how many folds."""
+_GAIN, _MOST, _ROWS, _FOLDS = 0.05, 10.0, 10_000, 5
+"""Nats that a column must bring the normal density of all, and one sample may, cross-validated; rows; folds."""
+
+_RIDGE = 1e-9
+"""Variance of columns given others at least, of 1."""
 
 
 class Edges(DoubleTransform):
@@ -93,11 +96,11 @@ class Edges(DoubleTransform):
 
     @classmethod
     def fit(cls, x: Tensor, weight: Tensor | None = None) -> Edges:
-        """Edges of those columns that come nearer to a normal distribution, with the others, without them.
+        """The edges that bring the normal density of all columns the most, one after the other.
 
-        By column and kind the gain of its own normal density, cross-validated; then in the order of these gains each is
-        taken that adds 0.05 nats and two standard errors to the normal density of all columns together: a column
-        that others nearly determine, and which would no longer be so linearly, keeps its edges.
+        What a candidate of a column brings is how much more probable the column becomes given the others, by the normal
+        density of the other folds, in nats a sample (of one sample at most ten, so that an outlier decides nothing). A
+        column that others nearly determine, and no longer would so linearly, keeps its edges.
 
         Args:
             x: Samples ``(n, d)``, of which the first 10,000 are looked at for the choice.
@@ -107,32 +110,25 @@ class Edges(DoubleTransform):
         share = torch.ones_like(x[:, 0]) if weight is None else weight.to(x)
         x, share = x[share > 0], share[share > 0]
         found = cls.none(x.shape[1])
-        few, shares = x[:_ROWS], share[:_ROWS]
-        if len(few) < _FOLDS * _LEAST:
+        if len(x) < _FOLDS * _LEAST:
             return found
-        log_det = torch.zeros_like(few)
-        y = few.clone()
-        before = _scores(y, log_det, shares)
-        gains: list[tuple[float, int, _Column]] = []
-        for i in range(x.shape[1]):
-            column = x[:, i]
-            alone = _scores(few[:, i : i + 1], log_det[:, :1], shares)
-            for candidate in _candidates(column, share):
-                z, slope = candidate(few[:, i])
-                gain = _mean(_scores(z[:, None], slope[:, None], shares) - alone, shares)[0]
-                gains.append((gain, i, candidate))
-        done = set[int]()
-        for gain, i, candidate in sorted(gains, key=lambda entry: -entry[0]):
-            if gain < _GAIN or i in done:
-                continue
-            done.add(i)  # the best kind of a column, or none
-            tried, slopes = y.clone(), log_det.clone()
-            tried[:, i], slopes[:, i] = candidate(few[:, i])
-            after = _scores(tried, slopes, shares)
-            gained, error = _mean(after - before, shares)
-            if gained > max(_GAIN, 2 * error):
-                y, log_det, before = tried, slopes, after
-                found._set(i, candidate)
+        candidates = [(i, column) for i in range(x.shape[1]) for column in _candidates(x[:, i], share)]
+        y, share = x[:_ROWS].clone(), share[:_ROWS]
+        known = torch.tensor([i for i, _ in candidates], dtype=torch.long, device="cpu")
+        tried = [column(y[:, i]) for i, column in candidates]
+        left = torch.ones(len(candidates), dtype=torch.bool, device="cpu")
+        while bool(left.any()):
+            here = left.nonzero()[:, 0]
+            z, slopes = (torch.stack([tried[k][part] for k in here], 1) for part in (0, 1))
+            gain, error = _gains(y, z, slopes, known[here], share)
+            gain = torch.where(gain > 2 * error, gain, 0.0)
+            best = int(gain.argmax())
+            if gain[best] < _GAIN:
+                break
+            i, column = candidates[int(here[best])]
+            found._set(i, column)
+            y[:, i] = z[:, best]
+            left &= known != i
         return found
 
     def _set(self, i: int, column: _Column) -> None:
@@ -279,27 +275,58 @@ def _spacing(order: Tensor) -> float | None:
     return spacing if smallest < spacing < math.inf else None
 
 
-def _scores(y: Tensor, log_det: Tensor, share: Tensor) -> Tensor:
-    """Log-densities of samples by the normal density of the others' moments, ``(n,)``, in nats but for a constant."""
+def _gains(y: Tensor, z: Tensor, slopes: Tensor, of: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """What candidates ``z`` ``(n, k)`` for the columns `of` ``(k,)`` of ``y`` bring a sample, and its standard error.
+
+    Args:
+        y: Samples ``(n, d)``.
+        z: A candidate in place of a column in each column.
+        slopes: Logarithms of its slopes ``(n, k)``.
+        of: Which column.
+        share: Weights of the samples ``(n,)``.
+    """
+    gained = torch.empty_like(z)
+    columns = torch.arange(y.shape[1], device="cpu")
     folds = torch.arange(len(y), device="cpu") % _FOLDS
-    found = torch.empty_like(share)
     for fold in range(_FOLDS):
         out = folds == fold
-        weight = share[~out] / share[~out].sum()
-        mean = weight @ y[~out]
-        centred = y[~out] - mean
-        covariance = (centred * weight[:, None]).T @ centred
-        scale = covariance.diagonal().clamp(min=1e-300).sqrt()
-        covariance = covariance / scale / scale[:, None]
-        covariance.diagonal().add_(1e-9)
-        factor = torch.linalg.cholesky_ex(covariance).L
-        away = torch.linalg.solve_triangular(factor, ((y[out] - mean) / scale).T, upper=False)
-        found[out] = -away.square().sum(0) / 2 - factor.diagonal().log().sum() - scale.log().sum()
-    return found + log_det.sum(1)
-
-
-def _mean(x: Tensor, share: Tensor) -> tuple[float, float]:
-    """The weighed mean and its standard error."""
+        others = _Others(y, out, share)
+        before = others(y, columns)[:, of]
+        gained[out] = (others(z, of) + slopes[out] - before).clamp(-_MOST, _MOST)
     weight = share / share.sum()
-    mean = weight @ x
-    return float(mean), float((weight.square() @ (x - mean).square()).sqrt())
+    mean = weight @ gained
+    return mean, (weight.square() @ (gained - mean).square()).sqrt()
+
+
+class _Others:
+    """The normal densities of columns given the others, by the moments of the samples that are not in a fold.
+
+    Args:
+        y: All samples ``(n, d)``.
+        out: Which are in the fold ``(n,)``.
+        share: Weights of the samples ``(n,)``.
+    """
+
+    def __init__(self, y: Tensor, out: Tensor, share: Tensor) -> None:
+        self._out, self._weight = out, share[~out] / share[~out].sum()
+        self._rest, self._away, _ = self._scaled(y)
+        covariance = (self._rest * self._weight[:, None]).T @ self._rest
+        covariance.diagonal().add_(_RIDGE)
+        self._precision = torch.linalg.inv(covariance)
+
+    def __call__(self, z: Tensor, of: Tensor) -> Tensor:
+        """Log-densities of the fold's ``z`` ``(n, k)``, in place of the columns `of`, but for a constant."""
+        rest, away, log_std = self._scaled(z)
+        cross = (self._rest * self._weight[:, None]).T @ rest
+        cross[of, torch.arange(len(of), device="cpu")] = 0.0
+        slope = self._precision @ cross
+        slope = slope - self._precision[:, of] * (slope.gather(0, of[None]) / self._precision.diagonal()[of])
+        variance = (1 + _RIDGE - (cross * slope).sum(0)).clamp(min=_RIDGE)
+        found: Tensor = -(away - self._away @ slope).square() / variance / 2 - variance.log() / 2 - log_std
+        return found
+
+    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples out of the fold and in it by the mean and the deviation of those out of it, and its logarithm."""
+        mean = self._weight @ x[~self._out]
+        std = (self._weight @ (x[~self._out] - mean).square()).sqrt().clamp(min=1e-300)
+        return (x[~self._out] - mean) / std, (x[self._out] - mean) / std, std.log()
