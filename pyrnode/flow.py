@@ -379,6 +379,6 @@ def _unfitted(config: Config, event_shape: tuple[int, ...], levels: int | None) 
             yield Edges.none(*shape)
         yield Standardize.identity(shape)
         if config.flow.whitens(event_shape):
-            yield Whiten.identity(*shape)
+            yield Whiten.identity(math.prod(shape))
         if config.flow.draws_in(event_shape):
             yield Radial.identity()

@@ -49,7 +49,8 @@ def score(args: argparse.Namespace) -> int:
         return _score_shard(flow, args, number, of, settings)
     calibration = _calibration(flow, args)
     if args.merge:
-        summary = merge_shards(flow, args.data, args.out, calibration=calibration, progress=talks(args))
+        del settings["chunk"]  # it is that of the shards
+        summary = merge_shards(flow, args.data, args.out, calibration=calibration, **settings)
     else:
         summary = score_file(flow, args.data, args.out, calibration=calibration, **settings)
     if args.json:

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pyrnode.bounded import centred
+from pyrnode.bounded import centred, check_near
 from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
+from pyrnode.data.frames import said
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.edges import Edges
@@ -60,8 +61,8 @@ class Blueprint:
             context_dim=splits.context_dim,
             context_transform=context_transform,
             data_dtype=self._data_dtype,
-            features=splits.features,
-            context_features=splits.context_features,
+            features=said(splits.features),
+            context_features=said(splits.context_features),
             dynamics=self.make,
         )
 
@@ -70,6 +71,8 @@ def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain |
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
     first = outset(config, splits.event_shape, splits.levels, splits.features, splits.context_features)
+    if splits.levels is None:
+        check_near(train, first, splits.name, splits.features)
     if Chain(first).turns > 1:
         few = train.first(CHOSEN_ON)
         first = centred(first, few.x, few.weight)
@@ -125,7 +128,7 @@ def _axes(
     """The whitening, by `fit` with the shrinkage that is best of some of the samples; and what draws their tails in."""
     auto = config.flow.standardize == "auto"
     shrinkage = Whiten.best_shrinkage(few, weight) if auto else 0.0
-    yield (whiten := Whiten.identity(few.shape[1]) if shrinkage == 1 else fit(shrinkage))
+    yield (whiten := Whiten.identity(few.shape[1], few.device) if shrinkage == 1 else fit(shrinkage))
     if config.flow.draws_in(splits.event_shape):
         y, weight = whiten(few[:CHOSEN_ON])[0], None if weight is None else weight[:CHOSEN_ON]
         yield Radial.identity() if auto and Radial.gain(y, weight) < _HEAVY else Radial.fit(y, weight)
