@@ -26,7 +26,7 @@ from pyrnode.errors import ConfigError, DataError
 from pyrnode.parts import Block, FactorOut, Squeeze, naming
 from pyrnode.precision import in_own_precision
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
-from pyrnode.seeds import Noise
+from pyrnode.seeds import Noise, plain
 from pyrnode.settings import whole
 from pyrnode.tracing import holds, recording
 from pyrnode.transforms import Chain
@@ -434,6 +434,8 @@ class Composition(nn.Module):
         """
         if not recording():
             n = whole(n, "n", 0, "number of samples")
+            if n * self.dim >= 2**59:
+                raise ConfigError(f"n = {n}: more samples than any memory holds")
         context = self.context_tensor(context)
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
@@ -441,7 +443,7 @@ class Composition(nn.Module):
         if seed is None:  # no generator argument: where operations are recorded, n is a symbol
             z = torch.randn(*shape, dtype=dtype, device="cpu")
         else:
-            generator = torch.Generator().manual_seed(whole(seed, "seed", None))
+            generator = torch.Generator().manual_seed(plain(seed))
             z = torch.randn(*shape, dtype=dtype, generator=generator, device="cpu")
         if context is not None and len(lead) == 2:
             context = context.repeat_interleave(n, 0)

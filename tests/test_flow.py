@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import pyrnode
+from pyrnode import files
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import ModuleDynamics
@@ -255,6 +257,12 @@ def test_other_bad_calls() -> None:
         flow.decode(torch.zeros(3, 5))
     with pytest.raises(ConfigError, match="n = -1: expected a number of samples, at least 0"):
         flow.sample(-1)
+    with pytest.raises(ConfigError, match="more samples than any memory holds"):
+        flow.sample(2**62)
+    with pytest.raises(ConfigError, match=r"seed = 1180591620717411303424: expected a whole number from -2\*\*63"):
+        flow.sample(1, seed=2**70)
+    with pytest.raises(CheckpointError, match="is a folder, not a file"):
+        files.read(Path(__file__).parent, "flow")
     with pytest.raises(ConfigError, match="unknown kind 'exakt'"):
         flow.log_prob(torch.zeros(1, 2), divergence="exakt")
     with pytest.raises(CheckpointError, match="does not exist"):
