@@ -15,6 +15,7 @@ from pyrnode import files
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import ModuleDynamics
+from pyrnode.edges import Edges
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.radial import Radial
@@ -35,9 +36,16 @@ def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool 
     transform = None
     if levels is None:
         sample = torch.randn(50, *event_shape).double() * 2 + 1
-        fitted: list[Transform] = [Standardize.fit(sample)] if config.flow.scales_features else []
+        fitted: list[Transform] = []
+        if config.flow.opens(event_shape, levels):  # by column two edges, a lower, an upper one, and again
+            rows = [(-4.0, 6.0, 10.0, 0.05, 0.1), (-5.0, 0.0, 4.0, 0.05, 0.0), (0.0, 7.0, 4.0, 0.0, 0.05)]
+            columns = torch.tensor([rows[i % 3] for i in range(math.prod(event_shape))], dtype=torch.float64)
+            fitted.append(Edges(*columns.T))
+            sample = fitted[0](sample)[0]
+        if config.flow.scales_features:
+            fitted.append(Standardize.fit(sample))
         if config.flow.whitens(event_shape):
-            fitted.append(Whiten.fit(fitted[0](sample)[0]))
+            fitted.append(Whiten.fit(fitted[-1](sample)[0]))
         if config.flow.draws_in(event_shape):
             fitted.append(Radial(*torch.tensor([1.5, 0.7], dtype=torch.float64)))
         transform = Chain(fitted)
@@ -56,6 +64,7 @@ FLOWS = {
     "vector, as it is": lambda: build((3,), flow__standardize="none", flow__network__activation="tanh"),
     "vector, whitened": lambda: build((3,), flow__standardize="whiten"),
     "vector, tails drawn in": lambda: build((3,), flow__standardize="radial"),
+    "vector, edges opened": lambda: build((3,), flow__standardize="auto"),
     "vector, own module": lambda: build((3,), own=True),
     "vector, potential": lambda: build((3,), flow__network__kind="potential"),
     "images, one scale": lambda: build((1, 4, 4), levels=17),
