@@ -7,7 +7,7 @@ It keeps scikit-learn's rules (``check_estimator``), so it goes into pipelines a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -220,6 +220,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """The settings of the run."""
         config = Config.preset(made_for(shape[1:])).override({"solver": self.solver})
         if not isinstance(self.hidden, str):  # an array does not compare as one
+            if not isinstance(self.hidden, Iterable):
+                raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as [64, 64]")
             config = config.override({"flow.network.hidden": list(self.hidden)})
         elif self.hidden != "auto":
             raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as (64, 64)")

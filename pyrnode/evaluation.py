@@ -38,13 +38,13 @@ class Score:
 
     Attributes:
         nats: ``log p(x)`` per sample.
-        nats_error: Its standard error over samples.
+        nats_error: Its standard error over samples; `None` for one sample.
         bits: ``−log₂ p(x) / d`` (bits per dimension; for discrete data of the integers' density).
         bits_error: Its standard error over the draws of dequantisation and probe noise; `None` for one draw.
     """
 
     nats: float
-    nats_error: float
+    nats_error: float | None
     bits: float
     bits_error: float | None
 
@@ -60,7 +60,7 @@ class Score:
         error = float(bits.std() / math.sqrt(count)) if count > 1 else None
         samples = draws.mean(0)
         spread = samples if weight is None else samples - samples.mean() * weight
-        nats_error = float(spread.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+        nats_error = float(spread.std() / math.sqrt(len(samples))) if len(samples) > 1 else None
         return cls(float(samples.mean()), nats_error, float(bits.mean()), error)
 
 
