@@ -66,14 +66,14 @@ class Calibration:
     def __repr__(self) -> str:
         return f"Calibration({len(self.scores)} scores, {self.scores[0]:g} to {self.scores[-1]:g})"
 
-    def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
+    def p_values(self, scores: ArrayLike | Tensor) -> NDArray[np.float64]:
         """Conformal p-values ``(m,)`` of log-densities ``(m,)``, from ``1/(n + 1)`` to 1; −inf has the smallest.
 
         Raises:
             DataError: A score is NaN. It has no rank, and a p-value of NaN would pass for an ordinary one wherever
                 ``p <= level`` is asked: where a density could not be computed, say −inf.
         """
-        scores = np.asarray(scores, dtype=np.float64)
+        scores = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores, dtype=np.float64)
         if np.isnan(scores).any():
             raise DataError(f"score {int(np.isnan(scores).argmax())} is NaN: expected log-densities, -inf for none")
         below = np.searchsorted(self.scores, scores, side="right")

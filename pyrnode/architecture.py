@@ -12,6 +12,9 @@ from pyrnode.settings import Section, at_least
 WHITENED = 1024
 """Up to how many dimensions ``"auto"`` whitens: a matrix of 8 MB."""
 
+OPENED = 128
+"""Up to how many columns it looks for edges of: the time grows with the cube."""
+
 Activation = Literal["softplus", "tanh", "silu", "gelu", "elu", "logcosh"]
 Standardization = Literal["auto", "radial", "whiten", "scale", "channels", "none"]
 
@@ -68,9 +71,10 @@ class FlowConfig(Section):
             and no scales, but principal axes.
         standardize: What continuous features, and the logits of flattened images, are brought to first: mean 0 and
             variance 1 (``"scale"``), on their principal axes (``"whiten"``, vectors alone), there with their tails
-            drawn in (``"radial"``), or as they are (``"none"``). ``"auto"`` whitens vectors as far as cross-validation
-            finds it better, and draws in tails that are heavy. ``"channels"`` is for images that stay images: all
-            pixels of a channel, or their logits, together. Contexts are scaled.
+            drawn in (``"radial"``), or as they are (``"none"``). ``"auto"`` opens out sharp edges of columns (up to
+            128), whitens vectors as far as cross-validation finds it better, and draws in tails that are heavy.
+            ``"channels"`` is for images that stay images: all pixels of a channel, or their logits, together.
+            Contexts are scaled.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -110,6 +114,11 @@ class FlowConfig(Section):
                 f"standardize = {self.standardize!r}: for {kind}, not for samples of shape {shape}; take {remedy}"
             )
         return self.scales_features and (levels is None or vectors or self.standardize == "channels")
+
+    def opens(self, event_shape: tuple[int, ...], levels: int | None) -> bool:
+        """Whether edges of columns are looked for, before anything else is done to them."""
+        few = levels is None and math.prod(event_shape) <= OPENED
+        return few and self.standardize == "auto" and self.whitens(event_shape)
 
     def whitens(self, event_shape: tuple[int, ...]) -> bool:
         """Whether standardised samples of that shape go on to their principal axes."""

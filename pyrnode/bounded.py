@@ -30,7 +30,7 @@ from pyrnode.data.arrays import column
 from pyrnode.data.frames import Names
 from pyrnode.data.samples import Samples, Source, Splits
 from pyrnode.errors import ConfigError, DataError
-from pyrnode.transforms import DoubleTransform, Transform
+from pyrnode.transforms import CHOSEN_ON, DoubleTransform, Transform
 
 _LARGEST = 700.0
 """Exponents at most: ``exp`` of more is beyond float64."""
@@ -294,6 +294,39 @@ def check_within(samples: Samples, transforms: Iterable[nn.Module], what: str, f
 
 _PIECE = 65_536
 """Rows that are looked at at a time."""
+
+_DISTANT = 1e9
+"""Standard deviations of the data that its bounds may be away, or its period may be long: with more, float64 rounds
+what the logarithms of distances have to tell apart, by 1e-3 nats at 1e12 of them, and by whole nats at 1e15."""
+
+
+def check_near(samples: Samples, transforms: Iterable[nn.Module], what: str, features: Names | None) -> None:
+    """Raises `DataError` where bounds or a period are so large that training samples are one point beside them.
+
+    Args:
+        samples: Training samples.
+        transforms: What they will go through.
+        what: What they are called.
+        features: Names of the columns.
+    """
+    x = samples.first(min(len(samples), CHOSEN_ON)).x.double()
+    mean, spread = x.mean(0), x.std(0, correction=0)
+    for part in transforms:
+        if isinstance(part, Periodic):
+            away, remedy = {"period": part.high - part.low}, "leave the period out"
+        elif isinstance(part, Bounded):
+            away = {"lower bound": mean - part.low, "upper bound": part.high - mean}
+            remedy = "leave that end open (None)"
+        else:
+            continue
+        for name, distance in away.items():
+            far = torch.isfinite(distance) & (distance > _DISTANT * spread) & (spread > 0)
+            if bool(far.any()):
+                i = int(far.nonzero()[0])
+                raise DataError(
+                    f"{what}: the {name} of column {column(i, features)} is {float(distance[i] / spread[i]):.1e} "
+                    f"standard deviations of its values away, where float64 does not tell them apart: {remedy}"
+                )
 
 
 def _check_within(samples: Samples, bounds: Bounded, what: str, features: Names | None) -> None:

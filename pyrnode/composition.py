@@ -26,7 +26,7 @@ from pyrnode.errors import ConfigError, DataError
 from pyrnode.parts import Block, FactorOut, Squeeze, naming
 from pyrnode.precision import in_own_precision
 from pyrnode.probes import Draw, Probes, SampleNoise, draw, no_probes
-from pyrnode.seeds import Noise
+from pyrnode.seeds import Noise, plain
 from pyrnode.settings import whole
 from pyrnode.tracing import holds, recording
 from pyrnode.transforms import Chain
@@ -239,9 +239,8 @@ class Composition(nn.Module):
         Raises:
             DataError: It does not consist of real numbers, or has other columns.
         """
-        if context is None:
-            return None
-        return numbers(columns_of(context, self.context_features, "the context"), "the context")
+        named = "the context"
+        return None if context is None else numbers(columns_of(context, self.context_features, named), named)
 
     def condition(self, context: Any, batch: int) -> Tensor | None:
         """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
@@ -256,10 +255,9 @@ class Composition(nn.Module):
 
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         """`x` as a tensor of samples of that shape, checked and converted."""
-        expected = f"expected (batch, {', '.join(map(str, shape))})"
         x = numbers(columns_of(x, self.features, what) if what == "input" else x, what)
         if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
-            raise DataError(f"{what} of shape {tuple(x.shape)}: {expected}")
+            raise DataError(f"{what} of shape {tuple(x.shape)}: expected (batch, {', '.join(map(str, shape))})")
         if not holds(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{what} has NaN or infinite values, first in sample {bad}")
@@ -273,8 +271,7 @@ class Composition(nn.Module):
         """`x` on the flow's device, in the finer of its type and the flow's; integers as float64, unless discrete."""
         dtype = torch.promote_types(x.dtype, self.reference.dtype)
         if not x.is_floating_point():
-            discrete = self.levels is not None and what == "input"
-            dtype = x.dtype if discrete else torch.float64
+            dtype = x.dtype if self.levels is not None and what == "input" else torch.float64
         return upload(x, self.reference.device).to(dtype)
 
     # -- the passage -------------------------------------------------------------------------------------------------
@@ -435,7 +432,10 @@ class Composition(nn.Module):
             ConfigError: `n` is no whole number, or negative.
             DataError: The context is missing, superfluous or of the wrong shape.
         """
-        n = n if recording() else whole(n, "n", 0, "number of samples")
+        if not recording():
+            n = whole(n, "n", 0, "number of samples")
+            if n * self.dim >= 2**59:
+                raise ConfigError(f"n = {n}: more samples than any memory holds")
         context = self.context_tensor(context)
         check_context(context, self.context_dim, None)
         lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
@@ -443,7 +443,7 @@ class Composition(nn.Module):
         if seed is None:  # no generator argument: where operations are recorded, n is a symbol
             z = torch.randn(*shape, dtype=dtype, device="cpu")
         else:
-            generator = torch.Generator().manual_seed(whole(seed, "seed", None))
+            generator = torch.Generator().manual_seed(plain(seed))
             z = torch.randn(*shape, dtype=dtype, generator=generator, device="cpu")
         if context is not None and len(lead) == 2:
             context = context.repeat_interleave(n, 0)

@@ -37,6 +37,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ConfigError(f"device = {name!r} cannot be used: its tensors have no numbers")
     return device
 
 

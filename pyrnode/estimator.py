@@ -7,7 +7,7 @@ It keeps scikit-learn's rules (``check_estimator``), so it goes into pipelines a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -24,7 +24,7 @@ from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config, made_for
 from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
-from pyrnode.data.frames import columns_of, is_frame, read_frame
+from pyrnode.data.frames import columns_of, is_frame, read_frame, said
 from pyrnode.errors import ConfigError, DataError, PyrnodeError, SolverWarning
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
@@ -178,7 +178,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         weights = None if sample_weight is None else _checked_weights(sample_weight, len(X))
         names, context_names = getattr(self, "feature_names_in_", None), None
         if is_frame(context):
-            context, context_names = read_frame(context, "context")
+            context, found = read_frame(context, "context")
+            context_names = said(found)
         given = None if context is None else _checked_context(context, len(X))
         if given is not None and given.ndim != 2:
             raise DataError(f"context has shape {tuple(given.shape)}: for one feature, pass context[:, None]")
@@ -219,6 +220,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """The settings of the run."""
         config = Config.preset(made_for(shape[1:])).override({"solver": self.solver})
         if not isinstance(self.hidden, str):  # an array does not compare as one
+            if not isinstance(self.hidden, Iterable):
+                raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as [64, 64]")
             config = config.override({"flow.network.hidden": list(self.hidden)})
         elif self.hidden != "auto":
             raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as (64, 64)")

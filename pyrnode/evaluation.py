@@ -34,29 +34,33 @@ _INVERTED = 64  # samples on which the round trip is checked
 
 @dataclass(frozen=True)
 class Score:
-    """A mean log-density in both units.
+    """A mean log-density in both units; weighted where the samples are.
 
     Attributes:
         nats: ``log p(x)`` per sample.
-        nats_error: Its standard error over samples.
+        nats_error: Its standard error over samples; `None` for one sample.
         bits: ``−log₂ p(x) / d`` (bits per dimension; for discrete data of the integers' density).
         bits_error: Its standard error over the draws of dequantisation and probe noise; `None` for one draw.
     """
 
     nats: float
-    nats_error: float
+    nats_error: float | None
     bits: float
     bits_error: float | None
 
     @classmethod
-    def of(cls, draws: Tensor, d: int) -> Score:
-        """From log-densities ``(draws, samples)`` in nats."""
+    def of(cls, draws: Tensor, d: int, weight: Tensor | None = None) -> Score:
+        """From log-densities ``(draws, samples)`` in nats; `weight` ``(samples,)``, one for all by default."""
         draws = draws.double()
+        if weight is not None:
+            weight = (weight / weight.mean()).to(draws)
+            draws = draws * weight  # whose plain means are weighted ones
         bits = -draws.mean(1) / d / math.log(2)
         count = len(bits)
         error = float(bits.std() / math.sqrt(count)) if count > 1 else None
         samples = draws.mean(0)
-        nats_error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+        spread = samples if weight is None else samples - samples.mean() * weight
+        nats_error = float(spread.std() / math.sqrt(len(samples))) if len(samples) > 1 else None
         return cls(float(samples.mean()), nats_error, float(bits.mean()), error)
 
 
@@ -173,6 +177,7 @@ def evaluate(
     config = config or _settings(flow)
     test, splits = _samples(flow, data, context)
     count = min(len(test), config.test_limit or len(test))
+    weight = None if test.weight is None else test.weight[:count]
     exact = config.divergence.exact(flow.dim)
     draws = config.draws if flow.levels is not None or not exact else 1
     scorer = _Scorer(flow, config, seed, world)
@@ -189,7 +194,7 @@ def evaluate(
         if discrete:
             bar.set_description("evaluate: bin centres")
             with extra("the score at the bins' centres", notes):
-                centre = Score.of(scorer.score(test, count, config.solver, 1, bar, centre=True)[0], flow.dim)
+                centre = Score.of(scorer.score(test, count, config.solver, 1, bar, centre=True)[0], flow.dim, weight)
         bar.set_description("evaluate: way back")
         with extra("the inversion error", notes):
             error = scorer.inversion_error(test, count, config.solver)
@@ -207,10 +212,12 @@ def evaluate(
                 notes.append(f"baselines are fitted up to {_BASELINE_DIM} dimensions; this data has {flow.dim}")
             else:
                 bar.set_description("evaluate: baselines")
+                if weight is not None:
+                    notes.append("the baselines are fitted as if all samples weighed the same, and scored by weight")
                 with extra("the baselines", notes):
                     table = world.once(lambda: _baseline_scores(flow, splits, count, draws, seed))
     return Report(
-        score=Score.of(log_prob, flow.dim),
+        score=Score.of(log_prob, flow.dim, weight),
         bin_centre=centre,
         true_entropy=density.entropy() if density is not None and density.exact else None,
         gap=None if gaps is None else float(gaps.mean()),
@@ -429,4 +436,5 @@ def _baseline_scores(flow: Flow, splits: Splits, count: int, draws: int, seed: i
         for name, baseline in fitted.items():
             each = baseline.log_prob(y).double() + log_det
             rows[name].append(each if turns == 1 else log_sum(each.unflatten(0, (turns, -1))))
-    return {name: Score.of(torch.stack(values), flow.dim) for name, values in rows.items()}
+    weight = None if splits.test.weight is None else splits.test.weight[:count]
+    return {name: Score.of(torch.stack(values), flow.dim, weight) for name, values in rows.items()}

@@ -251,7 +251,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} {'is a folder, not a file' if os.path.isdir(path) else 'does not exist'}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -22,6 +22,7 @@ from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
+from pyrnode.edges import Edges
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
@@ -374,8 +375,10 @@ def _unfitted(config: Config, event_shape: tuple[int, ...], levels: int | None) 
     """Transforms to load those of data into."""
     shape = config.flow.state_shape(event_shape)
     if config.flow.standardizes(event_shape, levels):
+        if config.flow.opens(event_shape, levels):
+            yield Edges.none(*shape)
         yield Standardize.identity(shape)
         if config.flow.whitens(event_shape):
-            yield Whiten.identity(*shape)
+            yield Whiten.identity(math.prod(shape))
         if config.flow.draws_in(event_shape):
             yield Radial.identity()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyrnode import agreement, comparisons, files, particles, plotting, solvers
 from pyrnode.data import Splits
+from pyrnode.data.frames import said
 from pyrnode.evaluation import Report, extra
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder
@@ -82,7 +83,7 @@ def _draw_pairs(folder: RunFolder, flow: Flow, splits: Splits) -> None:
     """Held-out rows of a wider table against as many samples, 2000 at most."""
     x = splits.test.tensor()[:2000]
     figure = comparisons.pair_plot(
-        x, flow.sample(len(x), seed=flow.config.seed), names=splits.features, title=splits.name
+        x, flow.sample(len(x), seed=flow.config.seed), names=said(splits.features), title=splits.name
     )
     plotting.save(figure, folder.path / "pairs.png")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrnode.errors import ConfigError
 from pyrnode.settings import whole
 
 _GLOBAL = threading.RLock()  # a network that is being made may make another
@@ -24,6 +25,14 @@ def derive(seed: int, *purpose: object) -> int:
     """A seed for one purpose: ``derive(0, "noise", step)``."""
     text = repr((whole(seed, "seed", None), *purpose)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def plain(seed: int) -> int:
+    """A seed as torch takes it itself; `ConfigError` where it is none."""
+    seed = whole(seed, "seed", None)
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed = {seed}: expected a whole number from -2**63 to 2**64 - 1")
+    return seed
 
 
 def generator(seed: int, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:

@@ -7,8 +7,9 @@ digest, and with what it is a shard of; one that is missing or damaged is named,
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
+from torch import Tensor
 
 from pyrnode import files
 from pyrnode.anomalies import (
@@ -34,6 +36,7 @@ from pyrnode.anomalies import (
     scores_or_none,
     write_scores,
 )
+from pyrnode.config import DataConfig
 from pyrnode.data.readers import Part
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
@@ -90,8 +93,9 @@ def score_shard(
     chunks = open_for(flow, data, chunk, as_settings(written), Part(shard, shards))
     rows = chunks.about() if progress else None
     here = None if rows is None else sum(min(chunk, rows - n) for n in range(shard * chunk, rows, shards * chunk))
+    digest = hashlib.sha256()
     with progress_bar(here, f"score shard {shard}/{shards}", unit="sample", show=progress) as bar:
-        parts = list(scored(flow, chunks, bar, scores_or_none))
+        parts = list(scored(flow, _seen(chunks, lambda _: digest), bar, scores_or_none))
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     tensors = {
         "log_prob": torch.cat([none, *(torch.from_numpy(part) for _, part in parts)]),
@@ -100,8 +104,16 @@ def score_shard(
     }
     path = shard_path(out, shard, shards)
     about = {"shard": shard, "shards": shards, "chunk": chunk, "model": fingerprint(flow), **_identity(data)}
+    about["samples"] = digest.hexdigest()
     files.write(path, _KIND, tensors, about)
     return path
+
+
+def _seen(chunks: Iterable[tuple[int, Tensor]], digest_of: Callable[[int], Any]) -> Iterator[tuple[int, Tensor]]:
+    """The same chunks, each of which has been added to the digest for its number."""
+    for number, (first, values) in enumerate(chunks):
+        digest_of(number).update(values.contiguous().numpy().tobytes())
+        yield first, values
 
 
 def _identity(data: str | Path) -> dict[str, Any]:
@@ -110,9 +122,17 @@ def _identity(data: str | Path) -> dict[str, Any]:
 
 
 def merge_shards(
-    flow: Flow, data: str | Path, out: str | Path, *, calibration: Calibration | None = None, progress: bool = False
+    flow: Flow,
+    data: str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration | None = None,
+    progress: bool = False,
+    **written: Unpack[Written],
 ) -> Summary:
     """Writes the scores of all shards to one file, in the order of the samples, as `score_file` does.
+
+    The samples are read once more, to see that they are those which were scored.
 
     Args:
         flow: The flow that scored them.
@@ -120,6 +140,7 @@ def merge_shards(
         out: The file to write, beside which the shards lie; they stay there.
         calibration: Held-out scores: all p-values are taken from them.
         progress: Show a progress bar.
+        **written: How a ``.csv`` file is written, as in `score_file`.
 
     Raises:
         CheckpointError: Shards are missing, damaged, of another flow, file or number of shards: the message names them,
@@ -129,10 +150,8 @@ def merge_shards(
     check_targets(data, out)
     paths = _shards(Path(out))
     wanted = {"shards": len(paths), "model": fingerprint(flow), **_identity(data)}
-    pieces = sorted(
-        (piece for number, path in enumerate(paths) for piece in _pieces(path, number, wanted)),
-        key=lambda piece: piece.first,
-    )
+    shards = [_read_shard(path, number, wanted) for number, path in enumerate(paths)]
+    pieces = sorted((piece for shard in shards for piece in shard.pieces), key=lambda piece: piece.first)
     end = 0
     for piece in pieces:
         if piece.first != end:
@@ -141,6 +160,7 @@ def merge_shards(
                 "different sizes; do all again with the same --chunk"
             )
         end += piece.length
+    _check_samples(flow, data, shards, as_settings(written), progress=progress)
     with progress_bar(end, "merge", unit="sample", show=progress) as bar:
         return write_scores(_read(pieces, bar), out, calibration)
 
@@ -172,8 +192,32 @@ def _shards(out: Path) -> list[Path]:
     return paths
 
 
-def _pieces(path: Path, number: int, wanted: dict[str, Any]) -> Iterator[_Piece]:
-    """The chunks of a shard's file, which is checked, whole, against its digest and what it must be of."""
+def _check_samples(flow: Flow, data: str | Path, shards: list[_Shard], config: DataConfig, *, progress: bool) -> None:
+    """Raises `CheckpointError` where the file has other samples now than a shard scored."""
+    digests = [hashlib.sha256() for _ in shards]
+    chunks = open_for(flow, data, shards[0].chunk, config)
+    with progress_bar(chunks.about(), "look at the samples again", unit="sample", show=progress) as bar:
+        for _, values in _seen(chunks, lambda number: digests[number % len(shards)]):
+            bar.update(len(values))
+    for number, (shard, digest) in enumerate(zip(shards, digests, strict=True)):
+        if shard.samples != digest.hexdigest():
+            raise CheckpointError(
+                f"{shard.path} is of another version of the file: do it again with --shard {number}/{len(shards)}"
+            )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What a shard's file holds: its chunks, how many samples one has, and the digest of them all."""
+
+    path: Path
+    pieces: list[_Piece]
+    chunk: int
+    samples: str
+
+
+def _read_shard(path: Path, number: int, wanted: dict[str, Any]) -> _Shard:
+    """A shard's file, which is checked, whole, against its digest and what it must be of."""
     again = f"do it again with --shard {number}/{wanted['shards']}"
     try:
         tensors, about = files.read(path, _KIND)
@@ -189,7 +233,7 @@ def _pieces(path: Path, number: int, wanted: dict[str, Any]) -> Iterator[_Piece]
             raise CheckpointError(f"it has scores of {tuple(tensors['log_prob'].shape)} for {sum(lengths)} samples")
         starts = [0, *np.cumsum(lengths).tolist()]
         pieces = [_Piece(path, *piece) for piece in zip(firsts, starts, lengths, strict=False)]
-    yield from pieces
+        return _Shard(path, pieces, whole(about["chunk"], "chunk", 1, "number of samples"), str(about["samples"]))
 
 
 def _read(pieces: list[_Piece], bar: Any) -> Iterator[tuple[int, NDArray[np.float64]]]:

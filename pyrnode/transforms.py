@@ -278,9 +278,11 @@ class Whiten(DoubleTransform):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def identity(cls, dim: int) -> Whiten:
+    def identity(cls, dim: int, device: torch.device | None = None) -> Whiten:
         """No rotation and no scale."""
-        return cls(torch.eye(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64))
+        return cls(
+            torch.eye(dim, dtype=torch.float64, device=device), torch.ones(dim, dtype=torch.float64, device=device)
+        )
 
     @classmethod
     def fit(cls, x: Tensor, weight: Tensor | None = None, *, shrinkage: float = 0.0) -> Whiten:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrnode.engines import Solution
 from pyrnode.probes import Draw, Probes
 
-_LEAST = -1e30
+LEAST = -1e30
 """A log-density at least, where shares are taken of it: of infinities they would be no numbers."""
 
 
@@ -28,7 +28,7 @@ def means(solution: Solution, each: Tensor) -> Solution:
         solution: That of ``(turns * batch)`` values.
         each: Their log-densities ``(turns, batch)``.
     """
-    share = torch.softmax(each.detach().clamp(min=_LEAST), 0)
+    share = torch.softmax(each.detach().clamp(min=LEAST), 0)
     integrals = {name: getattr(solution, name).unflatten(0, (len(each), -1)) for name in ("l", "E", "n", "D", "H")}
     return replace(solution, **{name: (share * values).sum(0) for name, values in integrals.items()})
 

@@ -30,6 +30,7 @@ from pyrnode.data.arrays import check_spread
 from pyrnode.engines import TorchEngine
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.probes import Draw, Probes, SampleNoise
+from pyrnode.turns import LEAST, log_sum
 
 PROBES = 16
 """Probes of an estimate with an error, where none are asked for."""
@@ -82,8 +83,7 @@ def log_prob_with_error(
     for piece, c in chunked(x, context, max(1, flow.chunk // max(k, 1))):  # each probe has a solve
         noise = SampleNoise(piece, divergence.seed, flow.reference.dtype)
         values = noise.spread(piece)
-        rows = _each_probe(flow, values, c, solver, noise, k)
-        estimate = rows.mean(0)
+        estimate, rows = _each_probe(flow, values, c, solver, noise, k)
         with torch.no_grad():
             finer = _finer(accurate, values, c, solver, noise, k)
             error = _total(rows.double(), estimate.double(), finer)
@@ -121,16 +121,25 @@ def _finer(flow: Composition, x: Tensor, c: Tensor | None, solver: SolverConfig,
 
 def _each_probe(
     flow: Composition, x: Tensor, c: Tensor | None, solver: SolverConfig, noise: SampleNoise, k: int
-) -> Tensor:
-    """Log-density by each of k probes, ``(k, batch)``, or exact, ``(1, batch)``, for k = 0.
+) -> tuple[Tensor, Tensor]:
+    """Log-density by k probes together ``(batch,)``, and by each ``(k, batch)``; exact, ``(1, batch)``, for k = 0.
 
-    An engine returns the mean over its probes, so each of them has a solve of its own.
+    An engine returns the mean over its probes, so each of them has a solve of its own. With periodic columns the mean
+    is one of each of the values that a sample stands for, before these are summed, as `Flow.log_prob` has it; what a
+    probe adds to it is linearised.
     """
     copies = max(k, 1)
     draw: Draw = noise.draw(k, one_each=True) if k else Probes.exact
     c = None if c is None else c.repeat(copies, 1)
     passage = flow.solve(x.repeat(copies, *[1] * (x.ndim - 1)), draw, solver, context=c)
-    return passage.log_prob.reshape(copies, -1)
+    if passage.turns is None:
+        rows = passage.log_prob.reshape(copies, -1)
+        return rows.mean(0), rows
+    each = passage.turns.unflatten(1, (copies, -1))
+    mean = each.mean(1)
+    estimate, possible = log_sum(mean), mean > -math.inf
+    away = torch.where(possible[:, None], each - mean[:, None], 0.0)
+    return estimate, estimate + (torch.softmax(mean.clamp(min=LEAST), 0)[:, None] * away).sum(0)
 
 
 def _total(rows: Tensor, estimate: Tensor, finer: Tensor) -> Tensor:

@@ -518,3 +518,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for bad, said in ((["--bounds", "a=0"], "expected COLUMN=LOW:HIGH"), (["--bounds", "a=0.5:1"], "column 'a' has")):
         assert main([*call, *bad, "--out", str(tmp_path / "other")]) != 0
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"bounds": {"0": (-1e15, 1e15)}}, r"the lower bound of column .* is .*e\+1[45] standard deviations .*open"),
+        ({"bounds": {"0": (None, 1e10)}}, r"the upper bound of column .* is .*e\+(09|10) standard deviations .*open"),
+        ({"period": {"0": (0.0, 1e12)}}, r"the period of column .*standard deviations of .*leave the period out"),
+    ],
+)
+def test_ends_that_are_beyond_what_numbers_tell_apart_are_refused(columns: dict[str, Any], message: str) -> None:
+    """Bounds of 1e15 gave a density that integrates to 3.4."""
+    x = torch.randn(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x - x.mean()) / x.std()
+    x = x + 10 if "period" in columns else x
+    settings = {"hidden": [4], "max_steps": 1, "evaluate": False, "progress": False, "engine": "torch"}
+    with pytest.raises(DataError, match=message):
+        pyrnode.train(x, **columns, **settings)
+    with pytest.raises(DataError, match=message):
+        pyrnode.RNODEDensity(hidden=(4,), max_steps=1, **columns).fit(x.numpy())

@@ -205,6 +205,23 @@ def test_evaluating_a_run_again_gives_the_runs_own_numbers(
     assert capsys.readouterr().out == (out / "report.txt").read_text()
 
 
+def test_data_that_have_changed_since_are_not_held_out(tmp_path: Path, capsys: Any) -> None:
+    """A file that has grown is split anew: what is tested now was trained on then."""
+    x = np.random.default_rng(0).normal(size=(120, 2))
+    path, folder = tmp_path / "x.npy", tmp_path / "run"
+    np.save(path, x)
+    train = ["train", str(path), "--out", str(folder), "--set", "max_steps=2", "--set", "hidden=[4]", "--no-evaluation"]
+    assert run(*train, "--quiet") == 0
+    assert run("evaluate", str(folder), "--quiet") == 0
+    score = ["score", str(folder), str(path), "--out", str(tmp_path / "s.csv"), "--calibrate", "test", "--quiet"]
+    assert run(*score) == 0
+    np.save(path, np.concatenate([x, x[:5] + 1]))
+    capsys.readouterr()
+    for command in (["evaluate", str(folder), "--quiet"], score):
+        assert run(*command) == 1
+        assert "is no longer what" in capsys.readouterr().err
+
+
 def test_evaluate_takes_settings_and_other_data(vectors: Path, tmp_path: Path, capsys: Any) -> None:
     values = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
     np.save(tmp_path / "x.npy", values)

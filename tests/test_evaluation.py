@@ -93,6 +93,24 @@ def by_hand(x: Tensor) -> Tensor:
     return normal_score(y) + log_det - 16 * math.log(LEVELS)
 
 
+def test_weights_of_test_samples_weigh_their_scores() -> None:
+    """Of whole weights: the score of the samples, each as often as it weighs; the baselines' too."""
+    x = torch.randn(300, 2).double() * torch.tensor([1.0, 4.0])
+    counts = torch.arange(100) % 4 + 1
+    once, often = splits_of(x), splits_of(x)
+    weighted = replace(once, test=once.test.carrying(weight=counts.double()))
+    often = replace(often, test=TensorSamples(x[:100].repeat_interleave(counts, 0)))
+    flow = vectors(sample=x, divergence={"kind": "exact"})
+    found, expected = (evaluate(flow, splits) for splits in (weighted, often))
+    assert found.score.nats == pytest.approx(expected.score.nats, abs=1e-9)
+    assert found.score.bits == pytest.approx(expected.score.bits, abs=1e-9)
+    assert found.score.nats != pytest.approx(evaluate(flow, once).score.nats, abs=1e-3)
+    assert found.baselines["gaussian"].nats == pytest.approx(expected.baselines["gaussian"].nats, abs=1e-9)
+    assert any("scored by weight" in note for note in found.notes)
+    plain, same = Score.of(x[:, :1].T, 1), Score.of(x[:, :1].T, 1, torch.full((300,), 7.0))
+    assert same.nats_error == pytest.approx(plain.nats_error)
+
+
 def test_bits_per_dimension_of_the_identity_flow_are_those_of_the_formula() -> None:
     x = pixels(6)
     report = evaluate(images(identity=True), x, config=EvaluationConfig(draws=3))

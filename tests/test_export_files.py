@@ -140,7 +140,12 @@ def test_safetensors_come_back(name: str, settings: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"flow__network__time": "concatsquash", "flow__blocks": 2}, {"flow__standardize": "radial"}],
+    [
+        {},
+        {"flow__network__time": "concatsquash", "flow__blocks": 2},
+        {"flow__standardize": "radial"},
+        {"flow__standardize": "auto"},
+    ],
 )
 @pytest.mark.parametrize("activation", ["softplus", "tanh"])
 def test_description_is_read_by_the_documentations_reader(

@@ -107,7 +107,7 @@ def test_foreign_files_are_errors(tmp_path: Path) -> None:
         files.read(path, "flow")
     with pytest.raises(CheckpointError, match="does not exist"):
         files.read(tmp_path / "none.safetensors", "flow")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="is a folder, not a file"):
         files.read(tmp_path, "flow")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import pyrnode
+from pyrnode import files
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, Divergence
 from pyrnode.dynamics import ModuleDynamics
+from pyrnode.edges import Edges
 from pyrnode.errors import CheckpointError, ConfigError, DataError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.radial import Radial
@@ -33,9 +36,16 @@ def build(event_shape: tuple[int, ...], *, levels: int | None = None, own: bool 
     transform = None
     if levels is None:
         sample = torch.randn(50, *event_shape).double() * 2 + 1
-        fitted: list[Transform] = [Standardize.fit(sample)] if config.flow.scales_features else []
+        fitted: list[Transform] = []
+        if config.flow.opens(event_shape, levels):  # by column two edges, a lower, an upper one, and again
+            rows = [(-4.0, 6.0, 10.0, 0.05, 0.1), (-5.0, 0.0, 4.0, 0.05, 0.0), (0.0, 7.0, 4.0, 0.0, 0.05)]
+            columns = torch.tensor([rows[i % 3] for i in range(math.prod(event_shape))], dtype=torch.float64)
+            fitted.append(Edges(*columns.T))
+            sample = fitted[0](sample)[0]
+        if config.flow.scales_features:
+            fitted.append(Standardize.fit(sample))
         if config.flow.whitens(event_shape):
-            fitted.append(Whiten.fit(fitted[0](sample)[0]))
+            fitted.append(Whiten.fit(fitted[-1](sample)[0]))
         if config.flow.draws_in(event_shape):
             fitted.append(Radial(*torch.tensor([1.5, 0.7], dtype=torch.float64)))
         transform = Chain(fitted)
@@ -54,6 +64,7 @@ FLOWS = {
     "vector, as it is": lambda: build((3,), flow__standardize="none", flow__network__activation="tanh"),
     "vector, whitened": lambda: build((3,), flow__standardize="whiten"),
     "vector, tails drawn in": lambda: build((3,), flow__standardize="radial"),
+    "vector, edges opened": lambda: build((3,), flow__standardize="auto"),
     "vector, own module": lambda: build((3,), own=True),
     "vector, potential": lambda: build((3,), flow__network__kind="potential"),
     "images, one scale": lambda: build((1, 4, 4), levels=17),
@@ -255,6 +266,12 @@ def test_other_bad_calls() -> None:
         flow.decode(torch.zeros(3, 5))
     with pytest.raises(ConfigError, match="n = -1: expected a number of samples, at least 0"):
         flow.sample(-1)
+    with pytest.raises(ConfigError, match="more samples than any memory holds"):
+        flow.sample(2**62)
+    with pytest.raises(ConfigError, match=r"seed = 1180591620717411303424: expected a whole number from -2\*\*63"):
+        flow.sample(1, seed=2**70)
+    with pytest.raises(CheckpointError, match="is a folder, not a file"):
+        files.read(Path(__file__).parent, "flow")
     with pytest.raises(ConfigError, match="unknown kind 'exakt'"):
         flow.log_prob(torch.zeros(1, 2), divergence="exakt")
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -84,23 +84,34 @@ NETWORKS = {
     "mlp": {"kind": "mlp", "hidden": [8, 8], "activation": "tanh"},
     "squashed": {"kind": "mlp", "hidden": [8], "activation": "softplus", "time": "concatsquash"},
     "potential": {"kind": "potential", "hidden": [6, 6], "activation": "logcosh", "rank": 2},
+    "table": {"kind": "mlp", "hidden": [8, 8], "activation": "tanh"},
+    "tails": {"kind": "mlp", "hidden": [8], "activation": "tanh"},
+    "plain": {"kind": "mlp", "hidden": [8], "activation": "tanh"},
 }
+STANDARDIZED = {"table": "auto", "tails": "radial", "plain": "none"}
+"""Of these networks, and all others are whitened."""
 
 
-def flow(network: dict[str, object]) -> Flow:
-    """A flow of two blocks in double precision, with a transform of the data, and parameters that are not small."""
-    settings = {"network": network, "blocks": 2, "end_time": 1.5, "standardize": "whiten"}
+def flow(name: str) -> Flow:
+    """A flow of two blocks in double precision, with transforms of the data, and parameters that are not small."""
+    standardize = STANDARDIZED.get(name, "whiten")
+    settings = {"network": NETWORKS[name], "blocks": 2, "end_time": 1.5, "standardize": standardize}
     solver = {"name": "RK4", "step_size": 1 / 16}
     config = {"dtype": "float64", "engine": "torch", "flow": settings, "evaluation": {"solver": solver}}
     found, generator = Flow.build(Config.from_dict(config), (3,)), torch.Generator().manual_seed(1)
     tensors = {
-        name: 0.4 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for name, x in found.state_dict().items()
+        key: 0.4 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for key, x in found.state_dict().items()
     }
-    for name, x in tensors.items():
-        if name.endswith((".std", ".scale")):
-            tensors[name] = x.exp()
-        elif name.endswith(".rotation"):
-            tensors[name] = torch.linalg.qr(x)[0]
+    edges = {"low": [-1.0, 0.5, 0.0], "high": [1.5, 0.0, 1.0], "width": [2.5, 2.0, 3.0]}
+    edges |= {"soft_low": [0.01, 0.02, 0.0], "soft_high": [0.03, 0.0, 0.01]}
+    for key, x in tensors.items():
+        last = key.rpartition(".")[2]
+        if last in edges:
+            tensors[key] = torch.tensor(edges[last], dtype=torch.float64)
+        elif last in ("std", "scale", "curvature"):
+            tensors[key] = x.exp()
+        elif last == "rotation":
+            tensors[key] = torch.linalg.qr(x)[0]
     found.load_state_dict(tensors)
     return found
 
@@ -109,16 +120,18 @@ def test_files_cross_both_ways(tmp_path: Path) -> None:
     """Python's file gives the same log-densities in Julia, and Julia's the same in Python."""
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = {}
-    for name, network in NETWORKS.items():
-        written = flow(network)
+    for name in NETWORKS:
+        written = flow(name)
         written.save(tmp_path / f"{name}.safetensors")
         expected[name] = written.log_prob(x).detach()
         (tmp_path / f"{name}.x").write_bytes(x.numpy().tobytes())
         (tmp_path / f"{name}.p").write_bytes(expected[name].numpy().tobytes())
+    between = Flow.build(Config().override({"bounds": {"0": (0, 1)}}), (2,))
+    between.save(tmp_path / "refused.safetensors")
     found = run("files.jl", str(tmp_path))
-    assert found.keys() == NETWORKS.keys()
+    assert found.keys() == NETWORKS.keys() | {"refused"}
     assert max(found.values()) < 1e-10
     for name, values in expected.items():
         back = pyrnode.load(tmp_path / f"{name}.back", engine="torch")
-        assert back.config.flow == flow(NETWORKS[name]).config.flow
+        assert back.config.flow == flow(name).config.flow
         assert float((back.log_prob(x).detach() - values).abs().max()) < 1e-12

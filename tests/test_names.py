@@ -210,3 +210,24 @@ def test_orderings() -> None:
     assert ordering(("b", "a"), None, "x") is None
     assert ordering(("2", "0", "1"), None, "x") == [1, 2, 0]
     assert ordering(("0", "1"), ("1", "0"), "x") == [1, 0]
+    assert ordering(("0", "1"), ("a", "b"), "x") is None
+    assert ordering(("0", "1", "2"), ("2", "0", "1"), "x") == [2, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_numbers_in_another_order_are_names_in_every_table(suffix: str, tmp_path: Path) -> None:
+    """A model of columns 1, 0 takes a table whose columns are 0, 1 by name, whatever the table comes in."""
+    frame = people().set_axis(["0", "1"], axis=1)
+    swapped = frame[["1", "0"]]
+    flow = pyrnode.train(swapped, **QUICK).flow
+    path = tmp_path / f"table{suffix}"
+    frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    with torch.no_grad():
+        expected = flow.log_prob(swapped.to_numpy())
+        assert torch.equal(flow.log_prob(frame), expected)
+        assert torch.equal(flow.log_prob(frame.set_axis([0, 1], axis=1)), expected)
+    assert pyrnode.evaluate(flow, frame).score == pyrnode.evaluate(flow, swapped).score
+    score_file(flow, path, tmp_path / "scores.parquet")
+    scores = pd.read_parquet(tmp_path / "scores.parquet")["log_prob"].to_numpy()
+    assert np.allclose(scores, expected.numpy(), atol=1e-9)
+    assert load(path).ordered(flow.features, None).features == ("1", "0")

@@ -191,7 +191,7 @@ LAYERS = (
     ("composition", "parts", "turns"),
     ("engines",),
     ("probes", "files"),
-    ("data", "dynamics", "radial", "transforms", "bounded"),
+    ("data", "dynamics", "radial", "edges", "transforms", "bounded"),
     (
         "config",
         "architecture",

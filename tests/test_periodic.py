@@ -162,6 +162,7 @@ def test_a_value_alone_or_in_a_batch_has_the_same_estimate() -> None:
     alone = torch.cat([flow.log_prob(row[None], divergence=estimate) for row in x])
     assert torch.allclose(flow.log_prob(x, divergence=estimate), alone, rtol=0, atol=1e-9)
     value, error = flow.log_prob(x, divergence=estimate, return_error=True)
+    assert torch.allclose(value, alone, rtol=0, atol=1e-9)  # probes are averaged before turns are summed
     assert bool(((value - flow.log_prob(x)).abs() < 6 * error + 1e-6).all())
 
 

@@ -129,7 +129,8 @@ def test_what_is_no_bijection_is_refused(scale: float, curvature: float) -> None
 def test_tails_are_drawn_in_where_they_are_heavy(x: Tensor, drawn_in: bool) -> None:
     auto = Blueprint(splits(x), None).fitted(Config().override({**SETTINGS, "standardize": "auto"}))
     asked = Blueprint(splits(x), None).fitted(Config().override({**SETTINGS, "standardize": "radial"}))
-    scale, whiten, found = auto.transform.transforms
+    edges, scale, whiten, found = auto.transform.transforms
+    assert torch.equal(edges(x)[0], x)
     assert [type(part) for part in asked.transform.transforms] == [Standardize, Whiten, Radial]
     assert isinstance(found, Radial)
     assert bool(found.curvature > 0) == drawn_in

@@ -23,6 +23,7 @@ from pyrnode.cli.score import score_arguments
 from pyrnode.config import Config, DataConfig
 from pyrnode.data import Splits, load
 from pyrnode.data.chunks import open_chunks
+from pyrnode.data.frames import said
 from pyrnode.data.images import ImageFiles
 from pyrnode.data.readers import open_file
 from pyrnode.errors import ConfigError, DataError
@@ -47,7 +48,7 @@ def check(path: Path, features: Sequence[str], rows: list[list[float]], **settin
     """Training and scoring read these rows, `REPEATS` times."""
     config = DataConfig(**settings)
     splits = load(path, config=config)
-    assert splits.features == (None if features[0] == "x0" else tuple(features))
+    assert said(splits.features) == (None if features[0] == "x0" else tuple(features))
     assert everything(splits) == sorted(rows * REPEATS)
     dialect = {} if not settings else {"config": config}
     chunks = list(open_chunks(path, 5, event_shape=(len(features),), **dialect))

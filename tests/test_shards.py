@@ -125,6 +125,22 @@ def test_shards_of_something_else_are_refused(flow: Flow, scored: tuple[Path, Pa
         merge_shards(flow, data, out)
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".csv"])
+def test_a_file_with_other_samples_of_the_same_size_is_another_version(flow: Flow, tmp_path: Path, suffix: str) -> None:
+    """Written anew between two shards: neither its name nor its size tells."""
+    x, out = normal(100).round(6), tmp_path / "scores.csv"
+    data = write(tmp_path / f"x{suffix}", x)
+    score_shard(flow, data, out, 0, 2, chunk=7)
+    changed = x.copy()
+    changed[:] = x[::-1]
+    assert write(tmp_path / f"x{suffix}", changed).stat().st_size == data.stat().st_size
+    score_shard(flow, data, out, 1, 2, chunk=7)
+    with pytest.raises(CheckpointError, match=r"shard-0-of-2.* is of another version of the file: .*--shard 0/2"):
+        merge_shards(flow, data, out)
+    score_shard(flow, data, out, 0, 2, chunk=7)
+    merge_shards(flow, data, out)
+
+
 def test_there_may_be_no_shards(flow: Flow, tmp_path: Path) -> None:
     data = write(tmp_path / "x.npy", normal(20))
     with pytest.raises(CheckpointError, match=r"there are no shards of .*: score them first, each with --shard I/N"):

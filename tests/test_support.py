@@ -31,6 +31,12 @@ FOUND: dict[str, tuple[dict[str, Any], str]] = {
     "shares": ({"a": A, "b": B, "c": C, "d": 1 - A - B - C}, r"is a linear combination of '\w', '\w', '\w'"),
     "one-hot": ({"a": A, **{f"is{i}": (i == K) * 1.0 for i in range(3)}}, r"columns 'is0', 'is1', 'is2' \(3 of 4\)"),
     "classes": ({"a": A, "k": K * 1.0}, r"column 'k' \(of 2\) has values that recur \(the commonest in 3\d%"),
+    "row numbers": ({"a": A, "id": np.arange(400.0)}, r"column 'id' numbers the rows: drop it"),
+    "a code": (
+        {"a": A, "b": np.where((K == 2) & (A > 1), -999.0, B)},
+        r"column 'b': -999, in \d+ of \d+ rows, is far from",
+    ),
+    "a mistake": ({"a": A, "b": np.where(A > 1.5, 1e9 * A, B)}, r"column 'b': .* ranges from"),
     "zeros": ({"a": A, "rain": np.maximum(B, 0)}, r"column 'rain' \(of 2\) has values that recur"),
 }
 
@@ -58,6 +64,7 @@ def test_nothing_is_said_of_ordinary_data(dtype: Any) -> None:
         {"a": 1e-9 * A, "b": 1e9 * B},
         {"a": A.round(2), "b": B},
         {"a": A[:12], "b": B[:12]},
+        {"a": np.exp(2 * A), "b": RNG.standard_t(2, 400)},
     ):
         assert of(columns, dtype) == []
     for name in ("8gaussians", "two-bumps", "moons", "digits"):
@@ -95,6 +102,7 @@ def test_it_is_said_once_in_the_report_and_on_the_terminal(capsys: pytest.Captur
     result = pyrnode.train(pd.DataFrame({"a": A, "b": B, "c": A + B}), **QUICK)
     assert result.report is not None
     (note,) = [note for note in result.report.notes if "linear combination" in note]
+    assert result.notes == [note]
     assert note in str(result.report)
     assert capsys.readouterr().err.count("is a linear combination of") == 1
 

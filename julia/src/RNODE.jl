@@ -63,6 +63,7 @@ include("solvers.jl")      # algorithms by name, and their tableaus
 include("engine.jl")       # one solve, and its pullback by every sensitivity algorithm
 include("backprop.jl")     # the pullback through the solve's own steps
 include("flux.jl")         # the layer for Julia users: RNODELayer <: DiffEqFlux.CNFLayer
+include("transforms.jl")   # what data go through before the blocks
 include("distribution.jl") # a trained flow for Distributions.jl, and its training in one call
 include("json.jl")       # what files say of themselves
 include("files.jl")      # flows as files that Python reads and writes too

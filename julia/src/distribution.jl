@@ -1,32 +1,6 @@
 # A trained flow as a distribution of Distributions.jl, and its training in one call (pyrnode/flow.py, pyrnode/estimator.py).
 
 """
-What data go through before the blocks, in double precision whatever these compute in: `y = Rᵀ((x − mean)/std)/scale`, where the
-rotation `R` may be `nothing` (pyrnode/transforms.py's Standardize and Whiten).
-"""
-struct Affine
-    mean::Vector{Float64}
-    std::Vector{Float64}
-    rotation::Union{Nothing,Matrix{Float64}}
-    scale::Vector{Float64}
-end
-
-Affine(mean, std) = Affine(mean, std, nothing, ones(length(mean)))
-Affine(dim::Integer) = Affine(zeros(dim), ones(dim))
-
-function (a::Affine)(x)
-    y = (x .- a.mean) ./ a.std
-    return (a.rotation === nothing ? y : transpose(a.rotation) * y) ./ a.scale
-end
-
-function invert(a::Affine, y)
-    y = y .* a.scale
-    return a.mean .+ a.std .* (a.rotation === nothing ? y : a.rotation * y)
-end
-
-log_determinant(a::Affine) = -sum(log, a.std) - sum(log, a.scale)
-
-"""
     RNODEDistribution(layer::RNODELayer, ps)
 
 A flow with its parameters as a `Distributions.ContinuousMultivariateDistribution`: `logpdf` (nats) of a vector or of a matrix, one
@@ -43,31 +17,33 @@ rand(rng, d, 1000)    # (d, 1000)
 struct RNODEDistribution{V<:AbstractVector} <: ContinuousMultivariateDistribution
     layers::Vector{RNODELayer}  # the blocks in the order in which they carry data to the base
     θ::Vector{V}                # the parameters of each
-    affine::Affine
+    transforms::Vector{Transform}  # what data go through before
 
-    function RNODEDistribution(layers::Vector{<:RNODELayer}, θ::Vector{V}, affine::Affine) where {V<:AbstractVector}
+    function RNODEDistribution(layers::Vector{<:RNODELayer}, θ::Vector{V}, transforms::AbstractVector{<:Transform}) where {V<:AbstractVector}
         for (layer, parameters) in zip(layers, θ)
             given = event_size(layer.model)
             length(given) == 1 && context_length(layer.model) == 0 || throw(ArgumentError(
                 "dynamics of states of size $given and context length $(context_length(layer.model)): a distribution is of vectors, " *
                 "without a context",
             ))
-            only(given) == length(affine.mean) ||
-                throw(DimensionMismatch("a block of $(only(given)) dimensions: expected $(length(affine.mean))"))
+            for part in transforms
+                dim = dimensions(part)
+                dim in (only(given), nothing) || throw(DimensionMismatch("a block of $(only(given)) dimensions: expected $dim"))
+            end
             expected = LuxCore.parameterlength(layer.model)
             length(parameters) == expected ||
                 throw(DimensionMismatch("$(length(parameters)) parameters: expected $expected, as the dynamics have them"))
         end
-        return new{V}(layers, θ, affine)
+        return new{V}(layers, θ, transforms)
     end
 end
 
 event_size(d::Union{Layered,LuxDynamics}) = d.event
 event_size(d::PotentialNetwork) = (d.dim,)
 
-RNODEDistribution(layer::RNODELayer, ps) = RNODEDistribution([layer], [ps.θ], Affine(first(event_size(layer.model))))
+RNODEDistribution(layer::RNODELayer, ps) = RNODEDistribution([layer], [ps.θ], Transform[])
 
-Base.length(d::RNODEDistribution) = length(d.affine.mean)
+Base.length(d::RNODEDistribution) = first(event_size(first(d.layers).model))
 Base.eltype(::Type{RNODEDistribution{V}}) where {V} = eltype(V)
 Base.show(io::IO, d::RNODEDistribution) = print(
     io, "RNODEDistribution of ", length(d), " dimensions: ", length(d.layers), " block", length(d.layers) == 1 ? "" : "s", " of ",
@@ -79,13 +55,18 @@ check_length(d, x) =
 
 function Distributions.logpdf(d::RNODEDistribution, x::AbstractMatrix{<:Real})
     check_length(d, x)
-    z = convert(Matrix{eltype(d)}, d.affine(x))
+    y, log_determinants = Float64.(x), zeros(size(x, 2))
+    for transform in d.transforms
+        y, each = transform(y)
+        log_determinants += each
+    end
+    z = convert(Matrix{eltype(d)}, y)
     l = zeros(eltype(d), size(x, 2))
     for (layer, θ) in zip(d.layers, d.θ)
         solution = integrate(layer.model, θ, z, exact_probes(), layer.tspan, layer.solver)
         z, l = solution.z, l + solution.l
     end
-    return base_logpdf(z) .+ l .+ log_determinant(d.affine)
+    return base_logpdf(z) .+ l .+ log_determinants
 end
 
 Distributions._logpdf(d::RNODEDistribution, x::AbstractVector{<:Real}) = only(Distributions.logpdf(d, reshape(x, :, 1)))
@@ -99,7 +80,7 @@ function generate(d::RNODEDistribution, z::AbstractMatrix)
     for (layer, θ) in Iterators.reverse(zip(d.layers, d.θ))
         z = generate(layer, (; θ), z)
     end
-    return invert(d.affine, z)
+    return foldr(invert, d.transforms; init=Float64.(z))
 end
 
 Distributions._rand!(rng::AbstractRNG, d::RNODEDistribution, x::AbstractMatrix{<:Real}) =
@@ -134,8 +115,8 @@ function Distributions.fit(
     ))
     order = Random.randperm(rng, size(X, 2))
     held = clamp(round(Int, validation * size(X, 2)), 1, size(X, 2) - 1)
-    own = convert(Matrix{T}, affine(view(X, :, order[(held + 1):end])))
-    judge(θ) = sum(Distributions.logpdf(RNODEDistribution([RNODELayer(dynamics; solver=accurate)], [θ], affine), X[:, order[1:held]]))
+    own = convert(Matrix{T}, first(affine(view(X, :, order[(held + 1):end]))))
+    judge(θ) = sum(Distributions.logpdf(RNODEDistribution([RNODELayer(dynamics; solver=accurate)], [θ], [affine]), X[:, order[1:held]]))
     θ = convert(Vector{T}, LuxCore.initialparameters(rng, dynamics).θ)
     state, best, found = Optimisers.setup(Optimisers.Adam(T(rate)), θ), copy(θ), judge(θ)
     for step in 1:steps
@@ -146,7 +127,7 @@ function Distributions.fit(
         score = judge(θ)
         score > found && (best, found = copy(θ), score)
     end
-    return RNODEDistribution([RNODELayer(dynamics; solver=accurate)], [best], affine)
+    return RNODEDistribution([RNODELayer(dynamics; solver=accurate)], [best], [affine])
 end
 
 "The gradient of eq. 17, per dimension."

@@ -35,6 +35,7 @@ function load_flow(path::AbstractString; solver::Union{Nothing,Solver}=nothing)
     unlike(what) = throw(ArgumentError("$path holds a flow $what: RNODE reads flows of vectors, without a context; load it with Python"))
     length(shape) == 1 && description["levels"] === nothing || unlike("of images")
     description["context_dim"] == 0 || unlike("with a context")
+    any(v -> v !== nothing && !isempty(v), values(get(config, "columns", Dict{String,Any}()))) && unlike("with columns that have bounds or a period")
     setting(default, names...) = foldl((table, name) -> table isa AbstractDict ? get(table, name, default) : default, names; init=config)
     dynamics = network_of(only(shape), (default, name) -> setting(default, "flow", "network", name))
     solver === nothing && (solver = solver_of((default, name) -> setting(default, "evaluation", "solver", name)))
@@ -42,7 +43,7 @@ function load_flow(path::AbstractString; solver::Union{Nothing,Solver}=nothing)
     count = setting(1, "flow", "blocks")
     layers = [RNODELayer(dynamics, tspan; solver) for _ in 1:count]
     θ = [reduce(vcat, [tensor(tensors, "parts.$(i - 1).dynamics.$name", size) for (name, size) in layout(dynamics)]) for i in 1:count]
-    return RNODEDistribution(layers, θ, affine_of(tensors, only(shape)))
+    return RNODEDistribution(layers, θ, transforms_of(tensors, only(shape), unlike))
 end
 
 function network_of(dim, setting)
@@ -88,13 +89,62 @@ function tensor(tensors, name, size)
     return tensors[name].values
 end
 
-"The transform of the data that a file holds; none is the identity."
-function affine_of(tensors, dim)
-    part(i, name, size, default) =
-        haskey(tensors, "transform.transforms.$i.$name") ? Float64.(tensor(tensors, "transform.transforms.$i.$name", size)) : default
-    rotation = part(1, "rotation", [dim, dim], nothing)
-    rotation === nothing || (rotation = permutedims(reshape(rotation, dim, dim)))
-    return Affine(part(0, "mean", [dim], zeros(dim)), part(0, "std", [dim], ones(dim)), rotation, part(1, "scale", [dim], ones(dim)))
+"The transforms of the data that a file holds, in order; `unlike` says of what flow they are where they are not known here."
+function transforms_of(tensors, dim, unlike)
+    left = Set(name for name in keys(tensors) if startswith(name, "transform.") || startswith(name, "context_transform."))
+    found = Transform[]
+    prefix(i) = "transform.transforms.$i."
+    has(i, name) = prefix(i) * name in left
+    function take(i, name, size=[dim])
+        delete!(left, prefix(i) * name)
+        return Float64.(tensor(tensors, prefix(i) * name, size))
+    end
+    i = 0
+    while any(startswith(prefix(i)), left)
+        if has(i, "mean")
+            mean, std, rotation, scale = take(i, "mean"), take(i, "std"), nothing, ones(dim)
+            if has(i + 1, "rotation")
+                i += 1
+                rotation, scale = permutedims(reshape(take(i, "rotation", [dim, dim]), dim, dim)), take(i, "scale")
+            end
+            push!(found, Affine(mean, std, rotation, scale))
+        elseif has(i, "curvature")
+            push!(found, Radial(only(take(i, "scale", Int[])), only(take(i, "curvature", Int[]))))
+        elseif has(i, "soft_low")
+            push!(found, Edges((take(i, name) for name in ("low", "high", "width", "soft_low", "soft_high"))...))
+        else
+            break
+        end
+        i += 1
+    end
+    isempty(left) || unlike("with a transform of its data that is not known here ($(first(sort!(collect(left)))))")
+    return found
+end
+
+"What Python's `flow.standardize` is of these transforms, and their tensors by name."
+function description_of(transforms::AbstractVector{<:Transform}, dim)
+    kinds = Tuple(nameof.(typeof.(transforms)))
+    turned = any(t -> t isa Affine && t.rotation !== nothing, transforms)
+    name = kinds == () ? "none" : kinds == (:Affine,) ? (turned ? "whiten" : "scale") :
+        kinds == (:Affine, :Radial) && turned ? "radial" : kinds == (:Edges, :Affine, :Radial) && turned ? "auto" :
+        throw(ArgumentError("transforms $(join(kinds, ", ")) cannot be described in a file"))
+    tensors, i = Dict{String,FileTensor}(), 0
+    put(name, size, values) = (tensors["transform.transforms.$i.$name"] = FileTensor(size, values))
+    for t in transforms
+        if t isa Affine
+            put("mean", [dim], t.mean), put("std", [dim], t.std)
+            if t.rotation !== nothing
+                i += 1
+                put("rotation", [dim, dim], vec(permutedims(t.rotation))), put("scale", [dim], t.scale)
+            end
+        elseif t isa Radial
+            put("scale", Int[], [t.scale]), put("curvature", Int[], [t.curvature])
+        else
+            foreach(name -> put(String(name), [dim], getfield(t, name)), fieldnames(Edges))
+        end
+        i += 1
+    end
+    return name, tensors
 end
 
 """
@@ -115,12 +165,7 @@ function save_flow(path::AbstractString, d::RNODEDistribution)
             start += prod(size)
         end
     end
-    dim, a = length(d), d.affine
-    tensors["transform.transforms.0.mean"], tensors["transform.transforms.0.std"] = FileTensor([dim], a.mean), FileTensor([dim], a.std)
-    if a.rotation !== nothing
-        tensors["transform.transforms.1.rotation"] = FileTensor([dim, dim], vec(permutedims(a.rotation)))
-        tensors["transform.transforms.1.scale"] = FileTensor([dim], a.scale)
-    end
+    merge!(tensors, last(description_of(d.transforms, length(d))))
     write_file(path, tensors, description_of(d))
     return path
 end
@@ -131,7 +176,7 @@ function description_of(d::RNODEDistribution)
         "dtype" => T,
         "flow" => Pair{String,Any}[
             "network" => description_of(layer.model), "blocks" => length(d.layers), "end_time" => last(layer.tspan),
-            "standardize" => d.affine.rotation === nothing ? "scale" : "whiten",
+            "standardize" => first(description_of(d.transforms, length(d))),
         ],
         "evaluation" => Pair{String,Any}["solver" => description_of(layer.solver)],
     ]

@@ -12,7 +12,7 @@ function some_flow(dynamics, rng; solver=Solver("Vern7"; rtol=1e-10, atol=1e-10)
     layer = RNODELayer(dynamics; solver)
     θ = 0.4 .* randn(rng, parameterlength(dynamics))
     affine = RNODE.Affine([1.0, -2.0], [0.5, 2.0], [0.6 -0.8; 0.8 0.6], [0.7, 1.2])
-    return RNODEDistribution([layer, layer], [θ, -θ], affine)
+    return RNODEDistribution([layer, layer], [θ, -θ], [affine])
 end
 
 const NETWORKS = [MLP(2, (8, 8); activation="tanh"), MLP(2, (8,); time=:concatsquash), PotentialNetwork(2, (6, 6); rank=2)]

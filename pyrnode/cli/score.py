@@ -12,6 +12,7 @@ from pyrnode.cli.output import device_argument, engine_argument, output_argument
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.flow import Flow
 from pyrnode.shards import merge_shards, score_shard
+from pyrnode.training.origin import check_unchanged
 
 
 def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
@@ -28,7 +29,9 @@ def _calibration(flow: Flow, args: argparse.Namespace) -> Calibration | None:
         return Calibration.load(path, flow)
     held_out = args.calibrate
     if held_out == "test":
-        held_out = pyrnode.data.load(None, config=flow.config.data).ordered(flow.features, None).test
+        splits = pyrnode.data.load(None, config=flow.config.data)
+        check_unchanged(args.run, splits)
+        held_out = splits.ordered(flow.features, None).test
     calibration = calibrate(flow, held_out, chunk=args.chunk, progress=talks(args), **_dialect(args))
     calibration.save(path, flow)
     return calibration
@@ -49,7 +52,8 @@ def score(args: argparse.Namespace) -> int:
         return _score_shard(flow, args, number, of, settings)
     calibration = _calibration(flow, args)
     if args.merge:
-        summary = merge_shards(flow, args.data, args.out, calibration=calibration, progress=talks(args))
+        del settings["chunk"]  # it is that of the shards
+        summary = merge_shards(flow, args.data, args.out, calibration=calibration, **settings)
     else:
         summary = score_file(flow, args.data, args.out, calibration=calibration, **settings)
     if args.json:

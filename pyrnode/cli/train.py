@@ -31,6 +31,7 @@ from pyrnode.cli.output import (
 )
 from pyrnode.errors import ConfigError
 from pyrnode.files import write_atomically
+from pyrnode.training.origin import check_unchanged
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -107,7 +108,10 @@ def _train(args: argparse.Namespace) -> int:
 def _splits(flow: pyrnode.Flow, args: argparse.Namespace) -> Any:
     overrides = {} if args.data_dir is None else {"data.dir": args.data_dir}
     config = flow.config.override({**overrides, **({} if args.data is None else {"data.name": args.data})})
-    return pyrnode.data.load(args.data, config=config.data)
+    splits = pyrnode.data.load(args.data, config=config.data)
+    if args.data is None:
+        check_unchanged(args.run, splits)
+    return splits
 
 
 def evaluate(args: argparse.Namespace) -> int:

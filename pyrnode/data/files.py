@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor, check_array
-from pyrnode.data.frames import Names, read_frame
+from pyrnode.data.frames import Names, read_frame, said
 from pyrnode.data.mapped import MappedSamples, large, mapped
 from pyrnode.data.readers import SUFFIXES as READ
 from pyrnode.data.readers import Array, DelimitedReader, NumpyReader, kind, open_file, read_npz
@@ -58,7 +58,7 @@ def _table_source(name: str, array: Array, features: Names | None, what: str, co
     columns = array.shape[1]
     if not array.size:
         raise DataError(f"{what} is empty: {len(array)} rows, {columns} columns")
-    shown = features or tuple(f"x{i}" for i in range(columns))
+    shown = said(features) or tuple(f"x{i}" for i in range(columns))
     values, levels = check_array(array_tensor(array, what), what, config.levels, shown)
     return Source(name, TensorSamples(values), (columns,), levels, features=features)
 

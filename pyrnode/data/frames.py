@@ -26,8 +26,8 @@ def is_frame(data: Any) -> bool:
     return named and any(hasattr(data, name) for name in ("__dataframe__", "to_pandas", "to_numpy"))
 
 
-def read_frame(data: Any, what: str) -> tuple[Array, Names | None]:
-    """The rows of a data frame, ``(n, d)``, and the names of its columns, if it has some.
+def read_frame(data: Any, what: str) -> tuple[Array, Names]:
+    """The rows of a data frame, ``(n, d)``, and the names of its columns.
 
     Raises:
         DataError: A cell is no number, two columns share a name, or it cannot be read.
@@ -35,7 +35,12 @@ def read_frame(data: Any, what: str) -> tuple[Array, Names | None]:
     frame = _pandas(data, what)
     names = tuple(str(name).strip() for name in frame.columns)
     check_distinct(names, what)
-    return frame_array(frame.set_axis(names, axis=1), what), None if counts(list(names)) else names
+    return frame_array(frame.set_axis(names, axis=1), what), names
+
+
+def said(names: Names | None) -> Names | None:
+    """Names that say something; `None` where they count the columns, as pandas does where there are none."""
+    return None if names is None or counts(list(names)) else names
 
 
 def _pandas(data: Any, what: str) -> pd.DataFrame:
@@ -83,6 +88,8 @@ def ordering(names: Names | None, features: Names | None, what: str) -> list[int
     """
     if names is None or names == features:
         return None
+    if said(names) is None and (features is None or set(names) != set(features)):
+        return None
     if features is None:  # numbers in another order count from 0, any other names say nothing
         features = tuple(str(i) for i in range(len(names)))
         return [names.index(name) for name in features] if set(names) == set(features) else None
@@ -91,10 +98,10 @@ def ordering(names: Names | None, features: Names | None, what: str) -> list[int
         "superfluous": [name for name in names if name not in features],
     }
     if any(others.values()):
-        said = "; ".join(f"{kind}: {_listed(some)}" for kind, some in others.items() if some)
+        listed = "; ".join(f"{kind}: {_listed(some)}" for kind, some in others.items() if some)
         raise DataError(
-            f"{what} has other columns than the model was trained on ({said}): give it those, in any order, or numbers "
-            "without names, which count by position"
+            f"{what} has other columns than the model was trained on ({listed}): give it those, in any order, or "
+            "numbers without names, which count by position"
         )
     return [names.index(name) for name in features]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyrnode.config import DataConfig
 from pyrnode.data.arrays import array_tensor, bad_value, check_channels, check_levels, constant_column
-from pyrnode.data.frames import Names
+from pyrnode.data.frames import Names, said
 from pyrnode.data.readers import NumpyReader, Reader
 from pyrnode.data.samples import Batch, Samples
 from pyrnode.errors import DataError
@@ -100,7 +100,7 @@ def mapped(reader: Reader, config: DataConfig) -> Tensor | None:
         return None
     else:
         tensor = torch.from_numpy(spooled)
-    _check(tensor, what, config.levels, reader.names)
+    _check(tensor, what, config.levels, said(reader.names))
     return tensor
 
 

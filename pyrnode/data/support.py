@@ -30,6 +30,9 @@ _FEWEST = 50
 _DISTINCT, _SHARE = 100, 0.1
 """A column is discrete with at most so many values, each ten times on average, or one value in so many of its rows."""
 
+_AWAY = 1000.0
+"""Interquartile ranges that a value is away from the median which is said of its column."""
+
 _PIECE = 2**22
 """Bytes of rows that are hashed at a time."""
 
@@ -50,7 +53,7 @@ def remarks(splits: Splits) -> list[str]:
     if splits.levels is None and not splits.is_image and isinstance(train, (TensorSamples, MappedSamples)):
         rows = torch.arange(0, len(train), max(1, -(-len(train) // _ROWS)), device="cpu")
         x = next(train.batches(rows, _ROWS)).x
-        found += _columns(x.double().numpy(), splits.features, float(np.finfo(str(x.dtype)[6:]).eps))
+        found += _columns(x.double().numpy(), splits.features, float(np.finfo(str(x.dtype)[6:]).eps), len(train))
     if train.context is not None:
         same = [i for i, fixed in enumerate(constant(train.context)) if fixed]
         if same:
@@ -78,7 +81,7 @@ def _named(indices: Sequence[int], names: tuple[str, ...] | None, count: int) ->
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _columns(x: Array, names: tuple[str, ...] | None, eps: float) -> list[str]:
+def _columns(x: Array, names: tuple[str, ...] | None, eps: float, rows: int) -> list[str]:
     found, d = [], x.shape[1]
     groups = _one_hot(x)
     for group in groups:
@@ -90,6 +93,10 @@ def _columns(x: Array, names: tuple[str, ...] | None, eps: float) -> list[str]:
             f"no density: {_named(discrete, names, d)} values that recur (the commonest in {share:.0%} of the rows): "
             "drop or spread them, or make them a context"
         )
+    for i in _numbering(x, rows):
+        found.append(f"column {column(i, names)} numbers the rows: drop it")
+    for i, text in _gross(x):
+        found.append(f"column {column(i, names)}: {text}")
     for i, of in _dependent(x, eps):
         if i not in coded:
             kind = "a copy, or a multiple, of" if len(of) == 1 else "a linear combination of"
@@ -126,6 +133,37 @@ def _discrete(x: Array) -> list[int]:
         if len(counts) <= min(_DISTINCT, len(x) * _SHARE) or counts.max() >= _SHARE * len(x):
             found.append(i)
     return found
+
+
+def _numbering(x: Array, rows: int) -> list[int]:
+    """Columns of whole numbers that do not recur and leave few out: of `rows` rows, of which ``x`` are some."""
+    if len(x) < _FEWEST:
+        return []
+    whole = np.flatnonzero((x == np.floor(x)).all(0))
+    return [
+        int(i)
+        for i in whole
+        if len(np.unique(x[:, i])) == len(x) and x[:, i].max() - x[:, i].min() < 1.5 * max(rows, len(x))
+    ]
+
+
+def _gross(x: Array) -> Iterator[tuple[int, str]]:
+    """Columns with values that are far from all others, each with what they may be."""
+    if len(x) < _FEWEST:
+        return
+    low, middle, high = np.quantile(x, (0.25, 0.5, 0.75), axis=0)
+    for i in np.flatnonzero(high > low):
+        values, count = np.unique(x[:, i], return_counts=True)
+        for value, often, rest in ((values[0], count[0], values[1:]), (values[-1], count[-1], values[:-1])):
+            gap = abs(value - (rest[0] if value < rest[0] else rest[-1]))
+            spread = rest[-1] - rest[0]
+            away = abs(value - middle[i]) / (high[i] - low[i])
+            if often >= max(3, 0.001 * len(x)) and gap > max(spread, 2 * (high[i] - low[i])):
+                text = f"{value:g}, in {often} of {len(x)} rows, is far from all other values"
+                yield int(i), f"{text}: if it is a code for a missing value, leave those rows out or fill them"
+            elif away > _AWAY:
+                text = f"{value:g} is {away:.1e} interquartile ranges from the median, and sets the scale of all of it"
+                yield int(i), f"{text}: if it is a mistake, or a code for a missing value, leave such rows out"
 
 
 def _dependent(x: Array, eps: float) -> list[tuple[int, list[int]]]:

@@ -17,6 +17,7 @@ from pyrnode.dynamics import Potential
 from pyrnode.dynamics.activations import ACTIVATIONS
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import Layer
+from pyrnode.edges import Edges
 from pyrnode.errors import ConfigError, unknown_name
 from pyrnode.export.torch_flow import TorchFlow
 from pyrnode.parts import Block, FactorOut, Squeeze
@@ -30,6 +31,11 @@ READING = {
     "whiten": "y_i = (sum_j x_j rotation_ji)/scale_i, in double precision; log_det = -sum(log scale)",
     "radial": "y = c f(k |x|^2) x, f(q) = asinh(sqrt q)/sqrt q, f(0) = 1, c = scale, k = curvature, in double "
     "precision; log_det = d log c + (d - 1) log f - log(1 + k |x|^2)/2",
+    "edges": "by column, in double precision; its edges are those whose softness s is positive: p_s(u) = "
+    "(u + sqrt(u^2 + s^2))/2; with both u = (x - low)/width and l = log p_soft_low(u) - log p_soft_high(1 - u); with "
+    "low alone l = log(exp(p_soft_low(u)) - 1); with high alone u = (high - x)/width, l = log(exp(p_soft_high(u)) - "
+    "1); y = k l/(1 + c l^2)^(1/4), k = sqrt(pi/8), c = k^4/4, and -y with high alone; y = x with none; log_det = "
+    "sum(log |dy/dx|), and -inf where |u| > 1e100",
     "dequantize": "y = x/levels, x = p + u with u in [0, 1); log_det = -d log(levels)",
     "logit": "q = alpha + (1 - 2 alpha) x, y = log q - log(1 - q); "
     "log_det = sum(log(1 - 2 alpha) - log q - log(1 - q))",
@@ -61,7 +67,7 @@ READING = {
 }
 """What the words of a description mean."""
 
-_TRANSFORMS = ("standardize", "whiten", "radial", "bounded", "periodic", "dequantize", "logit", "flatten")
+_TRANSFORMS = ("standardize", "whiten", "radial", "edges", "bounded", "periodic", "dequantize", "logit", "flatten")
 
 
 def describe(flow: TorchFlow) -> dict[str, Any]:
@@ -117,6 +123,8 @@ def _transform(prefix: str, transform: nn.Module) -> dict[str, Any]:
         return {"kind": "whiten", "tensors": {"rotation": f"{prefix}.rotation", "scale": f"{prefix}.scale"}}
     if isinstance(transform, Radial):
         return {"kind": "radial", "tensors": {"scale": f"{prefix}.scale", "curvature": f"{prefix}.curvature"}}
+    if isinstance(transform, Edges):
+        return {"kind": "edges", "tensors": {name: f"{prefix}.{name}" for name, _ in transform.named_buffers()}}
     if isinstance(transform, Bounded | Periodic):
         ends = {
             name: [value if math.isfinite(value) else None for value in getattr(transform, name).tolist()]
@@ -300,6 +308,11 @@ def _build_transform(
         if len(shape) != 1 or scale.ndim or curvature.ndim:
             raise ConfigError(f"{prefix}: expected one scale and one curvature, of vectors, not of {shape}")
         return Radial(scale, curvature)
+    if kind == "edges":
+        found = [tensors[f"{prefix}.{name}"] for name in ("low", "high", "width", "soft_low", "soft_high")]
+        if any(tuple(values.shape) != shape for values in found):
+            raise ConfigError(f"{prefix}: {[tuple(values.shape) for values in found]} for data of {shape}")
+        return Edges(*found)
     if kind in ("bounded", "periodic"):
         return _build_columns(entry, kind, prefix, tensors, shape)
     if kind == "dequantize":

@@ -41,8 +41,8 @@ class TrainingResult:
         config: The resolved settings.
         out: Folder of the run; `None` if nothing was written.
         interrupted: Whether Ctrl-C ended training early, or a signal that a handler of the caller's took note of.
-        notes: That the training solver was wrong, and when; and what went wrong after training, which costs no result.
-            What the report lacks, its own notes say.
+        notes: What is to be said of the data (`pyrnode.data.support`); that the training solver was wrong, and when;
+            and what went wrong after training, which costs no result. What the report lacks, its own notes say.
     """
 
     flow: Flow
@@ -136,8 +136,10 @@ def train(
         made = made_for(config.flow.state_shape(splits.event_shape))
         config = world.once(lambda: _anchored(Config.preset(made).override(settings)))
     notes, progress = list[str](), progress and world.first
+    remarks = list[str]()
     with evaluation.extra("the remarks on the data's support", notes):
-        for remark in support.remarks(splits) if world.first else ():
+        remarks = world.once(lambda: support.remarks(splits))
+        for remark in remarks if world.first else ():
             print(f"note: {remark}", file=sys.stderr)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
@@ -161,7 +163,7 @@ def train(
         for note in notes if world.first else ():
             tqdm.write(note, file=sys.stderr)
     out = None if folder is None else folder.path
-    return TrainingResult(best, trainer.history, report, config, out, interrupted, trainer.notes + notes)
+    return TrainingResult(best, trainer.history, report, config, out, interrupted, remarks + trainer.notes + notes)
 
 
 def _start(trainer: Trainer, folder: RunFolder, resume: bool, held: ExitStack) -> None:

@@ -9,11 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pyrnode.bounded import centred
+from pyrnode.bounded import centred, check_near
 from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
+from pyrnode.data.frames import said
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
+from pyrnode.edges import Edges
 from pyrnode.flow import Flow, outset
 from pyrnode.radial import Radial
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
@@ -59,8 +61,8 @@ class Blueprint:
             context_dim=splits.context_dim,
             context_transform=context_transform,
             data_dtype=self._data_dtype,
-            features=splits.features,
-            context_features=splits.context_features,
+            features=said(splits.features),
+            context_features=said(splits.context_features),
             dynamics=self.make,
         )
 
@@ -69,6 +71,8 @@ def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain |
     """The transforms of data and contexts that are taken from the training samples; `None` where they need none."""
     train, transform, context_transform = splits.train, None, None
     first = outset(config, splits.event_shape, splits.levels, splits.features, splits.context_features)
+    if splits.levels is None:
+        check_near(train, first, splits.name, splits.features)
     if Chain(first).turns > 1:
         few = train.first(CHOSEN_ON)
         first = centred(first, few.x, few.weight)
@@ -104,6 +108,9 @@ def _to_standard(config: Config, splits: Splits, begin: Chain) -> Iterator[Trans
     noise = torch.Generator("cpu").manual_seed(config.seed)
     y = torch.cat([begin(begin.unwrapped(x)[: len(x)], noise)[0] for _ in range(copies)])
     weights = None if weight is None else weight.repeat(copies)
+    if config.flow.opens(splits.event_shape, splits.levels):
+        yield (edges := Edges.fit(y[:CHOSEN_ON], None if weight is None else weight[:CHOSEN_ON]))
+        y = edges(y)[0]
     yield (scale := _pooled(config, Standardize.fit(y, weights)))
     if config.flow.whitens(splits.event_shape):
         y = scale(y)[0]
@@ -121,7 +128,7 @@ def _axes(
     """The whitening, by `fit` with the shrinkage that is best of some of the samples; and what draws their tails in."""
     auto = config.flow.standardize == "auto"
     shrinkage = Whiten.best_shrinkage(few, weight) if auto else 0.0
-    yield (whiten := Whiten.identity(few.shape[1]) if shrinkage == 1 else fit(shrinkage))
+    yield (whiten := Whiten.identity(few.shape[1], few.device) if shrinkage == 1 else fit(shrinkage))
     if config.flow.draws_in(splits.event_shape):
         y, weight = whiten(few[:CHOSEN_ON])[0], None if weight is None else weight[:CHOSEN_ON]
         yield Radial.identity() if auto and Radial.gain(y, weight) < _HEAVY else Radial.fit(y, weight)
@@ -131,6 +138,10 @@ def _to_standard_mapped(
     config: Config, splits: Splits, train: MappedSamples, begin: Chain, world: World
 ) -> Iterator[Transform]:
     """The same of samples that are not in memory: from sums over pieces of the file, which the processes divide."""
+    few = train.first(CHOSEN_ON)
+    if config.flow.opens(splits.event_shape, splits.levels):
+        yield (edges := Edges.fit(begin(begin.unwrapped(few.x)[: len(few)])[0], few.weight))
+        begin = Chain([*begin.transforms, edges])
 
     def mean(values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The mean over the samples of what gives a sum over a piece's samples and their weights."""
@@ -161,7 +172,6 @@ def _to_standard_mapped(
     spread = mean(lambda x, weight: weighed((x - centre).square(), weight)).sqrt()
     yield (scale := _pooled(config, Standardize(centre, spread)))
     if config.flow.whitens(splits.event_shape):
-        few = train.first(CHOSEN_ON)
         fit = partial(Whiten.of_covariance, mean(products))
         y = scale(begin(begin.unwrapped(few.x)[: len(few)])[0])[0]
         yield from _axes(config, splits, y, few.weight, lambda shrinkage: fit(shrinkage=shrinkage))

@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyrnode import files
 from pyrnode.config import Config
 from pyrnode.data import Samples, Splits, TensorSamples
-from pyrnode.errors import CheckpointError
+from pyrnode.errors import CheckpointError, DataError
 from pyrnode.runs import differences, lasting
 
 _LOOKED_AT = 32  # items of a data set that is read when it is asked for
@@ -57,6 +59,24 @@ class Origin:
                 f"it was trained on other data: as many samples, {self.samples}, but other values; pass those that it "
                 "was begun with, or take another out="
             )
+
+
+def check_unchanged(run: str | Path, splits: Splits) -> None:
+    """Raises `DataError` where the data of a run is no longer what it was trained on: its test set may have been.
+
+    Args:
+        run: Folder of a run; of a model file, or a folder without a checkpoint, nothing is known.
+        splits: Its data, loaded anew.
+    """
+    path = Path(run) / "checkpoint.safetensors"
+    if not path.is_file():
+        return
+    stored = files.read(path, "checkpoint")[1].get("data")
+    if stored != _digest(splits.train, splits.validation):
+        raise DataError(
+            f"{splits.name} is no longer what {run} was trained on: rows that are held out now may have been trained "
+            "on then; name a file of held-out samples"
+        )
 
 
 def _digest(*parts: Samples) -> str:

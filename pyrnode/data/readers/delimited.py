@@ -14,7 +14,7 @@ import numpy as np
 
 from pyrnode.config import DataConfig
 from pyrnode.data.readers.base import WHOLE, Array, Part, TableReader, frame_array, not_a_number, reading
-from pyrnode.data.readers.dialect import MISSING, SEPARATORS, Row, counts, fields, hint, length_of_first, recognise
+from pyrnode.data.readers.dialect import MISSING, SEPARATORS, Row, fields, hint, length_of_first, recognise
 from pyrnode.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class DelimitedReader(TableReader):
                 )
             if name in names[:i]:
                 raise DataError(f"{self.path}: columns {names.index(name)} and {i} are both called {name!r}")
-        return None if counts(names) else tuple(names)  # 0, 1, … are what pandas writes where there are no names
+        return tuple(names)
 
     def about(self) -> int | None:
         """The lines after that of names, blank ones too."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pyrnode.data.readers.base import WHOLE, Array, Part, TableReader, frame_array, reading
-from pyrnode.data.readers.dialect import counts
 from pyrnode.errors import DataError
 
 
@@ -31,7 +30,7 @@ class ParquetReader(TableReader):
         names = [str(name).strip() for name in columns]
         if len(set(names)) < len(names):
             raise DataError(f"{path}: two columns have one name, among {', '.join(map(repr, names))}")
-        super().__init__(path, len(names), rows=rows, names=None if counts(names) else tuple(names))
+        super().__init__(path, len(names), rows=rows, names=tuple(names))
 
     def _open(self) -> Any:
         import pyarrow.parquet
