@@ -134,5 +134,5 @@ def _limits(splits: Splits, report: Report | None) -> str:
 
 def _better(report: Report) -> list[str]:
     """The baselines that score above the flow by more than the flow's standard error."""
-    margin = report.score.nats_error
+    margin = report.score.nats_error or 0.0  # of one sample it is not known
     return [name for name, score in report.baselines.items() if score.nats > report.score.nats + margin]
