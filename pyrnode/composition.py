@@ -131,6 +131,7 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     shape = tuple(context.shape)
     if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
         remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
+        remedy = "; of one number, pass [context]" if context.ndim == 0 and dim == 1 else remedy
         raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
 
 
@@ -256,7 +257,8 @@ class Composition(nn.Module):
         expected = f"expected (batch, {', '.join(map(str, shape))})"
         x = numbers(columns_of(x, self.features, what) if what == "input" else x, what)
         if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
-            raise DataError(f"{what} of shape {tuple(x.shape)}: {expected}")
+            one = "; of one sample, pass x[None]" if tuple(x.shape) == shape else ""
+            raise DataError(f"{what} of shape {tuple(x.shape)}: {expected}{one}")
         if not holds(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{what} has NaN or infinite values, first in sample {bad}")
