@@ -131,6 +131,7 @@ def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
     shape = tuple(context.shape)
     if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
         remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
+        remedy = "; of one number, pass [context]" if context.ndim == 0 and dim == 1 else remedy
         raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
 
 
@@ -257,7 +258,8 @@ class Composition(nn.Module):
         """`x` as a tensor of samples of that shape, checked and converted."""
         x = numbers(columns_of(x, self.features, what) if what == "input" else x, what)
         if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
-            raise DataError(f"{what} of shape {tuple(x.shape)}: expected (batch, {', '.join(map(str, shape))})")
+            one = "; of one sample, pass x[None]" if tuple(x.shape) == shape else ""
+            raise DataError(f"{what} of shape {tuple(x.shape)}: expected (batch, {', '.join(map(str, shape))}){one}")
         if not holds(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{what} has NaN or infinite values, first in sample {bad}")
@@ -333,8 +335,7 @@ class Composition(nn.Module):
                 z = part(z)
         if verified:
             verify(solutions)
-        z = torch.cat([out.flatten(1) for out in (*outs, z)], 1)
-        return Passage(y, z, l, log_det, solutions).gathered(turns)
+        return Passage(y, torch.cat([out.flatten(1) for out in (*outs, z)], 1), l, log_det, solutions).gathered(turns)
 
     def transformed(self, x: Tensor, generator: Noise | None = None) -> tuple[Tensor, Tensor]:
         """Samples in the flow's space and type, ``(batch, *state)``, and the transform's log-determinant, in nats."""
@@ -367,8 +368,7 @@ class Composition(nn.Module):
         solver, shapes = (solver or self.solver).computing_in("ieee"), self._latent_shapes()
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
-        state = outs.pop()
-        index, solutions = len(self.blocks), list[Solution]()
+        state, index, solutions = outs.pop(), len(self.blocks), list[Solution]()
         for part in reversed(self.parts):
             if isinstance(part, Block):
                 index -= 1

@@ -36,7 +36,10 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device("cpu" if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # some twenty names
+            reason = "expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or another name of torch's"
+        raise ConfigError(f"device = {name!r} cannot be used: {reason}") from None
     if device.type == "meta":
         raise ConfigError(f"device = {name!r} cannot be used: its tensors have no numbers")
     return device

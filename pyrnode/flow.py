@@ -328,9 +328,14 @@ class Flow(Composition):
         """Writes the flow to one ``.safetensors`` file, atomically; `pyrnode.load` reads it.
 
         Raises:
-            ConfigError: A block has dynamics of the user's own, which a file cannot describe.
+            ConfigError: A block has dynamics of the user's own, which a file cannot describe; or the name is one of
+                another kind of file.
             CheckpointError: The file cannot be written.
         """
+        if Path(path).suffix in (".pt", ".pth", ".pt2", ".onnx", ".pkl", ".ckpt"):
+            raise ConfigError(
+                f"{path}: a flow is saved as safetensors: name it .safetensors (for other kinds: pyrnode.export)"
+            )
         checkpoint.save(self, self.config, path)
 
 

@@ -106,6 +106,7 @@ def learning_curves(history: History, *, unit: str) -> Figure:
     for panel in panels:
         panel.grid(alpha=0.25)
         panel.tick_params(labelbottom=panel is panels[-1])
+        panel.locator_params(axis="x", nbins=5)
     panels[-1].set_xlabel("optimiser step")
     figure.align_ylabels(panels)
     return figure

@@ -133,7 +133,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"cannot make the folder {self.path}: {reason}; use another out=") from error
+            raise CheckpointError(f"cannot make the folder {self.path}: {reason}; use another folder (out)") from error
         with files.locked(self.path):
             yield
 
@@ -148,7 +148,9 @@ class RunFolder:
             for path in self.snapshots().values():
                 path.unlink()
         except OSError as error:
-            raise CheckpointError(f"cannot empty the folder {self.path}: {error.strerror}; use another out=") from error
+            raise CheckpointError(
+                f"cannot empty the folder {self.path}: {error.strerror}; use another folder (out)"
+            ) from error
         self.write_config(config)
         self._write_versions(versions(config))
 

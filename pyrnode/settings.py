@@ -242,6 +242,23 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "steps": "max_steps",
+    "n_steps": "max_steps",
+    "iterations": "max_steps",
+    "n_iter": "max_steps",
+    "n_epochs": "epochs",
+    "layers": "hidden",
+    "hidden_features": "hidden",
+    "hidden_layer_sizes": "hidden",
+    "method": "solver",
+    "dt": "step_size",
+    "random_state": "seed",
+}
+"""What other libraries call some of them."""
+
+
 def _setting(name: str, paths: Mapping[str, type[Section] | None]) -> str:
     """The path of a setting, given that or its last part."""
     found = [name] if name in paths else [path for path in paths if path.endswith("." + name)]
@@ -249,9 +266,13 @@ def _setting(name: str, paths: Mapping[str, type[Section] | None]) -> str:
     found = [path for path in found if path.count(".") == outermost]
     if not found:
         names = {*paths, *(p.rpartition(".")[2] for p in paths)}
-        raise ConfigError(unknown_name("setting", name, names, listing="`pyrnode presets digits` shows them all"))
+        listing = "`pyrnode presets table` shows them all"
+        if name in _ELSEWHERE:
+            raise ConfigError(f"unknown setting {name!r} (here it is {_ELSEWHERE[name]!r}); {listing}")
+        raise ConfigError(unknown_name("setting", name, names, listing=listing))
     if len(found) > 1:
-        raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
+        example = f"**{{{found[0]!r}: …}} in Python, --set {found[0]}=… on the command line"
+        raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}; give one in full: {example}")
     return found[0]
 
 

@@ -446,15 +446,15 @@ def test_bad_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("ragged.csv", "ragged.csv cannot be read"),
         ("binary.csv", "binary.csv cannot be read"),
         ("short.csv", "the first in row 20, column 'b'"),
-        ("word.csv", r"column 'word' is not numeric .*'x' in row 0"),
-        ("cell.csv", r"column 'b' is not numeric .*'\?' in row 0"),
+        ("word.csv", r"row 0, column 'word' is not a number \('x'\).*drop it"),
+        ("cell.csv", r"row 0, column 'b' is not a number \('\?'\)"),
         ("index.csv", "likely a row index"),
         ("constant.csv", r"column 'b' is constant \(1.5\)"),
     ):
         with pytest.raises(DataError, match=message):
             load(name)
     for column in ([True] * 30, pd.date_range("2020", periods=30), pd.Categorical(["x"] * 30), [1j] * 30):
-        with pytest.raises(DataError, match="column 'z' is not numeric"):
+        with pytest.raises(DataError, match="column 'z' (is not a number|holds t)"):
             load(good.assign(z=column))
     with pytest.raises(DataError, match="set levels = L"):
         load(pd.DataFrame({"i": range(30)}))

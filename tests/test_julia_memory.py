@@ -38,8 +38,9 @@ def in_use() -> int:
     """
     from pyrnode.engines.julia import _bridge
 
-    gc.collect()
-    live = int(_bridge().live_bytes())
+    for _ in range(3):  # what one collector lets go of, the other has held
+        gc.collect()
+        live = int(_bridge().live_bytes())
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Malloc
     found = mallinfo()

@@ -32,7 +32,10 @@ FOUND: dict[str, tuple[dict[str, Any], str]] = {
     "one-hot": ({"a": A, **{f"is{i}": (i == K) * 1.0 for i in range(3)}}, r"columns 'is0', 'is1', 'is2' \(3 of 4\)"),
     "classes": ({"a": A, "k": K * 1.0}, r"column 'k' \(of 2\) has values that recur \(the commonest in 3\d%"),
     "row numbers": ({"a": A, "id": np.arange(400.0)}, r"column 'id' numbers the rows: drop it"),
-    "a code": ({"a": A, "b": np.where((K == 2) & (A > 1), -999.0, B)}, r"column 'b': -999, in \d+ of \d+ rows, is far from"),
+    "a code": (
+        {"a": A, "b": np.where((K == 2) & (A > 1), -999.0, B)},
+        r"column 'b': -999, in \d+ of \d+ rows, is far from",
+    ),
     "a mistake": ({"a": A, "b": np.where(A > 1.5, 1e9 * A, B)}, r"column 'b': .* ranges from"),
     "zeros": ({"a": A, "rain": np.maximum(B, 0)}, r"column 'rain' \(of 2\) has values that recur"),
 }

@@ -232,6 +232,8 @@ def check_varies(values: Tensor, what: str, features: tuple[str, ...] | None) ->
 
 def constant_column(values: Tensor, i: int, count: int, what: str, features: tuple[str, ...] | None) -> DataError:
     """The error of a table of which so many columns are constant, the first of them `i`."""
+    if len(values) == 1:
+        return DataError(f"{what} has 1 sample; expected at least 10")
     more = f" (and {count - 1} more columns)" if count > 1 else ""
     return DataError(
         f"{what}: column {column(i, features)} is constant ({values[0, i].item():g}) in all {len(values)} "

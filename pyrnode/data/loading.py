@@ -115,9 +115,11 @@ def _source(data: Any, config: DataConfig) -> Source:
         return files.frame_source(data, config)
     if isinstance(data, (Tensor, np.ndarray)):
         return _from_array(data, config)
+    hint = "; make an array of it: numpy.array(data)" if isinstance(data, (list, tuple)) else ""
+    hint = "; of one column, take data.to_frame()" if hasattr(data, "to_frame") else hint
     raise DataError(
         f"cannot load a {type(data).__name__}: expected a name, a path, an array, a tensor, a data frame, a torch data "
-        "set, a synthetic density or Splits"
+        f"set, a synthetic density or Splits{hint}"
     )
 
 

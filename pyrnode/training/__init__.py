@@ -211,7 +211,7 @@ def _resolve(
     if resume and stored is not None:
         asked = _anchored(_preset(preset, stored).override(given))
         if changed := differences(lasting(stored), lasting(asked)):
-            raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another out=")
+            raise ConfigError(f"cannot resume with other settings ({'; '.join(changed)}); use another folder (out)")
         return asked, True
     if preset is None:
         name = str(given.get("data.name", ""))

@@ -48,16 +48,16 @@ class Origin:
         if self.context_dim != stored.context_dim:
             raise CheckpointError(
                 f"its context has {stored.context_dim} features, the one given {self.context_dim}: pass that which it "
-                "was begun with, or take another out="
+                "was begun with, or take another folder (out)"
             )
         if changed := differences(stored.settings, self.settings):
-            raise CheckpointError(f"it was begun with other settings ({'; '.join(changed)}); use another out=")
+            raise CheckpointError(f"it was begun with other settings ({'; '.join(changed)}); use another folder (out)")
         if self.samples != stored.samples:
             raise CheckpointError(f"it was trained on {stored.samples} samples, not {self.samples}")
         if self.data != stored.data:
             raise CheckpointError(
                 f"it was trained on other data: as many samples, {self.samples}, but other values; pass those that it "
-                "was begun with, or take another out="
+                "was begun with, or take another folder (out)"
             )
 
 

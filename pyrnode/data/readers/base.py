@@ -127,10 +127,17 @@ def _check_numbers(values: pd.Series[Any], name: str, what: str, first: int) -> 
 
     if values.dtype.kind in "iuf" or not len(values):
         return
+    column = f"{what}: column {name!r}"
+    if values.dtype.kind == "b":
+        raise DataError(f"{column} holds truth values, which have no density: drop it, or make it a context")
+    if values.dtype.kind in "mM":
+        raise DataError(f"{column} holds times ({values.dtype}): make numbers of it, such as seconds, or hour and day")
     numbers = pd.to_numeric(values.astype(str), errors="coerce")
     bad = (numbers.isna() & values.notna()).to_numpy()
     if values.dtype.kind == "O" and not bad.any() and not any(isinstance(cell, (str, bool)) for cell in values):
         raise DataError(f"{what}: column {name!r} has type {values.dtype}: convert it with .astype('float64')")
+    if not bad.any():
+        raise DataError(f"{column} holds numbers as text ({values.iloc[0]!r}): convert it with pandas.to_numeric")
     row = int(bad.argmax())
     raise not_a_number(what, first + row, name, values.iloc[row])
 
@@ -140,6 +147,6 @@ def not_a_number(what: str, row: int, name: str, cell: Any, hint: str = "") -> D
     cell = cell.item() if isinstance(cell, np.generic) else cell
     shown = repr(cell if not isinstance(cell, str) or len(cell) <= 40 else cell[:39] + "…")
     return DataError(
-        f"{what}: row {row}, column {name!r} is not a number ({shown}): correct it, or, if column {name!r} is not "
-        f"numeric at all and not {shown} in row {row} alone, remove or encode the column{hint}"
+        f"{what}: row {row}, column {name!r} is not a number ({shown}): correct it, or, where all of the column is of "
+        f"another kind, drop it or make it a context, one column a class{hint}"
     )
