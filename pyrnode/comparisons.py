@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
+from pyrnode.data.arrays import numbers
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.plotting import BLUE, GREY, ORANGE, Array, new_figure
 
@@ -27,15 +27,15 @@ _STYLES = ("-", "--", "-.", ":")
 _COLORS = (BLUE, ORANGE, "black", GREY)
 
 
-def pair_plot(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+def pair_plot(data: Any, samples: Any, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
     """Every pair of columns, data below the diagonal and samples above it; on the diagonal, histograms of both.
 
     The window of each column is the data's 0.1 % to 99.9 % quantiles and a tenth more on either side, so that samples
     in the wrong place are missing rather than rescaled. The first `MOST` columns are drawn.
 
     Args:
-        data: Held-out rows, ``(n, d)``, d at least 2.
-        samples: The flow's samples, ``(m, d)``, in the data's units.
+        data: Held-out rows, ``(n, d)``, d at least 2: a tensor, an array or a data frame.
+        samples: The flow's samples, ``(m, d)``, in the data's units and order of columns.
         names: The columns' names, d of them; else ``x_1`` and so on.
         title: Title of the picture.
 
@@ -52,6 +52,7 @@ def pair_plot(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = No
     shown = min(d, MOST)
     low, high = np.quantile(x[:, :shown], [0.001, 0.999], axis=0)
     margin = np.where(high > low, 0.1 * (high - low), 0.5)  # a constant column has a window too
+    margin = np.maximum(margin, 100 * np.finfo(np.float64).eps * np.maximum(abs(low), abs(high)))  # of several numbers
     low, high = low - margin, high + margin
     figure = new_figure(1.7 * shown + 0.4, 1.7 * shown + 0.8)
     grid = figure.subplots(shown, shown, sharex="col", squeeze=False)
@@ -87,7 +88,7 @@ def _histograms(axes: Axes, x: Array, y: Array, window: tuple[float, float]) -> 
     axes.set_yticks([])
 
 
-def calibration_plot(pit: Tensor, *, names: Sequence[str] | None = None, level: float = 0.95) -> Figure:
+def calibration_plot(pit: Any, *, names: Sequence[str] | None = None, level: float = 0.95) -> Figure:
     """How far the distribution of PIT values lies from the uniform one that a calibrated model has.
 
     Draws ``F_n(u) - u``, with ``F_n`` the empirical distribution of each column, over the band that all of a calibrated
@@ -97,7 +98,7 @@ def calibration_plot(pit: Tensor, *, names: Sequence[str] | None = None, level: 
 
     Args:
         pit: Values of the model's distribution function at the truth, in ``[0, 1]``, ``(n,)`` or ``(n, k)``; also
-            ranks of simulation-based calibration over their number. A flow's are
+            ranks of simulation-based calibration over their number; a tensor or an array. A flow's are
             ``torch.special.ndtr(flow.encode(x))``.
         names: The columns' names, k of them; else ``x_1`` and so on.
         level: Probability of the band, inside ``(0, 1)``.
@@ -106,8 +107,9 @@ def calibration_plot(pit: Tensor, *, names: Sequence[str] | None = None, level: 
         DataError: A value lies outside ``[0, 1]`` or is NaN, or the shape is another.
         ConfigError: The level lies outside ``(0, 1)``, or there are not k names.
     """
-    if not 0 < level < 1:
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
         raise ConfigError(f"level = {level!r}: expected a probability inside (0, 1), as 0.95")
+    pit = numbers(pit, "pit")
     values = _rows(pit[:, None] if pit.ndim == 1 else pit, "pit")
     if values.min() < 0 or values.max() > 1:
         raise DataError(
@@ -132,10 +134,11 @@ def calibration_plot(pit: Tensor, *, names: Sequence[str] | None = None, level: 
     return figure
 
 
-def _rows(values: Tensor, name: str) -> Array:
-    if values.ndim != 2 or not values.numel():
-        raise DataError(f"{name} of shape {tuple(values.shape)}: expected (n, d), n and d at least 1")
-    rows = values.detach().cpu().double().numpy()
+def _rows(values: Any, name: str) -> Array:
+    found = numbers(values, name)
+    if found.ndim != 2 or not found.numel():
+        raise DataError(f"{name} of shape {tuple(found.shape)}: expected (n, d), n and d at least 1")
+    rows: Array = found.detach().cpu().double().numpy()
     if not np.isfinite(rows).all():
         raise DataError(
             f"{name}: {int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} rows are not finite: leave them out"

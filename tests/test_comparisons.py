@@ -92,3 +92,14 @@ def test_a_runs_pair_plot_names_the_columns(tmp_path: Path, monkeypatch: pytest.
     settings = {"hidden": [4], "max_steps": 1, "engine": "torch", "draws": 1}
     pyrnode.train(frame, out=tmp_path / "run", progress=False, **settings)
     assert told == [("age", "height in m", "c")]
+
+
+def test_arrays_frames_and_narrow_columns_are_drawn() -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    for data in (x, x.tolist(), pd.DataFrame(x), torch.from_numpy(x), 1e9 + 1e-7 * x):
+        assert len(comparisons.pair_plot(data, x).axes) == 9
+    for pit in (x[:, 0] % 1, (x % 1).tolist(), torch.from_numpy(x % 1)):
+        assert comparisons.calibration_plot(pit).axes
+    for level in ("a", None, True):
+        with pytest.raises(ConfigError, match=r"level = .*: expected a probability"):
+            comparisons.calibration_plot(x[:, 0] % 1, level=level)  # type: ignore[arg-type]
