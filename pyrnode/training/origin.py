@@ -51,11 +51,14 @@ class Origin:
         if changed := differences(stored.settings, self.settings):
             raise CheckpointError(f"it was begun with other settings ({'; '.join(changed)}); use another out=")
         if self.samples != stored.samples:
-            raise CheckpointError(f"it was trained on {stored.samples} samples, not {self.samples}")
+            raise CheckpointError(
+                f"it was trained on {stored.samples} samples, not {self.samples}: pass the data, and the validation "
+                "samples if there were some, that it was begun with"
+            )
         if self.data != stored.data:
             raise CheckpointError(
-                f"it was trained on other data: as many samples, {self.samples}, but other values; pass those that it "
-                "was begun with, or take another out="
+                f"it was trained on other data: as many samples, {self.samples}, but other values, there or in those "
+                "that it validates on; pass those that it was begun with, or take another out="
             )
 
 
