@@ -128,8 +128,8 @@ INLINE void NAME(finish)(const struct work *w, int activation, int hidden, int s
             vec shift = w->by_lane ? NAME(all)(b[j]) : w->shift[first + j];
             if (w->by_lane && scaled) shift *= w->scale[at];
             if (later) shift += w->time[v] * later[j]; /* b s + t v */
-            if (context) shift += context[n];
             vec a = scaled ? y[n] * w->scale[at] + shift : y[n] + shift;
+            if (context) a += context[n];
             vec unread[2];
             if (hidden)
                 NAME(activate)(activation, a, h + n, sloped ? slope + n : unread, sloped ? curvature + n : unread + 1);
@@ -245,7 +245,6 @@ INLINE void NAME(pull_scale)(const struct work *w, const struct gradients *to, i
 
 /* Adds those that come of the shift's in row j. */
 INLINE void NAME(pull_shift)(const struct work *w, const struct gradients *to, int64_t j, const vec *bar) {
-    for (int64_t v = 0; w->job->context && v < w->live; v++) w->context_bar[j * VECTORS + v] += bar[v];
     if (!w->by_lane) {
         to->entries[to->at * w->sum + j] += NAME(row_sum)(w, bar);
         return;
@@ -303,6 +302,8 @@ static void NAME(pull_state)(const struct work *w, const struct gradients *to) {
         vec *bar = w->a_bar + start;
         first -= rows;
         w_bar -= rows * NAME(padded)(columns);
+        for (int64_t j = 0; job->context && j < rows; j++)
+            for (int64_t v = 0; v < w->live; v++) w->context_bar[(first + j) * VECTORS + v] += bar[j * VECTORS + v];
         for (int64_t j = 0; j < rows; j++) {
             NAME(pull_shift)(w, to, first + j, bar + j * VECTORS);
             if (!w->scale) continue;
