@@ -9,9 +9,9 @@ joins the dynamics of every block, and stays the same along the way. Everything 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,15 +101,6 @@ class Passage:
     @property
     def _solves(self) -> int:
         return 1 if self.turns is None else len(self.turns)
-
-
-C = TypeVar("C", bound=Tensor | Contexts | None)
-
-
-def chunked(x: Tensor, c: C, size: int) -> Iterator[tuple[Tensor, C]]:
-    """Samples ``(batch, ...)`` and their contexts, if any, in pieces of at most `size`."""
-    for start in range(0, len(x), size):
-        yield x[start : start + size], cast(C, None if c is None else c[start : start + size])
 
 
 def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
@@ -212,13 +203,7 @@ class Composition(nn.Module):
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
-    @overload
-    def admit(self, x: Any, context: Contexts) -> tuple[Tensor, Contexts]: ...
-
-    @overload
-    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Tensor | None]: ...
-
-    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Tensor | Contexts | None]:
+    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Any]:
         """Samples and their contexts as the passage takes them: checked, and on the flow's device.
 
         Args:
@@ -236,13 +221,7 @@ class Composition(nn.Module):
         x = self._admitted(x, self.event_shape, "input")
         return x, self.condition(context, x.shape[0])
 
-    @overload
-    def admit_latents(self, z: Any, context: Contexts) -> tuple[Tensor, Contexts]: ...
-
-    @overload
-    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Tensor | None]: ...
-
-    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Tensor | Contexts | None]:
+    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Any]:
         """`admit` of latents ``(batch, d)``."""
         z = self._admitted(z, (self.dim,), "latents").to(self.reference.dtype)
         return z, self.condition(context, z.shape[0])
@@ -257,17 +236,10 @@ class Composition(nn.Module):
             return None
         return numbers(columns_of(context, self.context_features, "the context"), "the context")
 
-    @overload
-    def condition(self, context: Contexts, batch: int) -> Contexts: ...
-
-    @overload
-    def condition(self, context: Any, batch: int) -> Tensor | None: ...
-
-    def condition(self, context: Any, batch: int) -> Tensor | Contexts | None:
+    def condition(self, context: Any, batch: int) -> Any:
         """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
         if isinstance(context, Contexts):
-            values = self.condition(context.values, len(context.values))
-            return replace(context, values=cast(Tensor, values))
+            return replace(context, values=self.condition(context.values, len(context.values)))
         context = self.context_tensor(context)
         check_context(context, self.context_dim, batch)
         if context is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,3 +50,12 @@ class Contexts:
     def whole(self) -> Tensor:
         """One for each sample, ``(batch, m)``."""
         return self.values[self.rows]
+
+
+C = TypeVar("C", bound=Tensor | Contexts | None)
+
+
+def chunked(x: Tensor, c: C, size: int) -> Iterator[tuple[Tensor, C]]:
+    """Samples ``(batch, ...)`` and their contexts, if any, in pieces of at most `size`."""
+    for start in range(0, len(x), size):
+        yield x[start : start + size], cast(C, None if c is None else c[start : start + size])

@@ -59,8 +59,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: Samples per step.
         learning_rate: Peak learning rate; ``"auto"`` is the preset's, 0.01 or 0.005.
         validation_fraction: Share of the samples held out to choose the best weights on, in [0, 1). With 0, all
-            samples are trained on, and the weights that are best on them are kept. Without effect where `fit` is given
-            validation samples.
+            samples are trained on, and the weights that are best on them are kept; not in use with `X_val`.
         patience: Stop after this many validations without improvement; `None` never stops early.
         calibration_fraction: Share of the samples held out for `p_values`, in [0, 1); with 0, call `calibrate`.
         dtype: ``"float64"`` or ``"float32"``.
@@ -169,8 +168,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: Weights of the samples, ``(n,)``, not negative: a weight of 2 counts as two samples in the
                 loss, in the choice of the best weights and in the standardisation; 0 leaves the sample out.
             context: ``(n, m)``, what the density is conditional on; the other methods then need one, too.
-            X_val: ``(n', d)``, samples to choose the best weights on, in place of a share of `X`. They are never
-                trained on, and nothing is standardised by them.
+            X_val: ``(n', d)``, samples to choose the best weights on; neither trained on nor standardised by.
             sample_weight_val: Their weights, ``(n',)``; default 1 for all.
             context_val: Their context, ``(n', m)``, where there is a `context`.
 
@@ -238,9 +236,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if (context is None) != (samples.context is None):
             missing, there = ("context", "context_val") if samples.context is None else ("context_val", "context")
             raise DataError(f"{there} is given, but no {missing}: give both, or neither")
-        if context is not None:
-            context = columns_of(context, context_names, "context_val")
-        held = _samples(X_val, context, weight, "_val")
+        held = _samples(X_val, columns_of(context, context_names, "context_val"), weight, "_val")
         if held.context is not None and held.context.shape[1:] != (width := cast(Tensor, samples.context).shape[1:]):
             raise DataError(f"context_val has {held.context.shape[1]} features, context {width[0]}: give it the same")
         return held
@@ -288,9 +284,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             fraction = getattr(self, f"{name}_fraction")
             if isinstance(fraction, bool) or not (isinstance(fraction, (int, float, np.number)) and 0 <= fraction < 1):
                 raise ConfigError(f"{name}_fraction = {fraction!r}: expected a share in [0, 1)")
-            sizes[name] = max(1, round(float(fraction) * n)) if fraction else 0
-        if not validates:
-            sizes["validation"] = 0
+            sizes[name] = max(1, round(float(fraction) * n)) if fraction and (validates or name != "validation") else 0
         left = n - sum(sizes.values())
         if left < 2:
             raise DataError(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode import bounded, checkpoint, engines, export, seeds, uncertainty
-from pyrnode.composition import Composition, chunked
+from pyrnode.composition import Composition
 from pyrnode.config import Config, DivergenceLike, SolverConfig, SolverLike
-from pyrnode.contexts import Contexts
+from pyrnode.contexts import Contexts, chunked
 from pyrnode.data.arrays import check_spread
 from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device

@@ -229,6 +229,7 @@ def test_simulations_that_the_trainer_cannot_use() -> None:
 @pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 def test_likelihoods_are_learned_the_right_way_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sbi.inference import NLE
+    from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameters
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -243,7 +244,9 @@ def test_likelihoods_are_learned_the_right_way_round(tmp_path: Path, monkeypatch
     with torch.no_grad():
         found = estimator.log_prob(x[None], theta)[0]
     assert abs(float((exact - found).mean())) < 0.15  # 3 nats before
-    posterior = inference.build_posterior(mcmc_parameters={"num_chains": 20, "warmup_steps": 20, "thin": 1})
+    posterior = inference.build_posterior(
+        posterior_parameters=MCMCPosteriorParameters(num_chains=20, warmup_steps=20, thin=1)
+    )
     samples = posterior.sample((200,), x=torch.tensor([[0.4, 0.4, -1.0]]), show_progress_bars=False)
     assert torch.allclose(samples.mean(0), torch.tensor([0.375, -0.96]), atol=0.12)
 
