@@ -9,14 +9,15 @@ joins the dynamics of every block, and stays the same along the way. Everything 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyrnode.config import CHUNK, Divergence, Precision, SolverConfig
+from pyrnode.contexts import Contexts
 from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.data.frames import Names, columns_of
 from pyrnode.devices import upload
@@ -100,12 +101,6 @@ class Passage:
     @property
     def _solves(self) -> int:
         return 1 if self.turns is None else len(self.turns)
-
-
-def chunked(x: Tensor, c: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Samples ``(batch, ...)`` and their contexts, if any, in pieces of at most `size`."""
-    for start in range(0, len(x), size):
-        yield x[start : start + size], None if c is None else c[start : start + size]
 
 
 def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
@@ -212,13 +207,14 @@ class Composition(nn.Module):
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
-    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Tensor | None]:
+    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Any]:
         """Samples and their contexts as the passage takes them: checked, and on the flow's device.
 
         Args:
             x: ``(batch, *event)``. They keep their type until the transform has centred them; integers that are
                 continuous data become float64.
-            context: ``(batch, m)``, or ``(m,)`` for one that all samples share; `None` for an unconditional flow.
+            context: ``(batch, m)``, ``(m,)`` for one that all samples share, or `Contexts` of which samples share
+                some; `None` for an unconditional flow.
 
         Returns:
             Samples, and what `condition` makes of the contexts.
@@ -229,7 +225,7 @@ class Composition(nn.Module):
         x = self._admitted(x, self.event_shape, "input")
         return x, self.condition(context, x.shape[0])
 
-    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Tensor | None]:
+    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Any]:
         """`admit` of latents ``(batch, d)``."""
         z = self._admitted(z, (self.dim,), "latents").to(self.reference.dtype)
         return z, self.condition(context, z.shape[0])
@@ -243,8 +239,10 @@ class Composition(nn.Module):
         named = "the context"
         return None if context is None else numbers(columns_of(context, self.context_features, named), named)
 
-    def condition(self, context: Any, batch: int) -> Tensor | None:
+    def condition(self, context: Any, batch: int) -> Any:
         """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
+        if isinstance(context, Contexts):
+            return replace(context, values=self.condition(context.values, len(context.values)))
         context = self.context_tensor(context)
         check_context(context, self.context_dim, batch)
         if context is None:
@@ -291,7 +289,7 @@ class Composition(nn.Module):
         draw: Draw = no_probes,
         solver: SolverConfig | None = None,
         *,
-        context: Tensor | None = None,
+        context: Tensor | Contexts | None = None,
         generator: Noise | None = None,
         total_derivative: bool = False,
         verified: bool = True,
@@ -361,7 +359,7 @@ class Composition(nn.Module):
         z: Tensor,
         solver: SolverConfig | None = None,
         *,
-        context: Tensor | None = None,
+        context: Tensor | Contexts | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """The way back: of latents ``(batch, d)`` the ``y`` of `solve`. `tick` is called after each block."""
@@ -390,7 +388,7 @@ class Composition(nn.Module):
         probes: Probes | None,
         span: tuple[float, float],
         solver: SolverConfig,
-        context: Tensor | None,
+        context: Tensor | Contexts | None,
         total_derivative: bool = False,
         hjb: bool = False,
     ) -> Solution:
@@ -426,7 +424,7 @@ class Composition(nn.Module):
             temperature: Standard deviation of the base.
 
         Returns:
-            Latents ``(n, d)`` or ``(b n, d)``, the context of each, and the shape ``(n,)`` or ``(b, n)``.
+            Latents ``(n, d)`` or ``(b n, d)``, the context as a tensor, and the shape ``(n,)`` or ``(b, n)``.
 
         Raises:
             ConfigError: `n` is no whole number, or negative.
@@ -445,6 +443,4 @@ class Composition(nn.Module):
         else:
             generator = torch.Generator().manual_seed(plain(seed))
             z = torch.randn(*shape, dtype=dtype, generator=generator, device="cpu")
-        if context is not None and len(lead) == 2:
-            context = context.repeat_interleave(n, 0)
         return z.flatten(0, -2).to(self.reference.device) * temperature, context, lead

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints, register_kl
 
 from pyrnode.bounded import Bounded
-from pyrnode.composition import Composition, check_context, chunked
+from pyrnode.composition import Composition, check_context
 from pyrnode.config import DivergenceLike, SolverLike
+from pyrnode.contexts import Contexts, chunked
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.probes import SampleNoise
@@ -101,7 +102,7 @@ class _Bijection:
         z, log_det, log_prob = (torch.cat(values) for values in zip(*parts, strict=True))
         return _Encoded(z.reshape(*lead, self.dim), log_det.reshape(lead), log_prob.reshape(lead))
 
-    def _encode(self, x: Tensor, context: Tensor | None) -> _Encoded:
+    def _encode(self, x: Tensor, context: Contexts | None) -> _Encoded:
         x, c = self.flow.admit(x, context)
         noise = SampleNoise(x, self.divergence.seed, self.like.dtype)  # that of Flow.log_prob
         passage = self.flow.solve(x, self.flow.draw(self.divergence, noise), self.solver, context=c)
@@ -115,13 +116,13 @@ class _Bijection:
         x = torch.cat([self._decode(*pair) for pair in chunked(z, self._contexts(lead), self.flow.chunk)])
         return x.reshape(*lead, *self.event_shape)
 
-    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+    def _decode(self, z: Tensor, context: Contexts | None) -> Tensor:
         z, c = self.flow.admit_latents(z, context)
         return self.flow.restored(self.flow.unsolve(z, self.solver, context=c), rounded=False)
 
-    def _contexts(self, lead: torch.Size) -> Tensor | None:
-        """The contexts of values ``(*lead, ...)``, as ``(n, m)``."""
-        return None if self.context is None else self.context.expand(*lead, -1).reshape(-1, self.context.shape[-1])
+    def _contexts(self, lead: torch.Size) -> Contexts | None:
+        """The contexts of values ``(*lead, ...)``, which are flattened."""
+        return None if self.context is None else Contexts.of(self.context, lead)
 
     def support(self) -> constraints.Constraint:
         """The values that have a density."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from pyrnode.anomalies import Calibration, log_densities
 from pyrnode.config import Config, made_for
 from pyrnode.data import Samples, Splits, TensorSamples, support
 from pyrnode.data.arrays import check_varies, refuse_masked
-from pyrnode.data.frames import columns_of, is_frame, read_frame, said
+from pyrnode.data.frames import columns_of, is_frame, read_frame
 from pyrnode.errors import ConfigError, DataError, PyrnodeError, SolverWarning
 from pyrnode.flow import Flow
 from pyrnode.runs import Record
@@ -59,7 +59,7 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: Samples per step.
         learning_rate: Peak learning rate; ``"auto"`` is the preset's, 0.01 or 0.005.
         validation_fraction: Share of the samples held out to choose the best weights on, in [0, 1). With 0, all
-            samples are trained on, and the weights that are best on them are kept.
+            samples are trained on, and the weights that are best on them are kept; not in use with `X_val`.
         patience: Stop after this many validations without improvement; `None` never stops early.
         calibration_fraction: Share of the samples held out for `p_values`, in [0, 1); with 0, call `calibrate`.
         dtype: ``"float64"`` or ``"float32"``.
@@ -155,6 +155,10 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         y: Any = None,
         sample_weight: ArrayLike | None = None,
         context: ArrayLike | None = None,
+        *,
+        X_val: ArrayLike | None = None,
+        sample_weight_val: ArrayLike | None = None,
+        context_val: ArrayLike | None = None,
     ) -> Self:
         """Learns the density.
 
@@ -164,10 +168,13 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: Weights of the samples, ``(n,)``, not negative: a weight of 2 counts as two samples in the
                 loss, in the choice of the best weights and in the standardisation; 0 leaves the sample out.
             context: ``(n, m)``, what the density is conditional on; the other methods then need one, too.
+            X_val: ``(n', d)``, samples to choose the best weights on; neither trained on nor standardised by.
+            sample_weight_val: Their weights, ``(n',)``; default 1 for all.
+            context_val: Their context, ``(n', m)``, where there is a `context`.
 
         Raises:
             ConfigError: A parameter does not fit.
-            DataError: `X`, the weights or the context are not usable.
+            DataError: `X`, the weights or the context are not usable, or those for validation, or do not fit together.
             TrainingDivergedError: Training stayed non-finite.
 
         Warns:
@@ -175,33 +182,28 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             SupportWarning: The samples have no density, or some are held out and trained on (`pyrnode.data.support`).
         """
         X = self._checked(X, reset=True)
-        weights = None if sample_weight is None else _checked_weights(sample_weight, len(X))
         names, context_names = getattr(self, "feature_names_in_", None), None
         if is_frame(context):
-            context, found = read_frame(context, "context")
-            context_names = said(found)
-        given = None if context is None else _checked_context(context, len(X))
-        if given is not None and given.ndim != 2:
-            raise DataError(f"context has shape {tuple(given.shape)}: for one feature, pass context[:, None]")
-        if weights is not None:
-            used = weights > 0
-            X, weights, given = X[used], weights[used], None if given is None else given[used]
+            context, context_names = read_frame(context, "context")
+        samples = _samples(X, context, sample_weight)
+        held = self._held(samples, X_val, sample_weight_val, context_val, context_names)
         rng = check_random_state(self.random_state)
-        config = self._config(X.shape, int(rng.randint(2**31 - 1)))
-        rows = self._divided(rng.permutation(len(X)), weights)
-        values, named = torch.tensor(X, device="cpu"), None if names is None else tuple(names)
-        check_varies(values[rows["train"]], "X (what is trained on)", named)
-        first = bounded.transforms(config.columns, X.shape[1:], None, named, context_names)
-        bounded.check_within(
-            TensorSamples(values), first, "X" if weights is None else "X (rows of weight zero left out)", named
-        )
-        samples: Samples = TensorSamples(values).carrying(
-            context=given, weight=None if weights is None else torch.tensor(weights, device="cpu")
-        )
-        train = samples.take(torch.tensor(rows["train"], device="cpu"))
-        validation = samples.take(torch.tensor(rows["validation"], device="cpu")) if self.validation_fraction else train
+        shape, named = X.shape[1:], None if names is None else tuple(names)
+        config = self._config(shape, int(rng.randint(2**31 - 1)))
+        rows = self._divided(torch.from_numpy(rng.permutation(len(samples))), samples.weight, held is None)
+        train = samples.take(rows["train"])
+        check_varies(train.tensor(), "X (what is trained on)", named)
+        first = bounded.transforms(config.columns, shape, None, named, context_names)
+        for part, what in ((samples, "X"), (held, "X_val")):
+            if part is not None:
+                left = "" if part.weight is None else " (rows of weight zero left out)"
+                bounded.check_within(part, first, what + left, named)
+        if held is not None:
+            validation = held.take(torch.from_numpy(rng.permutation(len(held))))
+        else:
+            validation = samples.take(rows["validation"]) if len(rows["validation"]) else train
         splits = Splits(  # nothing looks at the test set
-            "X", train, validation, validation, X.shape[1:], features=named, context_features=context_names
+            "X", train, validation, validation, shape, features=named, context_features=context_names
         )
         support.warn(splits)
         trainer = Trainer(config, splits, None, progress=bool(self.verbose))
@@ -212,17 +214,40 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if hasattr(self, "calibration_"):  # of an earlier fit
             del self.calibration_
         if len(rows["calibration"]):
-            held_out = None if given is None else given[rows["calibration"]]
-            self.calibration_ = Calibration(self._log_prob(X[rows["calibration"]], held_out))
+            kept = samples.take(rows["calibration"])
+            self.calibration_ = Calibration(log_densities(self.flow_, kept.tensor(), kept.context))
         return self
+
+    def _held(
+        self,
+        samples: Samples,
+        X_val: ArrayLike | None,
+        weight: ArrayLike | None,
+        context: ArrayLike | None,
+        context_names: tuple[str, ...] | None,
+    ) -> Samples | None:
+        """The user's own validation samples, which go with `samples`; `None` without."""
+        for name, given in (("sample_weight_val", weight), ("context_val", context)):
+            if X_val is None and given is not None:
+                raise DataError(f"{name} is given, but no X_val: pass the samples that it belongs to")
+        if X_val is None:
+            return None
+        X_val = self._checked(X_val, "X_val", reset=False)
+        if (context is None) != (samples.context is None):
+            missing, there = ("context", "context_val") if samples.context is None else ("context_val", "context")
+            raise DataError(f"{there} is given, but no {missing}: give both, or neither")
+        held = _samples(X_val, columns_of(context, context_names, "context_val"), weight, "_val")
+        if held.context is not None and held.context.shape[1:] != (width := cast(Tensor, samples.context).shape[1:]):
+            raise DataError(f"context_val has {held.context.shape[1]} features, context {width[0]}: give it the same")
+        return held
 
     def _config(self, shape: tuple[int, ...], seed: int) -> Config:
         """The settings of the run."""
-        config = Config.preset(made_for(shape[1:])).override({"solver": self.solver})
+        config = Config.preset(made_for(shape)).override({"solver": self.solver})
         if not isinstance(self.hidden, str):  # an array does not compare as one
-            if not isinstance(self.hidden, Iterable):
-                raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as [64, 64]")
-            config = config.override({"flow.network.hidden": list(self.hidden)})
+            config = config.override(
+                {"hidden": list(self.hidden) if isinstance(self.hidden, Iterable) else self.hidden}
+            )
         elif self.hidden != "auto":
             raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as (64, 64)")
         if self.learning_rate != "auto":
@@ -254,37 +279,37 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             )
         return config
 
-    def _divided(self, order: NDArray[np.int64], weights: NDArray[np.float64] | None) -> dict[str, NDArray[np.int64]]:
-        """The rows to train, validate and calibrate on."""
+    def _divided(self, order: Tensor, weights: Tensor | None, validates: bool) -> dict[str, Tensor]:
+        """The rows to train and calibrate on, and, if a share of them `validates`, those to validate on."""
         n, sizes = len(order), {}
         for name in ("validation", "calibration"):
             fraction = getattr(self, f"{name}_fraction")
             if isinstance(fraction, bool) or not (isinstance(fraction, (int, float, np.number)) and 0 <= fraction < 1):
                 raise ConfigError(f"{name}_fraction = {fraction!r}: expected a share in [0, 1)")
-            sizes[name] = max(1, round(float(fraction) * n)) if fraction else 0
+            sizes[name] = max(1, round(float(fraction) * n)) if fraction and (validates or name != "validation") else 0
         left = n - sum(sizes.values())
         if left < 2:
             raise DataError(
                 f"n_samples = {n}: {left} are left to train on beside {sizes['validation']} for validation and "
                 f"{sizes['calibration']} for calibration; expected at least 2"
             )
-        if sizes["calibration"] and weights is not None and not np.allclose(weights, weights[0]):
+        if sizes["calibration"] and weights is not None and not torch.allclose(weights, weights[0]):
             raise ConfigError(
                 "calibration_fraction with unequal sample weights: p-values count samples, which have one weight each; "
                 "use calibration_fraction=0 and calibrate(X) with held-out samples as you expect them in use"
             )
-        calibration, validation, train = np.split(order, np.cumsum([sizes["calibration"], sizes["validation"]]))
-        return {"train": train, "validation": validation if len(validation) else train, "calibration": calibration}
+        calibration, validation, train = order.split([sizes["calibration"], sizes["validation"], left])
+        return {"train": train, "validation": validation, "calibration": calibration}
 
-    def _checked(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
-        """`X` as scikit-learn checks it; its `ValueError`s as ours."""
-        refuse_masked(X, "X")
+    def _checked(self, X: ArrayLike, what: str = "X", *, reset: bool) -> NDArray[Any]:
+        """`X` as scikit-learn checks it; its `ValueError`s as ours, which say what it is called."""
+        refuse_masked(X, what)
         try:
             checked: NDArray[Any] = validate_data(
                 self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
             )
         except ValueError as error:
-            raise DataError(str(error)) from error
+            raise DataError(str(error) if what == "X" else f"{what}: {error}") from error
         return checked
 
     def _fitted(self, attribute: str, remedy: str) -> None:
@@ -381,30 +406,47 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return self.calibration_.p_values(scores)
 
 
-def _checked_context(context: ArrayLike, n: int | None) -> Tensor:
+def _samples(
+    X: NDArray[Any], context: ArrayLike | None, sample_weight: ArrayLike | None, suffix: str = ""
+) -> TensorSamples:
+    """Samples with contexts and weights, those of weight zero left out; messages name arguments of that suffix."""
+    samples, given = TensorSamples(torch.tensor(X, device="cpu")), None
+    if context is not None:
+        given = _checked_context(context, len(X), f"context{suffix}")
+        if given.ndim != 2:
+            name = f"context{suffix}"
+            raise DataError(f"{name} has shape {tuple(given.shape)}: for one feature, pass {name}[:, None]")
+    if sample_weight is None:
+        return samples.carrying(context=given)
+    weight = _checked_weights(sample_weight, len(X), f"sample_weight{suffix}")
+    used = weight > 0
+    return TensorSamples(samples.tensor()[used]).carrying(
+        context=None if given is None else given[used], weight=weight[used]
+    )
+
+
+def _checked_context(context: ArrayLike, n: int | None, what: str = "context") -> Tensor:
     """A context of `n` samples ``(n, m)``, or a single one ``(m,)`` once the flow is there to check its width."""
-    refuse_masked(context, "context")
+    refuse_masked(context, what)
     try:
-        values = check_array(context, ensure_2d=False, dtype=np.float64, input_name="context")
+        values = check_array(context, ensure_2d=False, dtype=np.float64, input_name=what)
     except ValueError as error:
         raise DataError(str(error)) from error
     if values.ndim == 2 and n is not None and len(values) != n:
-        raise DataError(f"context has shape {values.shape}: expected ({n}, m), a row for each sample")
+        raise DataError(f"{what} has shape {values.shape}: expected ({n}, m), a row for each sample")
     return torch.tensor(values, device="cpu")
 
 
-def _checked_weights(sample_weight: ArrayLike, n: int) -> NDArray[np.float64]:
-    refuse_masked(sample_weight, "sample_weight")
+def _checked_weights(sample_weight: ArrayLike, n: int, what: str) -> Tensor:
+    refuse_masked(sample_weight, what)
     try:
-        weights: NDArray[np.float64] = check_array(
-            sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
-        )
+        weights: NDArray[np.float64] = check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name=what)
     except ValueError as error:
         raise DataError(str(error)) from error
     if weights.shape != (n,):
-        raise DataError(f"sample_weight has shape {weights.shape}: expected ({n},), one for each sample")
+        raise DataError(f"{what} has shape {weights.shape}: expected ({n},), one for each sample")
     if bool((weights < 0).any()):
-        raise DataError(f"sample_weight has negative values, down to {weights.min():g}")
+        raise DataError(f"{what} has negative values, down to {weights.min():g}")
     if not bool((weights > 0).any()):
-        raise DataError("sample_weight: all weights are zero, so there is nothing to fit")
-    return weights
+        raise DataError(f"{what}: all weights are zero, so nothing is left")
+    return torch.tensor(weights, device="cpu")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode import bounded, checkpoint, engines, export, seeds, uncertainty
-from pyrnode.composition import Composition, chunked
+from pyrnode.composition import Composition
 from pyrnode.config import Config, DivergenceLike, SolverConfig, SolverLike
+from pyrnode.contexts import Contexts, chunked
 from pyrnode.data.arrays import check_spread
 from pyrnode.data.frames import Names
 from pyrnode.devices import resolve_device
@@ -238,9 +239,10 @@ class Flow(Composition):
             SolverError: A solve failed.
         """
         solver = self.solver.changed(solver)
-        return self._decoded(*self.admit_latents(z, context), solver)
+        z, contexts = self.admit_latents(z, context)
+        return self._decoded(z, contexts, solver)
 
-    def _decoded(self, z: Tensor, context: Tensor | None, solver: SolverConfig, bar: Any = None) -> Tensor:
+    def _decoded(self, z: Tensor, context: Tensor | Contexts | None, solver: SolverConfig, bar: Any = None) -> Tensor:
         """What `decode` gives of admitted latents; counts them on the bar, if there is one."""
         pieces = chunked(z, context, self.chunk) if len(z) else [(z, context)]
         made = list[Tensor]()
@@ -282,9 +284,9 @@ class Flow(Composition):
             raise ConfigError(f"temperature = {temperature!r}: expected a finite number, at least 0")
         z, contexts, lead = self.base_sample(n, context, seed=seed, temperature=temperature)
         solver = self.solver.changed(solver)
-        z, contexts = self.admit_latents(z, contexts)
+        z, shared = self.admit_latents(z, None if contexts is None else Contexts.repeated(contexts, n))
         with progress_bar(len(z), "sample", unit="sample", show=progress, delay=SECONDS) as bar:
-            return self._decoded(z, contexts, solver, bar).reshape(*lead, *self.event_shape)
+            return self._decoded(z, shared, solver, bar).reshape(*lead, *self.event_shape)
 
     def to_torch(self, solver: SolverLike = None, *, divergence: DivergenceLike = None) -> TorchFlow:
         """The density as a plain PyTorch module with its own copy of the parameters, which needs no engine.

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from pyrnode import solvers
-from pyrnode.composition import Composition, chunked
+from pyrnode.composition import Composition
 from pyrnode.config import Divergence, SolverConfig
+from pyrnode.contexts import chunked
 from pyrnode.data.arrays import check_spread
 from pyrnode.engines import TorchEngine
 from pyrnode.errors import ConfigError, SolverError

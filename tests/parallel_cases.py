@@ -114,6 +114,13 @@ def pictures(out: Path) -> Found:
     return numbers(result) | {"score": scores}
 
 
+def held_out(out: Path) -> Found:
+    """Validation rows of the user's own, which are shared out, too, and do not divide."""
+    given = {"context": random(200, 1, seed=1), "validation": random(47, 2, seed=2)}
+    settings = {"batch_size": 31, "max_steps": 20, "validate_every": 10, "step_size": 0.5, "solver": "RK4"}
+    return numbers(train(random(200, 2), **given, validation_context=random(47, 1, seed=3), **settings))
+
+
 def mapped_file(out: Path) -> Found:
     """A table that is too large to be read as a whole, and one that is not, of the same numbers."""
     x = random(300, 3) @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 20.0]], dtype=torch.float64)
@@ -326,6 +333,7 @@ def killed(out: Path) -> Found:
 ALIKE: dict[str, Callable[[Path], Found]] = {
     "table": table,
     "pictures": pictures,
+    "held out": held_out,
     "mapped file": mapped_file,
     "ladder": ladder,
     "failure": failure,

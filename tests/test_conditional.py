@@ -18,6 +18,7 @@ from pyrnode import RNODEDensity, anomalies, export
 from pyrnode.cli import main
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config, DataConfig, Divergence
+from pyrnode.contexts import Contexts
 from pyrnode.data import Splits, TensorSamples, load
 from pyrnode.distribution import FlowDistribution, FlowTransform
 from pyrnode.dynamics import ConvNet, ModuleDynamics
@@ -358,6 +359,53 @@ def test_contexts_are_divided_as_the_samples_are() -> None:
 def test_data_with_a_test_set_of_its_own_takes_no_context(data_dir: Path) -> None:
     with pytest.raises(DataError, match="mnist has a test set of its own"):
         load("mnist", config=DataConfig(dir=str(data_dir)), context=torch.zeros(60_000, 1))
+
+
+# -- contexts that samples share -------------------------------------------------------------------------------------
+
+
+def embeddings(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many contexts each embedding has had, as they come."""
+    counts, dynamics = list[int](), flow.blocks[0].dynamics
+    embed = dynamics.embed
+    monkeypatch.setattr(dynamics, "embed", lambda c: (counts.append(len(c)), embed(c))[1])
+    return counts
+
+
+@pytest.mark.parametrize("name", ["vector", "vector, own module", "images, gated"])
+def test_samples_that_share_a_context_are_those_of_a_copy_for_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, c = FLOWS[name](), contexts_for(3)
+    z = torch.randn(3, 40, flow.dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    shared = Contexts.repeated(c, 40)
+    counts = embeddings(flow, monkeypatch)
+    monkeypatch.setattr(flow, "chunk", 50)  # from within the second one's samples to within the third's
+    with torch.no_grad():
+        found = flow.sample(40, c, seed=9)
+        assert counts == [2, 2, 1]
+        expected = flow.decode(z.flatten(0, 1), shared.whole())
+    assert torch.equal(shared.whole(), c.repeat_interleave(40, 0))
+    assert error(found.flatten(0, 1).double(), expected.double()) < 1e-9
+
+
+def test_a_grid_of_values_and_contexts_has_each_context_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, c, x = build((3,)), contexts_for(4).requires_grad_(), data_for(build((3,)), 5)[:, None]
+    counts = embeddings(flow, monkeypatch)
+    found = flow.distribution(c).log_prob(x)
+    assert found.shape == (5, 4)
+    assert counts == [4]
+    copied = c.expand(5, 4, -1).reshape(20, -1)
+    expected = flow.log_prob(x.expand(5, 4, -1).reshape(20, -1), copied).reshape(5, 4)
+    assert error(found, expected) < 1e-9
+    gradients = [torch.autograd.grad(values.sin().sum(), [c, *flow.parameters()]) for values in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        assert error(one, other) < 1e-8
+
+
+def test_periodic_columns_share_them_too() -> None:
+    flow, c = build((2,), columns__period={"0": 6.0}), contexts_for(3)
+    x = torch.rand(4, 1, 2, dtype=torch.float64)
+    copied = flow.log_prob(x.expand(4, 3, 2).reshape(12, 2), c.repeat(4, 1)).reshape(4, 3)
+    assert error(flow.distribution(c).log_prob(x), copied) < 1e-9
 
 
 # -- torch.distributions ---------------------------------------------------------------------------------------------

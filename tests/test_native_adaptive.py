@@ -62,6 +62,16 @@ def test_equals_the_solve_by_operations(time: str, count: int, control: str, met
         called.clear()
 
 
+@pytest.mark.parametrize("count", [0, 1, -1])
+@pytest.mark.parametrize("time", ["concat", "none"])
+@pytest.mark.parametrize("batch", [1, 70, 200])  # lanes that take another sample in, and lanes that close up
+def test_contexts_equal_the_solve_by_operations(batch: int, time: str, count: int, called: list[str]) -> None:
+    dynamics, z0 = make("tanh", time, context_dim=4), states(batch)
+    found = results(dynamics, z0, count, DP5, (0.0, 1.0))
+    assert called == RECORDED
+    assert largest(found, results(dynamics, z0, count, by_operations(DP5), (0.0, 1.0))) < 1e-10
+
+
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
 @pytest.mark.parametrize("time", TIMES)
 def test_every_activation(activation: str, time: str) -> None:

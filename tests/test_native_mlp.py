@@ -25,9 +25,11 @@ FUSED = SolverConfig(step_size=0.25, sensealg="Backprop")
 PLAIN = replace(FUSED, memory="checkpoint")
 
 
-def make(activation: str = "softplus", time: str = "concat", dtype: torch.dtype = torch.float64) -> MLP:
+def make(
+    activation: str = "softplus", time: str = "concat", dtype: torch.dtype = torch.float64, context_dim: int = 0
+) -> MLP:
     """A small network with widths that fill no vector, and no parameter at zero."""
-    dynamics = MLP(3, (7, 16, 5), activation=activation, time=time).to(dtype)
+    dynamics = MLP(3, (7, 16, 5), activation=activation, time=time, context_dim=context_dim).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in dynamics.parameters():
@@ -47,13 +49,17 @@ def probes(z: Tensor, count: int) -> Probes | None:
 
 
 def results(dynamics: MLP, z0: Tensor, count: int, solver: SolverConfig, span: tuple[float, float]) -> list[Tensor]:
-    """z, l, E, n, and the gradients of a loss in which all take part, of the start state and every parameter."""
+    """z, l, E, n, and the gradients of a loss in which all take part, of start state, context and every parameter."""
     dynamics.zero_grad()
-    z0 = z0.clone().requires_grad_()
-    solution = TorchEngine().integrate(dynamics, z0, probes(z0, count), span, solver)
+    z0, context = z0.clone().requires_grad_(), None
+    if dynamics.context_dim:
+        context = torch.randn(len(z0), dynamics.context_dim, generator=torch.Generator().manual_seed(4)).to(z0)
+        context.requires_grad_()
+    solution = TorchEngine().integrate(dynamics, z0, probes(z0, count), span, solver, context=context)
     loss = solution.z.square().sum() + (solution.l.sin() + 0.1 * solution.E + 0.01 * solution.n.square()).sum()
     loss.backward()
     outputs = [solution.z, solution.l, solution.E, solution.n, z0.grad, *(p.grad for p in dynamics.parameters())]
+    outputs += [] if context is None else [context.grad]
     return [x.detach().clone() for x in outputs if x is not None]
 
 
@@ -92,6 +98,23 @@ def test_equals_the_plain_solve(activation: str, time: str, method: str, count: 
             assert largest(found, expected) < tolerance
             assert fused == ["forward", "backward"]
             fused.clear()
+
+
+@pytest.mark.parametrize(("method", "count"), [("RK4", 1), ("Euler", 0), ("SSPRK33", -1)])
+@pytest.mark.parametrize("time", ["concat", "none"])
+@pytest.mark.parametrize("batch", [1, 31, 70, 200])
+def test_contexts_equal_the_plain_solve(batch: int, time: str, method: str, count: int, fused: list[str]) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
+        dynamics, z0 = make("tanh", time, dtype, context_dim=4), states(batch, dtype)
+        found = results(dynamics, z0, count, replace(FUSED, name=method), (0.0, 0.9))
+        assert fused == ["forward", "backward"]
+        assert largest(found, results(dynamics, z0, count, replace(PLAIN, name=method), (0.0, 0.9))) < tolerance
+        fused.clear()
+
+
+def test_a_context_in_the_gate_is_left_to_torch(fused: list[str]) -> None:
+    results(make(time="concatsquash", context_dim=2), states(5), 1, FUSED, (0.0, 1.0))
+    assert not fused
 
 
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)

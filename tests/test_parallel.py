@@ -117,7 +117,7 @@ def test_the_cases_have_in_them_what_they_are_for(one: dict[str, Found]) -> None
     assert one["not finite"] == {"raised": "TrainingDivergedError", "gave up": True}
 
 
-@pytest.mark.parametrize("name", ["table", "pictures", "mapped file", "ladder", "failure", "resumed"])
+@pytest.mark.parametrize("name", ["table", "pictures", "held out", "mapped file", "ladder", "failure", "resumed"])
 def test_all_processes_have_the_same_bits(name: str, several: tuple[list[dict[str, Found]], Path]) -> None:
     first, *others = (found[name] for found in several[0])
     assert "error" not in first, first["error"]

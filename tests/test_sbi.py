@@ -12,7 +12,8 @@ import torch
 from torch.distributions import Beta, Gamma, Independent, LogNormal, MultivariateNormal, Normal, Uniform, VonMises
 
 from pyrnode.errors import ConfigError, DataError
-from pyrnode.sbi import bounds_of, rnode
+from pyrnode.probes import Probes
+from pyrnode.sbi import bounds_of, likelihood, rnode, train
 
 INF = torch.inf
 EXAMPLE = str(Path(__file__).parent.parent / "examples/inside_sbi.py")
@@ -65,6 +66,9 @@ def test_sbi_trains_a_flow_and_samples_from_it(tmp_path: Path, monkeypatch: pyte
     assert values["mean"] < 0.15  # the posterior's standard deviations are about 0.4
     assert values["std"] < 0.1
     assert values["outside"] == 0
+
+
+NORMAL = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
 
 
 def simulations(prior: Any, n: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,3 +139,143 @@ def test_members_of_an_ensemble_differ_and_are_pickled() -> None:
 def test_observations_that_are_no_vectors_are_refused() -> None:
     with pytest.raises(DataError, match="make a vector of each observation"):
         rnode()(torch.zeros(5, 2), torch.zeros(5, 3, 4))
+
+
+@needs_sbi
+@torch.no_grad()
+def test_a_grid_of_parameters_and_observations_is_that_of_the_pairs() -> None:
+    estimator = rnode(hidden=[8])(*simulations(NORMAL))
+    theta, x = torch.randn(5, 1, 2), torch.randn(4, 2)
+    grid = estimator.log_prob(theta, x)
+    pairs = [[float(estimator.log_prob(t, c[None])) for c in x] for t in theta]
+    assert grid.shape == (5, 4)
+    assert torch.allclose(grid, torch.tensor(pairs), atol=1e-4)
+    assert torch.equal(estimator.log_prob(theta.expand(5, 4, 2), x), grid)
+    each = x.expand(5, 4, 2)  # as sbi passes conditions that differ by sample
+    assert torch.allclose(estimator.log_prob(theta, each), grid, atol=1e-5)
+
+
+@needs_sbi
+def test_sbi_validates_by_the_likelihood_of_the_accurate_solver() -> None:
+    """What early stopping looks at is the density that is used: no penalty, no probe, not the training solver."""
+    theta, x = simulations(NORMAL)
+    estimator = rnode(hidden=[8], kinetic=3.0, jacobian=2.0, **{"penalties.divergence": "hutchinson"})(theta, x)
+    with torch.no_grad():
+        for parameter in estimator.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+    flow = estimator.net
+    expected = flow.log_prob(theta, x).detach()
+    assert torch.allclose(estimator.eval().loss(theta, x), -expected, atol=1e-4)
+    trained = estimator.train().loss(theta, x).detach()
+    admitted, context = flow.admit(theta, x)
+    passage = flow.solve(admitted, Probes.exact, context=context)
+    penalty = (3 * passage.total("E") + 2 * passage.total("n")).mean().detach()
+    assert float((trained + expected).mean()) == pytest.approx(float(penalty), rel=0.15)  # one probe for each
+
+
+@needs_sbi
+def test_the_training_solver_gets_finer_where_it_is_wrong_and_only_in_training() -> None:
+    theta, x = simulations(NORMAL)
+    estimator = rnode(hidden=[32])(theta, x).train()
+    assert (estimator.solver.name, estimator.solver.step_size) == ("RK4", 1.0)
+    with torch.no_grad():
+        for parameter in estimator.parameters():
+            torch.nn.init.normal_(parameter, std=0.6)
+    estimator._losses = 0
+    estimator.loss(theta, x)
+    assert estimator.solver.step_size < 1
+    first, second = (-estimator.net.log_prob(theta[:50], x[:50], solver=s) for s in (estimator.solver, None))
+    assert float((first - second).abs().mean().detach()) / 2 < 0.02
+    assert estimator.eval().solver == estimator.net.solver
+    fixed = rnode(hidden=[8], solver={"name": "RK4", "step_size": 0.5})(theta, x).train()
+    fixed.loss(theta, x)
+    assert fixed.solver.step_size == 0.5
+
+
+@needs_sbi
+def test_the_trainer_of_pyrnode_serves_sbi(tmp_path: Path) -> None:
+    from sbi.inference import NPE
+    from sbi.utils import BoxUniform
+
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    theta, x = simulations(prior, 600)
+    settings = {"hidden": [16, 16], "max_steps": 150, "progress": False, "out": tmp_path / "run"}
+    estimator = train(theta, x, prior, **settings)
+    assert not estimator.training
+    assert estimator.net.config.columns.bounds == {"0": (-1, 1), "1": (-1, 1)}
+    assert (tmp_path / "run/model.safetensors").exists()
+    posterior = NPE(prior, show_progress_bars=False).build_posterior(estimator)
+    samples = posterior.sample((1000,), x=torch.tensor([0.2, -0.3]), show_progress_bars=False)
+    assert torch.allclose(samples.mean(0), torch.tensor([0.2, -0.3]), atol=0.05)  # sd 0.1
+    assert float((samples.std(0) - 0.1).abs().max()) < 0.06
+
+
+@needs_sbi
+def test_simulations_that_the_trainer_cannot_use() -> None:
+    theta, x = simulations(NORMAL)
+    with pytest.raises(DataError, match="observations: 2 of 300 simulations have NaN or infinite values; leave those"):
+        train(theta, torch.where(torch.arange(300)[:, None] < 2, torch.nan, x))
+    with pytest.raises(DataError, match=r"parameters of shape \(300, 2\) and observations of shape \(299, 2\)"):
+        train(theta, x[1:])
+    with pytest.raises(DataError, match="5 simulations: expected at least 10"):
+        train(theta[:5], x[:5])
+    with pytest.raises(ConfigError, match="validation = 0: expected a share"):
+        train(theta, x, validation=0)
+    with pytest.raises(ConfigError, match="hiden"):
+        train(theta, x, hiden=[3])
+
+
+@needs_sbi
+@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
+def test_likelihoods_are_learned_the_right_way_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sbi.inference import NLE
+    from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameters
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    theta = NORMAL.sample((1000,))
+    x = torch.stack([theta[:, 0], theta[:, 0], theta[:, 1]], 1) + torch.tensor([0.3, 0.5, 0.2]) * torch.randn(1000, 3)
+    builder = likelihood(hidden=[16, 16], kinetic=1e-3, jacobian=1e-3, standardize="scale")
+    inference = NLE(NORMAL, density_estimator=builder, show_progress_bars=False).append_simulations(theta, x)
+    estimator = inference.train(max_num_epochs=25, training_batch_size=100, learning_rate=1e-2)
+    assert (estimator.input_shape, estimator.condition_shape) == ((3,), (2,))
+    mean, sd = torch.stack([theta[:, 0], theta[:, 0], theta[:, 1]], 1), torch.tensor([0.3, 0.5, 0.2])
+    exact = Independent(Normal(mean, sd), 1).log_prob(x)
+    with torch.no_grad():
+        found = estimator.log_prob(x[None], theta)[0]
+    assert abs(float((exact - found).mean())) < 0.15  # 3 nats before
+    posterior = inference.build_posterior(
+        posterior_parameters=MCMCPosteriorParameters(num_chains=20, warmup_steps=20, thin=1)
+    )
+    samples = posterior.sample((200,), x=torch.tensor([[0.4, 0.4, -1.0]]), show_progress_bars=False)
+    assert torch.allclose(samples.mean(0), torch.tensor([0.375, -0.96]), atol=0.12)
+
+
+@needs_sbi
+def test_the_wrong_way_round_and_ratios_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sbi.inference import NLE, NPE, NRE
+
+    monkeypatch.chdir(tmp_path)
+    theta, x = simulations(NORMAL)
+    for method, builder, message in (
+        (NLE, rnode(NORMAL, hidden=[8]), r"of the parameters, .* take pyrnode.sbi.likelihood\(\) for NLE"),
+        (NPE, likelihood(hidden=[8]), r"of the observations, .* take pyrnode.sbi.rnode\(prior\) for NPE"),
+    ):
+        inference = method(NORMAL, density_estimator=builder, show_progress_bars=False)
+        with pytest.raises(ConfigError, match=message):
+            inference.append_simulations(theta, x).train(max_num_epochs=1)
+    ratio = NRE(NORMAL, classifier=rnode(NORMAL, hidden=[8]), show_progress_bars=False)
+    with pytest.raises(
+        ConfigError, match=r"ratio estimation \(NRE\) trains a classifier .* NPE with pyrnode.sbi.rnode"
+    ):
+        ratio.append_simulations(theta, x).train(max_num_epochs=1)
+
+
+@needs_sbi
+def test_bounds_of_observations() -> None:
+    theta = NORMAL.sample((100,))
+    x = theta.exp()
+    estimator = likelihood(bounds={0: (0, None), 1: (0, None)}, hidden=[8])(theta, x)
+    assert bool((estimator.sample(torch.Size([50]), theta[:5]) > 0).all())
+    with pytest.raises(DataError, match="column 0 has 100 of 100 values that are not between its bounds"):
+        likelihood(bounds={0: (None, 0)}, hidden=[8])(theta, x)

@@ -175,6 +175,7 @@ def test_conditional() -> None:
     c = torch.rand(300, 2, generator=generator) * 5
     x = torch.cat((c, 1 - c), 1)[:, 1:] + 0.1 * torch.randn(300, 3, generator=generator)
     settings = {**COMMON, "max_steps": 12, "hidden": [8], "batch_size": 40, "validate_every": 6}
+    settings |= {"solver.memory": "store", "evaluation.solver.memory": "checkpoint"}  # kernels had no contexts then
     result = pyrnode.train(x, context=c, preset=Config(), progress=False, **settings)
     check("cond.weights", *result.flow.state_dict().values())
     check("cond.history", numbers(result.history))

@@ -83,6 +83,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         result = pyrnode.train(
             args.data,
+            validation=args.validation,
             preset=args.preset,
             out=args.out,
             resume=args.resume,
@@ -94,7 +95,8 @@ def _train(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # outside the loop, or for the second time: the last checkpoint is there
         stopped = True
     if stopped:
-        return interrupted("train", args.data, "--out", args.out)
+        held_out = [] if args.validation is None else ["--validation", args.validation]
+        return interrupted("train", args.data, *held_out, "--out", args.out)
     if not distributed.present().first:
         return 0
     if args.json:
@@ -208,6 +210,7 @@ _step_size.__name__ = "step size"  # argparse names it in its message
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode train`` takes."""
     parser.add_argument("data", help="name of a data set, or path of a .npy, .npz, .csv, .parquet file or image folder")
+    parser.add_argument("--validation", metavar="FILE", help="rows to choose the best flow on, in place of a share")
     parser.add_argument("--preset", help="preset name or .toml file (see: pyrnode presets)")
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")

@@ -17,6 +17,7 @@ from pyrnode.config import DataConfig
 from pyrnode.data import files, images, maf, mapped, synthetic
 from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies, numbers
 from pyrnode.data.frames import Names, is_frame, read_frame
+from pyrnode.data.held_out import with_validation
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
 from pyrnode.errors import DataError, unknown_name
 
@@ -35,6 +36,8 @@ def load(
     *,
     config: DataConfig = _DEFAULT,
     context: Any = None,
+    validation: Any = None,
+    validation_context: Any = None,
     check: Callable[[Source | Splits], None] | None = None,
 ) -> Splits:
     """Reads data and splits it into train, validation and test.
@@ -52,6 +55,10 @@ def load(
             values ``0 .. levels-1``; uint8 images have 256 levels by default.
         context: What the density is conditional on, ``(n, m)`` numbers: an array, tensor or data frame with a row for
             each sample; divided as the samples are.
+        validation: Validation samples of your own, in place of a share of the data: rows of the same shape and kind as
+            an array, a tensor, a data frame, the path of a file or folder, or a data set. They come in an order that
+            depends on ``config.split_seed``, since of many rows the first ones stand for all.
+        validation_context: Their context, where there is a `context`.
         check: Is given the samples before they are divided, in the order of the source, and raises what it has against
             them.
 
@@ -70,6 +77,8 @@ def load(
     if isinstance(data, Splits):
         if context is not None:
             raise DataError("Splits have contexts of their own: make them of samples.carrying(context=...)")
+        if validation is not None or validation_context is not None:
+            raise DataError("Splits have validation samples of their own: leave validation out")
         if check is not None:
             check(data)
         return data
@@ -81,8 +90,16 @@ def load(
     if context is not None:
         values, names = _context(context, source)
         source = replace(source, context=values, context_features=names)
+    if validation is not None:
+        source = with_validation(source, validation, validation_context, config)
+    elif validation_context is not None:
+        raise DataError("validation_context is given, but no validation: pass the rows that it belongs to")
     if check is not None:
         check(source)
+    if validation is not None and source.validation is not None:
+        rows = torch.Generator().manual_seed(config.split_seed)
+        order = torch.randperm(len(source.validation), generator=rows, device="cpu")
+        source = replace(source, validation=source.validation.take(order))
     splits = source.split(config)
     if splits.levels is None and not splits.is_image and isinstance(splits.train, TensorSamples):
         check_varies(splits.train.tensor(), f"{splits.name} (training split)", splits.features)

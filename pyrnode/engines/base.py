@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.config import SolverConfig
+from pyrnode.contexts import Contexts
 from pyrnode.dynamics.base import Dynamics, GradientDynamics
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.precision import own_precision
@@ -249,12 +250,17 @@ def run(
     return z, q
 
 
-def embedded(dynamics: Dynamics, context: Tensor | None, batch: int) -> Tensor | None:
+def embedded(dynamics: Dynamics, context: Tensor | Contexts | None, batch: int) -> Tensor | None:
     """The context as a solve sees it; raises `ConfigError` where it does not fit the dynamics."""
-    given = None if context is None else tuple(context.shape)
+    if isinstance(context, Contexts):
+        given: tuple[int, ...] | None = (len(context), *context.values.shape[1:])
+    else:
+        given = None if context is None else tuple(context.shape)
     expected = (batch, dynamics.context_dim) if dynamics.context_dim else None
     if given != expected:
         raise ConfigError(f"context of shape {given}: expected {expected}, as the dynamics have it")
+    if isinstance(context, Contexts):
+        return dynamics.embed(context.values)[context.rows]
     return None if context is None else dynamics.embed(context).contiguous()
 
 
@@ -327,7 +333,7 @@ class Engine(ABC):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
-        context: Tensor | None = None,
+        context: Tensor | Contexts | None = None,
         total_derivative: bool = False,
         hjb: bool = False,
     ) -> Solution:
@@ -339,7 +345,7 @@ class Engine(ABC):
             probes: Probes of the divergence; `None` solves for the state alone.
             t_span: Start and end time; the end may come first (decoding).
             solver: Method, step or tolerances, sensitivity algorithm.
-            context: ``(batch, m)``, for conditional dynamics.
+            context: ``(batch, m)``, or `Contexts` that samples share; for conditional dynamics.
             total_derivative: Also integrate ``D`` (eq. 7).
             hjb: Also integrate ``H``; of potentials alone.
 

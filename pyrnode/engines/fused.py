@@ -72,8 +72,8 @@ def compiled_solve(
         return None
     if bound.images:
         return _compiled_images(system, bound, z0.dtype, t_span, solver, store)
-    if system.context is not None:
-        return None
+    if system.context is not None and any(layer.context_parts > 1 for layer in bound.layers):
+        return None  # in the gate, too
     adapts = solvers.adaptive(solver)
     if solver.memory != "auto" or (not adapts and isinstance(solver.step_size, str)):
         return None
@@ -82,7 +82,8 @@ def compiled_solve(
     if types != {z0.dtype} or library is None:
         return None
     directions = None if system.probes is None else _directions(system.probes)
-    return (CompiledSteps if adapts else CompiledGrid)(_Case(library, bound, directions, t_span, solver, z0.dtype))
+    case = _Case(library, bound, directions, t_span, solver, z0.dtype, system.context)
+    return (CompiledSteps if adapts else CompiledGrid)(case)
 
 
 def _compiled_images(
@@ -100,7 +101,7 @@ def _compiled_images(
     if types != {dtype} or library is None:
         return None
     directions = None if system.probes is None else _directions(system.probes)
-    return CompiledImages(_Case(library, bound, directions, t_span, solver, dtype), system.context, store)
+    return CompiledImages(_Case(library, bound, directions, t_span, solver, dtype, system.context), store)
 
 
 def _directions(probes: Probes) -> mlp.Directions:
@@ -116,6 +117,7 @@ class _Case(NamedTuple):
     t_span: tuple[float, float]
     solver: SolverConfig
     dtype: torch.dtype
+    context: Tensor | None  # embedded
 
     @property
     def weights(self) -> list[Tensor]:
@@ -166,6 +168,7 @@ class CompiledGrid(CompiledSolve):
             torch.cat(scales, 1) if scales else None,
             bound.activation,
             mlp.Grid(tableau.a, tableau.b, [h for _, h in steps]),
+            case.context,
         )
 
     @property
@@ -180,7 +183,8 @@ class CompiledGrid(CompiledSolve):
 
     def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         bound = _layers(system)
-        z0_bar, w_bars, shift_bar, scale_bar = self.solve.backward(z_bar, q_bar, self.directions)
+        z0_bar, w_bars, shift_bar, scale_bar, context_bar = self.solve.backward(z_bar, q_bar, self.directions)
+        system.add_context_bar(None, [context_bar])
         shift_bars = shift_bar.split(self.widths, 1)
         scale_bars = [None] * len(self.widths) if scale_bar is None else scale_bar.split(self.widths, 1)
         for layer, w_bar, b_bar, s_bar in zip(bound.layers, w_bars, shift_bars, scale_bars, strict=True):
@@ -192,7 +196,7 @@ class CompiledGrid(CompiledSolve):
 class CompiledImages(CompiledSolve):
     """Along a grid, of a convolutional network; of its tensors, only what `backward` starts from outlives a pass."""
 
-    def __init__(self, case: _Case, context: Tensor | None, store: bool) -> None:
+    def __init__(self, case: _Case, store: bool) -> None:
         super().__init__(case)
         tableau = solvers.method(case.solver.name).tableau
         self.steps = grid(case.t_span, float(case.solver.step_size))
@@ -205,7 +209,7 @@ class CompiledImages(CompiledSolve):
             _size(case.bound.layers[0]),
             mlp.Grid(tableau.a, tableau.b, [h for _, h in self.steps]),
             [t + c * h for t, h in self.steps for c in tableau.c],
-            context,
+            case.context,
         )
 
     @property
@@ -255,6 +259,7 @@ class CompiledSteps(CompiledSolve):
                 controlled(solver, 0 if case.directions is None else 4),
                 solver.maxiters,
             ),
+            case.context,
         )
 
     @property
@@ -272,7 +277,8 @@ class CompiledSteps(CompiledSolve):
 
     def backward(self, system: Augmented, z_bar: Tensor, q_bar: Tensor) -> Tensor:
         bound = _layers(system)
-        z0_bar, w_bars, entry_bars = self.solve.backward(z_bar, q_bar, self.directions)
+        z0_bar, w_bars, entry_bars, context_bar = self.solve.backward(z_bar, q_bar, self.directions)
+        system.add_context_bar(None, [context_bar])
         for layer, w_bar, bars in zip(bound.layers, w_bars, entry_bars.split(self.widths, 1), strict=True):
             layer.linear.gradient = w_bar
             layer.add(bars)

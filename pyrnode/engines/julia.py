@@ -24,6 +24,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
+from pyrnode.contexts import Contexts
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
@@ -198,7 +199,7 @@ class JuliaEngine(Engine):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
-        context: Tensor | None = None,
+        context: Tensor | Contexts | None = None,
         total_derivative: bool = False,
         hjb: bool = False,
     ) -> Solution:

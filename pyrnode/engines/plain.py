@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
+from pyrnode.contexts import Contexts
 from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.dynamics.layers import TIME_ENTRIES, Conv, Dense, Layer, Linear, TimeEntry
@@ -67,7 +68,7 @@ class PlainEngine(Engine):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
-        context: Tensor | None = None,
+        context: Tensor | Contexts | None = None,
         total_derivative: bool = False,
         hjb: bool = False,
     ) -> Solution:
@@ -75,6 +76,8 @@ class PlainEngine(Engine):
         if total_derivative or hjb:
             raise ConfigError("the plain engine integrates z and l alone; for the penalties take another engine")
         tableau, steps = solvers.method(solver.name).tableau, self.steps(t_span, solver)
+        if isinstance(context, Contexts):
+            context = context.whole()
         rates, eps = bind(dynamics, context), None if probes is None else probes.eps
         z, l = z0, None
         for t, h in steps:

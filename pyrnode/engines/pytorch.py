@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
+from pyrnode.contexts import Contexts
 from pyrnode.devices import awaited, store_limit
 from pyrnode.dynamics.base import Dynamics
 from pyrnode.engines.augmented import Augmented, integrate
@@ -75,7 +76,7 @@ class TorchEngine(Engine):
         t_span: tuple[float, float],
         solver: SolverConfig,
         *,
-        context: Tensor | None = None,
+        context: Tensor | Contexts | None = None,
         total_derivative: bool = False,
         hjb: bool = False,
     ) -> Solution:

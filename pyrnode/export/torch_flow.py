@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyrnode import solvers
 from pyrnode.composition import Composition, Passage, check_context
 from pyrnode.config import Divergence, DivergenceLike, SolverConfig, SolverLike
+from pyrnode.contexts import Contexts
 from pyrnode.engines import Engine, PlainEngine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.probes import Draw, Probes
@@ -152,6 +153,8 @@ class TorchFlow(Composition):
         """
         check_context(context, self.context_dim, None)
         z, contexts, lead = self.base_sample(n, context, seed=seed)
+        if contexts is not None and len(lead) == 2:
+            contexts = contexts.repeat_interleave(n, 0)
         return self.inverse(z, contexts).reshape(*lead, *self.event_shape)
 
     def extra_repr(self) -> str:
@@ -159,7 +162,9 @@ class TorchFlow(Composition):
         trace = given.kind + (f", probes={self.probes}, seed={given.seed}" if self.probes else "")
         return f"event_shape={self.event_shape}, solver={solvers.describe(self.solver)!r}, divergence={trace}"
 
-    def condition(self, context: Any, batch: int) -> Tensor | None:
+    def condition(self, context: Any, batch: int) -> Any:
+        if isinstance(context, Contexts):
+            return self.condition(context.whole(), batch)
         check_context(context, self.context_dim, batch)  # no lists: what torch makes of them need not fit the module
         return super().condition(context, batch)
 

@@ -102,7 +102,7 @@ static int NAME(admit)(const struct work *w, struct lanes *on, int64_t lane) {
     NAME(put)(w->integrals, lane, none, INTEGRALS);
     NAME(put)(w->rates, lane, (const REAL *)job->rate + sample * d, d);
     NAME(put)(w->q_rates, lane, (const REAL *)job->q_rate + sample * INTEGRALS, INTEGRALS);
-    NAME(put_probes)(w, lane, sample);
+    NAME(put_held)(w, lane, sample);
     on->sample[lane] = sample, on->attempts[lane] = on->accepted[lane] = 0, on->last[lane] = NULL;
     on->t[lane] = job->t0, on->h[lane] = job->first[sample], on->grow[lane] = 10;
     return 1;
@@ -251,13 +251,14 @@ static void NAME(return_block)(struct work *w, int64_t block, struct gradients *
     const struct step *at[LANES];
     double t[LANES] = {0}, h[LANES] = {0};
     memset(w->state, 0, (size_t)((w->rates - w->state) * VECTOR_BYTES));
+    memset(w->context_bar, 0, (size_t)((w->stages - w->context_bar) * VECTOR_BYTES));
     memset(w->stages, 0, (size_t)(job->stages * d * ROW_BYTES));
     for (int64_t i = 0; i < count; i++) {
         int64_t sample = job->ranking[start + i];
         at[i] = job->ends[sample];
         NAME(put)(w->state, i, (const REAL *)job->z1_bar + sample * d, d);
         if (job->probes) NAME(put)(w->integrals, i, (const REAL *)job->q_bar + sample * INTEGRALS, INTEGRALS);
-        NAME(put_probes)(w, i, sample);
+        NAME(put_held)(w, i, sample);
     }
     for (int64_t n = count;;) {
         while (n && !at[n - 1]) h[--n] = 0; /* of no length, it adds nothing to the gradients */
@@ -270,7 +271,7 @@ static void NAME(return_block)(struct work *w, int64_t block, struct gradients *
         NAME(hold)(w, n);
         NAME(step_back)(w, w->stages, t, h, 0, to);
     }
-    for (int64_t i = 0; i < count; i++) NAME(take)(w->state, i, (REAL *)job->z0_bar + job->ranking[start + i] * d, d);
+    for (int64_t i = 0; i < count; i++) NAME(take_bars)(w, i, job->ranking[start + i]);
 }
 
 /* For threads.c: the reverse of `travel`, whatever the range; threads that do the same share the parts out. */

@@ -54,12 +54,19 @@ class AdaptiveSolve(Network):
         entries: How time enters the layers, ``(terms, Σ out)``: a bias b; with two terms also its weight v; with four
             the weight u and bias g of a gate too: ``a = s ⊙ (W h) + (b ⊙ s + t v)``, ``s = σ(t u + g)`` or 1.
         control: Method and tolerances.
+        context: As of a `Network`; without a gate alone.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, weights: list[Tensor], entries: Tensor, activation: str, control: Control
+        self,
+        library: ctypes.CDLL,
+        weights: list[Tensor],
+        entries: Tensor,
+        activation: str,
+        control: Control,
+        context: Tensor | None = None,
     ) -> None:
-        super().__init__(library, weights, activation, control.a, control.b)
+        super().__init__(library, weights, activation, control.a, control.b, context)
         self.entries, self.control = entries.contiguous(), control
         self.counts = entries.new_empty(0, 2, dtype=torch.int64)
         self._ends: Tensor | None = None
@@ -105,8 +112,8 @@ class AdaptiveSolve(Network):
 
     def backward(
         self, z1_bar: Tensor, q_bar: Tensor, directions: Directions | None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Cotangents of the start state, the weights and the entries, given those of `forward`'s results."""
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """Cotangents of start state, weights, entries and context, given those of `forward`'s results."""
         z1_bar, q_bar = z1_bar.contiguous(), q_bar.contiguous()
         z0_bar = torch.empty_like(z1_bar)
         ranking = torch.argsort(self.counts[:, 1], descending=True, stable=True)
@@ -118,8 +125,8 @@ class AdaptiveSolve(Network):
             "ranking": ranking,
         }
         fields |= {"shared": ctypes.pointer(Shared())}
-        w_bars, bars = self.pull("back", z1_bar, directions, self.entries.numel(), self._fields | fields)
-        return z0_bar, w_bars, bars.view_as(self.entries)
+        w_bars, bars, context_bar = self.pull("back", z1_bar, directions, self.entries.numel(), self._fields | fields)
+        return z0_bar, w_bars, bars.view_as(self.entries), context_bar
 
     @property
     def _discard(self) -> Any:

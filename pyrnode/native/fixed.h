@@ -1,14 +1,14 @@
 /* Solves along a grid, and their reverse. Included by mlp.c for each type REAL. */
 
-/* Loads the state or its cotangent, and the probes, of a block; lanes without a sample hold zeros. */
+/* Loads the state or its cotangent, the probes and the contexts of a block; lanes without a sample hold zeros. */
 static int64_t NAME(load)(struct work *w, int64_t block, const void *z) {
     const struct job *job = w->job;
     int64_t start = block * LANES, count = job->batch - start < LANES ? job->batch - start : LANES, d = job->widths[0];
     NAME(hold)(w, count);
-    memset(w->state, 0, (size_t)((w->rates - w->state) * VECTOR_BYTES)); /* integrals and probes too */
+    memset(w->state, 0, (size_t)((w->rates - w->state) * VECTOR_BYTES)); /* integrals, probes and contexts too */
     for (int64_t i = 0; i < count; i++) {
         NAME(put)(w->state, i, (const REAL *)z + (start + i) * d, d);
-        NAME(put_probes)(w, i, start + i);
+        NAME(put_held)(w, i, start + i);
     }
     return count;
 }
@@ -58,6 +58,7 @@ static void NAME(reverse)(struct work *w, int64_t first, int64_t last, struct gr
     double h[LANES];
     for (int64_t block = first; block < last; block++) {
         int64_t start = block * LANES, count = NAME(load)(w, block, job->z1_bar);
+        memset(w->context_bar, 0, (size_t)((w->stages - w->context_bar) * VECTOR_BYTES));
         for (int64_t i = 0; job->probes && i < count; i++)
             NAME(put)(w->integrals, i, (const REAL *)job->q_bar + (start + i) * INTEGRALS, INTEGRALS);
         for (int64_t step = job->steps - 1; step >= 0; step--) {
@@ -66,7 +67,7 @@ static void NAME(reverse)(struct work *w, int64_t first, int64_t last, struct gr
             const void *states = (const char *)job->record + (block * all + at) * d * ROW_BYTES;
             NAME(step_back)(w, states, NULL, h, at, to);
         }
-        for (int64_t i = 0; i < count; i++) NAME(take)(w->state, i, (REAL *)job->z0_bar + (start + i) * d, d);
+        for (int64_t i = 0; i < count; i++) NAME(take_bars)(w, i, start + i);
     }
 }
 

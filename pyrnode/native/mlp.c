@@ -26,11 +26,13 @@ struct job {
     const void *const *wt;  /* and transposed */
     const void *z0;         /* (batch, d) */
     const void *eps;        /* (probes, batch, d); none for the unit vectors */
+    const void *context;    /* (batch, sum), what it adds to the shifts; or none */
     void *z1;               /* (batch, d) */
     void *q;                /* (batch, 4): l, E, n, 0 */
     const void *z1_bar;     /* (batch, d) */
     const void *q_bar;      /* (batch, 4) */
     void *z0_bar;           /* (batch, d) */
+    void *context_bar;      /* (batch, sum), where there is a context */
     void *const *bars;      /* (parts): gradients of a part of the blocks, however many threads: weights, then entries */
     int64_t parts;
     /* Along a grid, T = steps * stages: */

@@ -41,7 +41,8 @@ class _Job(ctypes.Structure):
         ("widths", INTEGERS),
         *((name, DOUBLES) for name in ("a", "b", "c")),
         *((name, ARRAYS) for name in ("w", "wt")),
-        *((name, ctypes.c_void_p) for name in ("z0", "eps", "z1", "q", "z1_bar", "q_bar", "z0_bar")),
+        *((name, ctypes.c_void_p) for name in ("z0", "eps", "context", "z1", "q", "z1_bar", "q_bar")),
+        *((name, ctypes.c_void_p) for name in ("z0_bar", "context_bar")),
         ("bars", ARRAYS),
         *((name, ctypes.c_int64) for name in ("parts", "steps")),
         ("h", DOUBLES),
@@ -83,6 +84,7 @@ class Network:
         weights: ``(out, in)`` of every layer.
         activation: One of `ACTIVATIONS`.
         a, b: The Runge-Kutta method's tableau.
+        context: What is added in every layer for each sample, ``(batch, Σ out)``; `None` for nothing.
     """
 
     def __init__(
@@ -92,16 +94,17 @@ class Network:
         activation: str,
         a: Sequence[Sequence[float]],
         b: Sequence[float],
+        context: Tensor | None = None,
     ) -> None:
-        self.library = library
+        self.library, self.context = library, None if context is None else context.contiguous()
         self.weights = [weight.contiguous() for weight in weights]
         self.transposed = [weight.t().contiguous() for weight in weights]
         self.activation, self.a, self.b = ACTIVATIONS.index(activation), a, b
 
     def pull(
         self, name: str, z1_bar: Tensor, directions: Directions | None, entries: int, fields: dict[str, Any]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Calls a C function that pulls cotangents back; gives those of the weights and of that many entries."""
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Calls a C function that pulls cotangents back: gives those of weights, that many entries, and context."""
         unit = PADDING_BYTES // z1_bar.element_size()
         columns = [-(-weight.shape[1] // unit) * unit for weight in self.weights]
         sizes = [len(weight) * n for weight, n in zip(self.weights, columns, strict=True)]
@@ -110,13 +113,15 @@ class Network:
         parts = parts_of(blocks(z1_bar), sum(kinds) * z1_bar.element_size())
         bars = z1_bar.new_zeros(parts, sum(kinds))
         rows = (ctypes.c_void_p * parts)(*(bar.data_ptr() for bar in bars))
-        self._run(name, z1_bar, directions, parts, fields | {"bars": rows, "parts": parts})
+        context_bar = None if self.context is None else torch.empty_like(self.context)
+        fields = fields | {"bars": rows, "parts": parts, "context_bar": context_bar}
+        self._run(name, z1_bar, directions, parts, fields)
         w_bar, entry_bar, _ = total(bars).split(kinds)
         w_bars = [
             bar.view(len(weight), -1)[:, : weight.shape[1]]
             for bar, weight in zip(w_bar.split(sizes), self.weights, strict=True)
         ]
-        return w_bars, entry_bar
+        return w_bars, entry_bar, context_bar
 
     def _run(self, name: str, z: Tensor, directions: Directions | None, units: int, fields: dict[str, Any]) -> None:
         """Calls a C function for its units of work; `fields` are those of the job that not all functions have."""
@@ -136,6 +141,7 @@ class Network:
             w=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.weights)),
             wt=(ctypes.c_void_p * layers)(*(weight.data_ptr() for weight in self.transposed)),
             eps=pointer(eps),
+            context=pointer(self.context),
             **{key: pointer(field) if isinstance(field, Tensor) else field for key, field in fields.items()},
         )
         ranges(function(self.library, f"{name}_{SUFFIX[z.dtype]}"), job, units)
@@ -163,6 +169,7 @@ class Solve(Network):
         shift: What is added in every layer, at every stage: ``(stages, Σ out)``.
         scale: What W h is multiplied by first, of the same shape; `None` for 1.
         grid: Method and steps.
+        context: As of a `Network`.
     """
 
     def __init__(
@@ -173,8 +180,9 @@ class Solve(Network):
         scale: Tensor | None,
         activation: str,
         grid: Grid,
+        context: Tensor | None = None,
     ) -> None:
-        super().__init__(library, weights, activation, grid.a, grid.b)
+        super().__init__(library, weights, activation, grid.a, grid.b, context)
         self.shift = shift.contiguous()
         self.scale = None if scale is None else scale.contiguous()
         self.grid = grid
@@ -198,16 +206,16 @@ class Solve(Network):
 
     def backward(
         self, z1_bar: Tensor, q_bar: Tensor, directions: Directions | None
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """Cotangents of the start state, the weights, the shifts and the scales, given those of `forward`'s results."""
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None]:
+        """Cotangents of start state, weights, shifts, scales and context, given those of `forward`'s results."""
         z1_bar, q_bar = z1_bar.contiguous(), q_bar.contiguous()
         z0_bar = torch.empty_like(z1_bar)
         sizes = [self.shift.numel(), 0 if self.scale is None else self.scale.numel()]
         fields = self._fields | {"z1_bar": z1_bar, "q_bar": q_bar, "z0_bar": z0_bar}
-        w_bars, bars = self.pull("backward", z1_bar, directions, sum(sizes), fields)
+        w_bars, bars, context_bar = self.pull("backward", z1_bar, directions, sum(sizes), fields)
         b_bar, s_bar = bars.split(sizes)
         scale_bar = None if self.scale is None else s_bar.view_as(self.scale)
-        return z0_bar, w_bars, b_bar.view_as(self.shift), scale_bar
+        return z0_bar, w_bars, b_bar.view_as(self.shift), scale_bar, context_bar
 
     @property
     def _fields(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ struct work {
     int by_lane;
     REAL *scratch; /* of the widest layer, transposed */
     vec *eps;      /* the probe in use */
-    vec *state, *integrals, *probes, *rates, *q_rates; /* a sample's own: from the state to the first of the rates */
+    vec *state, *integrals, *probes, *context, *rates, *q_rates; /* a sample's own: from the state to the first of the rates */
+    vec *context_bar;
     vec *stages, *bars, *weights, *time, *length;
     void *memory;
 };
@@ -33,12 +34,12 @@ static int NAME(open)(struct work *w, const struct job *job) {
         if (job->widths[i] > widest) widest = job->widths[i];
     }
     w->sum = rows - d, w->live = VECTORS, w->by_lane = job->terms != 0;
-    int64_t held = job->eps ? job->probes * d : d;
+    int64_t held = job->eps ? job->probes * d : d, given = job->context ? w->sum : 0;
     vec **parts[] = {&w->h, &w->y, &w->slope, &w->curvature, &w->r, &w->g, &w->p, &w->a_bar, &w->shift, &w->scale,
-                     &w->state, &w->integrals, &w->probes, &w->rates, &w->q_rates, &w->stages, &w->bars, &w->weights,
-                     &w->time, &w->length, (vec **)&w->scratch};
-    int64_t sizes[] = {rows, rows, rows, rows, rows, rows, rows, rows, w->sum, w->sum, d, INTEGRALS, held, (s + 1) * d,
-                       (s + 1) * INTEGRALS, s * d, (s + 1) * d, s, 1, 1, NAME(padded)(widest)};
+                     &w->state, &w->integrals, &w->probes, &w->context, &w->rates, &w->q_rates, &w->context_bar, &w->stages,
+                     &w->bars, &w->weights, &w->time, &w->length, (vec **)&w->scratch};
+    int64_t sizes[] = {rows, rows, rows, rows, rows, rows, rows, rows, w->sum, w->sum, d, INTEGRALS, held, given,
+                       (s + 1) * d, (s + 1) * INTEGRALS, given, s * d, (s + 1) * d, s, 1, 1, NAME(padded)(widest)};
     int64_t count = sizeof(sizes) / sizeof(*sizes), total = 0;
     for (int64_t i = 0; i < count; i++) total += sizes[i];
     w->memory = aligned_alloc(ROW_BYTES, (size_t)(total * ROW_BYTES));
@@ -75,12 +76,13 @@ static void NAME(gradient)(const struct work *w, REAL *out, const vec *a, const 
                 (columns + WIDTH - 1) / WIDTH);
 }
 
-/* The probes of a sample into its lane. */
-static void NAME(put_probes)(const struct work *w, int64_t lane, int64_t sample) {
+/* The probes of a sample, and its context, into its lane. */
+static void NAME(put_held)(const struct work *w, int64_t lane, int64_t sample) {
     const struct job *job = w->job;
     int64_t d = job->widths[0];
     for (int64_t k = 0; job->eps && k < job->probes; k++)
         NAME(put)(w->probes + k * d * VECTORS, lane, (const REAL *)job->eps + (k * job->batch + sample) * d, d);
+    if (job->context) NAME(put)(w->context, lane, (const REAL *)job->context + sample * w->sum, w->sum);
 }
 
 /* Takes a probe into use. */
@@ -118,6 +120,7 @@ INLINE int64_t NAME(entry)(const struct work *w, int64_t j, int64_t v) { return 
    is hidden the activation of that, with its slope and curvature where they are asked for. */
 INLINE void NAME(finish)(const struct work *w, int activation, int hidden, int sloped, int scaled, int64_t rows, int64_t first,
                          const vec *y, vec *h, vec *slope, vec *curvature) {
+    const vec *context = w->job->context ? w->context + first * VECTORS : NULL;
     const REAL *b = w->by_lane ? (const REAL *)w->job->entries + first : NULL, *later = w->job->terms > 1 ? b + w->sum : NULL;
     for (int64_t j = 0; j < rows; j++)
         for (int64_t v = 0; v < w->live; v++) {
@@ -126,6 +129,7 @@ INLINE void NAME(finish)(const struct work *w, int activation, int hidden, int s
             if (w->by_lane && scaled) shift *= w->scale[at];
             if (later) shift += w->time[v] * later[j]; /* b s + t v */
             vec a = scaled ? y[n] * w->scale[at] + shift : y[n] + shift;
+            if (context) a += context[n];
             vec unread[2];
             if (hidden)
                 NAME(activate)(activation, a, h + n, sloped ? slope + n : unread, sloped ? curvature + n : unread + 1);
@@ -298,6 +302,8 @@ static void NAME(pull_state)(const struct work *w, const struct gradients *to) {
         vec *bar = w->a_bar + start;
         first -= rows;
         w_bar -= rows * NAME(padded)(columns);
+        for (int64_t j = 0; job->context && j < rows; j++)
+            for (int64_t v = 0; v < w->live; v++) w->context_bar[(first + j) * VECTORS + v] += bar[j * VECTORS + v];
         for (int64_t j = 0; j < rows; j++) {
             NAME(pull_shift)(w, to, first + j, bar + j * VECTORS);
             if (!w->scale) continue;
@@ -371,6 +377,14 @@ static void NAME(step_back)(struct work *w, const vec *states, const double *t, 
             for (int64_t n = j * VECTORS; n < j * VECTORS + w->live; n++) total[n] += w->a_bar[n];
     }
     memcpy(z_bar, total, (size_t)(d * ROW_BYTES));
+}
+
+/* A sample's cotangents of start state and context, where they go. */
+static void NAME(take_bars)(const struct work *w, int64_t lane, int64_t sample) {
+    const struct job *job = w->job;
+    int64_t d = job->widths[0];
+    NAME(take)(w->state, lane, (REAL *)job->z0_bar + sample * d, d);
+    if (job->context) NAME(take)(w->context_bar, lane, (REAL *)job->context_bar + sample * w->sum, w->sum);
 }
 
 /* Numbers in a part's gradients of the weights. */

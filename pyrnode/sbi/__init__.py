@@ -2,6 +2,7 @@
 
     from sbi.inference import NPE
     inference = NPE(prior, density_estimator=pyrnode.sbi.rnode(prior))
+    inference = NLE(prior, density_estimator=pyrnode.sbi.likelihood())
 
 What a prior bounds, the posterior is learned between (`bounds_of`): no sample falls outside, so that none is rejected,
 and no leakage has to be corrected.
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrnode import bounded
+from pyrnode import bounded, training
 from pyrnode.columns import Range
 from pyrnode.config import Config
-from pyrnode.data.samples import Splits, TensorSamples
+from pyrnode.data.samples import MINIMUM, Samples, Splits, TensorSamples
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.training.blueprint import Blueprint
 
-__all__ = ["bounds_of", "rnode"]
+__all__ = ["bounds_of", "likelihood", "rnode", "train"]
 
 Builder = Callable[[Tensor, Tensor], Any]
 
@@ -31,8 +32,9 @@ Builder = Callable[[Tensor, Tensor], Any]
 def rnode(prior: Any = None, *, bounds: Mapping[Any, Any] | None = None, **settings: Any) -> Builder:
     """What ``NPE(prior, density_estimator=...)`` takes: builds a conditional flow from simulations.
 
-    Settings are those of the preset ``"table"``, with four steps of RK4 to train by. sbi trains the flow in its own
-    loop, on the loss of eq. 17; without a ``seed`` its weights are drawn from torch's global generator.
+    Settings are those of the preset ``"table"``. sbi trains the flow in its own loop, on the loss of eq. 17, by the
+    cheapest solver that is right; it validates by the likelihood alone, with the accurate one. Without a ``seed`` the
+    weights are drawn from torch's global generator.
 
     Args:
         prior: The prior of the parameters, whose bounds the flow takes over (`bounds_of`).
@@ -52,32 +54,134 @@ def rnode(prior: Any = None, *, bounds: Mapping[Any, Any] | None = None, **setti
         {0: (0.0, 1.0), 1: (0.0, 1.0)}
         >>> builder = rnode(prior, hidden=[32, 32])
     """
-    solver = {"name": "RK4", "step_size": 0.25}
-    config = Config.preset("table").override({"solver": solver, "engine": "torch", **settings})
+    config = _config(settings)
 
     def build(theta: Tensor, x: Tensor) -> Any:
-        from pyrnode.sbi.estimator import RNODEEstimator
-
-        if theta.ndim != 2 or x.ndim != 2:
-            raise DataError(
-                f"parameters of shape {tuple(theta.shape)} and observations of shape {tuple(x.shape)}: expected (n, d) "
-                "and (n, m); make a vector of each observation"
-            )
-        chosen = bounds
-        if bounds is None and prior is not None:
-            periodic = config.columns.period or {}
-            chosen = {i: ends for i, ends in bounds_of(prior, theta.shape[1]).items() if str(i) not in periodic}
-        made = config.override({"bounds": chosen or None})
-        if "seed" not in settings:
-            made = made.override({"seed": int(torch.randint(2**31 - 1, (), dtype=torch.int64, device="cpu"))})
-        made = made.override({"penalties": made.penalties.settled(len(theta), theta.shape[1]).to_dict()})
-        samples = TensorSamples(bounded.from_bounds(theta, bounded.transforms(made.columns, theta.shape[1:])))
-        samples = samples.carrying(context=x)
-        splits = Splits("the parameters", samples, samples, samples, tuple(theta.shape[1:]))
-        bounded.check_source(made.columns, splits)
-        return RNODEEstimator(Blueprint(splits, None).fitted(made))
+        samples, chosen = _simulated(theta, x, prior, bounds, config)
+        return _untrained("the parameters", samples, config.override({"bounds": chosen}), drawn="seed" not in settings)
 
     return build
+
+
+def likelihood(*, bounds: Mapping[Any, Any] | None = None, **settings: Any) -> Builder:
+    """What ``NLE(prior, density_estimator=...)`` takes: builds a flow of the observations, ``p(x | θ)``.
+
+    Args:
+        bounds: Bounds of the observations, by their numbers, from 0.
+        **settings: As in `rnode`; ``period`` is of the observations.
+
+    Returns:
+        As `rnode` does.
+
+    Raises:
+        ConfigError: A setting is unknown or does not fit.
+
+    Example:
+        >>> builder = likelihood(hidden=[32, 32], bounds={0: (0, None)})
+    """
+    config = _config(settings).override({"bounds": bounds or None})
+
+    def build(theta: Tensor, x: Tensor) -> Any:
+        _check_shapes(theta, x)
+        return _untrained("the observations", _carrying(x, theta, config), config, drawn="seed" not in settings)
+
+    return build
+
+
+def _config(settings: Mapping[str, Any]) -> Config:
+    return Config.preset("table").override({"engine": "torch", **settings})
+
+
+def _untrained(name: str, samples: Samples, config: Config, *, drawn: bool) -> Any:
+    """The estimator to be trained by sbi, whose seed is `drawn` from torch's global generator, or given."""
+    from pyrnode.sbi.estimator import RNODEEstimator
+
+    (dim,) = shape = tuple(samples.first(1).x.shape[1:])
+    if drawn:
+        config = config.override({"seed": int(torch.randint(2**31 - 1, (), dtype=torch.int64, device="cpu"))})
+    config = config.override({"penalties": config.penalties.settled(len(samples), dim).to_dict()})
+    splits = Splits(name, samples, samples, samples, shape)
+    bounded.check_source(config.columns, splits)
+    return RNODEEstimator(Blueprint(splits, None).fitted(config), name, samples.context)
+
+
+def train(
+    theta: Tensor,
+    x: Tensor,
+    prior: Any = None,
+    *,
+    bounds: Mapping[Any, Any] | None = None,
+    validation: float = 0.1,
+    **settings: Any,
+) -> Any:
+    """Trains a flow on simulations by `pyrnode.train`, in place of sbi's loop, which has no schedule of the rate.
+
+    The parameters must be drawn from the prior: there is no correction for another proposal, as later rounds have it.
+
+        estimator = pyrnode.sbi.train(theta, x, prior)
+        posterior = NPE(prior).build_posterior(estimator)
+
+    Args:
+        theta: Parameters ``(n, d)``, drawn from the prior.
+        x: Their observations ``(n, m)``.
+        prior: As in `rnode`.
+        bounds: As in `rnode`.
+        validation: Share of the simulations that are held out to choose the best flow on.
+        **settings: Settings and arguments of `pyrnode.train`, such as ``minutes``, ``out`` and ``progress``; by default
+            those of the preset ``"table"``.
+
+    Returns:
+        sbi's `ConditionalDensityEstimator`, whose ``net`` is the flow.
+
+    Raises:
+        ConfigError: A setting is unknown or does not fit.
+        DataError: The simulations are of no use: shapes that do not fit, too few, NaN, or outside of the bounds.
+        TrainingDivergedError: As in `pyrnode.train`.
+    """
+    from pyrnode.sbi.estimator import RNODEEstimator
+
+    if not 0 < validation < 0.9:
+        raise ConfigError(f"validation = {validation!r}: expected a share between 0 and 0.9")
+    known: dict[str, Any] = {key: settings[key] for key in ("period", "columns") if key in settings}
+    samples, chosen = _simulated(theta, x, prior, bounds, Config.preset("table").override(known))
+    for what, values in (("parameters", theta), ("observations", x)):
+        if bad := int((~torch.isfinite(values)).any(1).sum()):
+            raise DataError(f"{what}: {bad} of {len(values)} simulations have NaN or infinite values; leave those out")
+    held = max(1, round(validation * len(samples)))
+    if len(samples) < MINIMUM:
+        raise DataError(f"{len(samples)} simulations: expected at least {MINIMUM}")
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0), device="cpu")
+    kept = samples.take(order[:held])
+    splits = Splits("the parameters", samples.take(order[held:]), kept, kept, tuple(theta.shape[1:]))
+    given = {"preset": "table", "engine": "torch", "bounds": chosen, **settings}
+    result = training.train(splits, evaluate=False, **given)
+    return RNODEEstimator(result.flow, "the parameters").eval()
+
+
+def _simulated(
+    theta: Tensor, x: Tensor, prior: Any, bounds: Mapping[Any, Any] | None, config: Config
+) -> tuple[Samples, Mapping[Any, Any] | None]:
+    """Parameters that carry their observations, and their bounds, on which none of them lies."""
+    _check_shapes(theta, x)
+    chosen = bounds
+    if bounds is None and prior is not None:
+        periodic = config.columns.period or {}
+        chosen = {i: ends for i, ends in bounds_of(prior, theta.shape[1]).items() if str(i) not in periodic}
+    return _carrying(theta, x, config.override({"bounds": chosen or None})), chosen or None
+
+
+def _check_shapes(theta: Tensor, x: Tensor) -> None:
+    if theta.ndim != 2 or x.ndim != 2 or len(theta) != len(x):
+        raise DataError(
+            f"parameters of shape {tuple(theta.shape)} and observations of shape {tuple(x.shape)}: expected (n, d) "
+            "and (n, m); make a vector of each observation"
+        )
+
+
+def _carrying(values: Tensor, context: Tensor, config: Config) -> Samples:
+    """Samples and their contexts; those on a bound moved to within."""
+    within = bounded.from_bounds(values, bounded.transforms(config.columns, values.shape[1:]))
+    return TensorSamples(within).carrying(context=context)
 
 
 def bounds_of(prior: Any, count: int) -> dict[int, Range]:

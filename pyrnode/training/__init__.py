@@ -64,6 +64,8 @@ def train(
     resume: bool = False,
     dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
     context: Any = None,
+    validation: Any = None,
+    validation_context: Any = None,
     callbacks: Callback | Iterable[Callback] = (),
     evaluate: bool = True,
     progress: bool = True,
@@ -93,6 +95,11 @@ def train(
         context: What the density is conditional on, ``(n, m)`` numbers (array, tensor or data frame), a row for each
             sample of `data`, which is then an array, a table or a data set without a test set of its own. The flow is
             ``p(x | c)``: `log_prob` and `sample` take the context too.
+        validation: What the best flow is chosen on: a share of the samples (a number, by default 0.1), or samples of
+            your own, of the same shape and kind as `data`: an array, a tensor, a data frame, a path, a data set. Those
+            are never trained on, and nothing is standardised by them; all of `data` but the test samples is then
+            trained on. To resume, pass the same again.
+        validation_context: The context of validation samples of your own, ``(n, m)``, where there is a `context`.
         callbacks: A `Callback`, or several: your own code, which is told of every step and validation. What one raises
             is raised here, when the run is saved.
         evaluate: Score the result on the test set.
@@ -120,6 +127,8 @@ def train(
         >>> result.flow.log_prob(result.flow.sample(3, seed=0)).shape
         torch.Size([3])
     """
+    if isinstance(validation, (int, float)):
+        settings["data.validation"], validation = validation, None
     world = distributed.world()
     folder = None if out is None else RunFolder(out)
     if isinstance(solver := settings.get("solver"), Mapping):
@@ -129,7 +138,14 @@ def train(
     resume = world.once(lambda: resume or (folder is not None and folder.goes_on()))
     config, settled = world.once(lambda: _resolve(folder, resume, preset, settings))
     splits = world.together(
-        lambda: load(data, config=config.data, context=context, check=partial(bounded.check_source, config.columns)),
+        lambda: load(
+            data,
+            config=config.data,
+            context=context,
+            validation=validation,
+            validation_context=validation_context,
+            check=partial(bounded.check_source, config.columns),
+        ),
         in_turn=leaves_files(data, config.data),
     )
     if not settled:

@@ -53,11 +53,14 @@ class Origin:
         if changed := differences(stored.settings, self.settings):
             raise CheckpointError(f"it was begun with other settings ({'; '.join(changed)}); use another folder (out)")
         if self.samples != stored.samples:
-            raise CheckpointError(f"it was trained on {stored.samples} samples, not {self.samples}")
+            raise CheckpointError(
+                f"it was trained on {stored.samples} samples, not {self.samples}: pass the data, and the validation "
+                "samples if there were some, that it was begun with"
+            )
         if self.data != stored.data:
             raise CheckpointError(
-                f"it was trained on other data: as many samples, {self.samples}, but other values; pass those that it "
-                "was begun with, or take another folder (out)"
+                f"it was trained on other data: as many samples, {self.samples}, but other values, there or in those "
+                "that it validates on; pass those that it was begun with, or take another folder (out)"
             )
 
 
@@ -74,8 +77,8 @@ def check_unchanged(run: str | Path, splits: Splits) -> None:
     stored = files.read(path, "checkpoint")[1].get("data")
     if stored != _digest(splits.train, splits.validation):
         raise DataError(
-            f"{splits.name} is no longer what {run} was trained on: rows that are held out now may have been trained "
-            "on then; name a file of held-out samples"
+            f"{splits.name} is no longer what {run} was trained on, or that had validation samples of its own: rows "
+            "that are held out now may have been trained on then; name a file of held-out samples"
         )
 
 

@@ -1,0 +1,61 @@
+"""The contexts of a batch in which samples share them: each is conditioned and embedded once, and copied for nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Some contexts, and which of them each sample has.
+
+    Attributes:
+        values: The contexts, ``(b, m)``.
+        rows: The row of each sample's, ``(batch,)``.
+    """
+
+    values: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, context: Tensor, lead: tuple[int, ...]) -> Self:
+        """Contexts ``(..., m)``, broadcast with samples of the shape ``(*lead, ...)``, which are then flattened."""
+        shape, values = context.shape[:-1], context.reshape(-1, context.shape[-1])
+        rows = torch.arange(len(values), device=values.device).reshape(shape)
+        return cls(values, rows.expand(lead).reshape(-1))
+
+    @classmethod
+    def repeated(cls, context: Tensor, times: int) -> Self:
+        """Contexts ``(m,)`` or ``(b, m)``, each for so many samples that follow one another."""
+        values = context.reshape(-1, context.shape[-1])
+        return cls(values, torch.arange(len(values), device=values.device).repeat_interleave(times))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, samples: slice) -> Contexts:
+        """Those of consecutive samples; the contexts that none of them has are left out."""
+        used, rows = self.rows[samples].unique(return_inverse=True)
+        return Contexts(self.values[used], rows)
+
+    def repeat(self, times: int, _features: int = 1) -> Contexts:
+        """As `Tensor.repeat`: those of the batch, and again."""
+        return Contexts(self.values, self.rows.repeat(times))
+
+    def whole(self) -> Tensor:
+        """One for each sample, ``(batch, m)``."""
+        return self.values[self.rows]
+
+
+C = TypeVar("C", bound=Tensor | Contexts | None)
+
+
+def chunked(x: Tensor, c: C, size: int) -> Iterator[tuple[Tensor, C]]:
+    """Samples ``(batch, ...)`` and their contexts, if any, in pieces of at most `size`."""
+    for start in range(0, len(x), size):
+        yield x[start : start + size], cast(C, None if c is None else c[start : start + size])
