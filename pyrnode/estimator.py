@@ -202,9 +202,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             validation = held.take(torch.from_numpy(rng.permutation(len(held))))
         else:
             validation = samples.take(rows["validation"]) if len(rows["validation"]) else train
-        splits = Splits(  # nothing looks at the test set
-            "X", train, validation, validation, shape, features=named, context_features=context_names
-        )
+        # Nothing looks at the test set.
+        splits = Splits("X", train, validation, validation, shape, features=named, context_features=context_names)
         support.warn(splits)
         trainer = Trainer(config, splits, None, progress=bool(self.verbose))
         trainer.say = lambda note: warnings.warn(note, SolverWarning, stacklevel=6)
@@ -245,9 +244,8 @@ class RNODEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """The settings of the run."""
         config = Config.preset(made_for(shape)).override({"solver": self.solver})
         if not isinstance(self.hidden, str):  # an array does not compare as one
-            config = config.override(
-                {"hidden": list(self.hidden) if isinstance(self.hidden, Iterable) else self.hidden}
-            )
+            widths = list(self.hidden) if isinstance(self.hidden, Iterable) else self.hidden
+            config = config.override({"hidden": widths})
         elif self.hidden != "auto":
             raise ConfigError(f"hidden = {self.hidden!r}: expected 'auto', or widths such as (64, 64)")
         if self.learning_rate != "auto":

@@ -190,7 +190,7 @@ LAYERS = (
     ("distribution", "export", "uncertainty", "objective", "checkpoint"),
     ("composition", "parts", "turns"),
     ("engines",),
-    ("probes", "files"),
+    ("probes", "files", "contexts"),
     ("data", "dynamics", "radial", "edges", "transforms", "bounded"),
     (
         "config",

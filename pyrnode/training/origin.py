@@ -30,18 +30,21 @@ class Origin:
         samples: Number of training samples.
         context_dim: Number of features of the context; 0 without one.
         data: Digest of the samples that training and validation see, with contexts and weights.
+        test: Digest of those that are held out for the end.
     """
 
     settings: Mapping[str, Any]
     samples: int
     context_dim: int
     data: str
+    test: str
 
     @classmethod
     def of(cls, config: Config, splits: Splits) -> Origin:
         """Of a run that begins, or is to go on, with these settings and data."""
         settings = json.loads(json.dumps(lasting(config)))
-        return cls(settings, len(splits.train), splits.context_dim, _digest(splits.train, splits.validation))
+        data = _digest(splits.train, splits.validation)
+        return cls(settings, len(splits.train), splits.context_dim, data, _digest(splits.test))
 
     def check(self, stored: Origin) -> None:
         """Raises `CheckpointError` where a checkpoint's origin is not this one; the message says what differs."""
@@ -65,7 +68,7 @@ class Origin:
 
 
 def check_unchanged(run: str | Path, splits: Splits) -> None:
-    """Raises `DataError` where the data of a run is no longer what it was trained on: its test set may have been.
+    """Raises `DataError` where the test set of a run is no longer that which it held out: it may be trained on.
 
     Args:
         run: Folder of a run; of a model file, or a folder without a checkpoint, nothing is known.
@@ -74,11 +77,10 @@ def check_unchanged(run: str | Path, splits: Splits) -> None:
     path = Path(run) / "checkpoint.safetensors"
     if not path.is_file():
         return
-    stored = files.read(path, "checkpoint")[1].get("data")
-    if stored != _digest(splits.train, splits.validation):
+    if files.read(path, "checkpoint")[1].get("test") != _digest(splits.test):
         raise DataError(
-            f"{splits.name} is no longer what {run} was trained on, or that had validation samples of its own: rows "
-            "that are held out now may have been trained on then; name a file of held-out samples"
+            f"{splits.name} is no longer what {run} was trained on: rows that are held out now may have been trained "
+            "on then; name a file of held-out samples"
         )
 
 
