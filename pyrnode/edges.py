@@ -318,8 +318,7 @@ class _Others:
         """Log-densities of the fold's ``z`` ``(n, k)``, in place of the columns `of`, but for a constant."""
         rest, away, log_std = self._scaled(z)
         cross = (self._rest * self._weight[:, None]).T @ rest
-        cross[of, torch.arange(len(of), device="cpu")] = 0.0
-        slope = self._precision @ cross
+        slope = self._precision @ cross  # the next line leaves out what it replaces: its own coefficient is 0
         slope = slope - self._precision[:, of] * (slope.gather(0, of[None]) / self._precision.diagonal()[of])
         variance = (1 + _RIDGE - (cross * slope).sum(0)).clamp(min=_RIDGE)
         found: Tensor = -(away - self._away @ slope).square() / variance / 2 - variance.log() / 2 - log_std
