@@ -138,7 +138,7 @@ COMMANDS = {
     "sample": (["RUN", "--out", "x.npy"], "sample:", (flow.Flow, "unsolve")),
     "export": (
         ["RUN", "--to", "safetensors", "--out", "x.safetensors"],
-        "export: writing and checking",
+        "export: ",
         (TorchFlow, "log_prob"),
     ),
     "verify": (["FILE"], "verify [", (exported, "verify")),
