@@ -97,10 +97,8 @@ def _training(flow: Flow, history: list[Record]) -> str:
     found = [r for r in history if r.get("validation") is not None and math.isfinite(r["validation"])]
     penalties = flow.config.penalties
     lines = [f"{steps[-1]['step'] if steps else 0:,} optimiser steps, seed {flow.config.seed}."]
-    lines.append(
-        f"Training solver {solvers.describe(flow.config.solver)}; penalties: kinetic {penalties.kinetic:.4g}, "
-    )
-    lines[-1] += f"Jacobian {penalties.jacobian:.4g}."
+    weights = f"kinetic {penalties.kinetic:.4g}, Jacobian {penalties.jacobian:.4g}"
+    lines.append(f"Training solver {solvers.describe(flow.config.solver)}; penalties: {weights}.")
     if found:
         best = min(found, key=lambda record: float(record["validation"]))
         lines.append(f"Best validation {best['validation']:.4f} nats per dimension, at step {best['step']:,}.")

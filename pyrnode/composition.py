@@ -207,7 +207,7 @@ class Composition(nn.Module):
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
-    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Any]:
+    def admit(self, x: Any, context: Any = None) -> tuple[Tensor, Tensor | Contexts | None]:
         """Samples and their contexts as the passage takes them: checked, and on the flow's device.
 
         Args:
@@ -225,7 +225,7 @@ class Composition(nn.Module):
         x = self._admitted(x, self.event_shape, "input")
         return x, self.condition(context, x.shape[0])
 
-    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Any]:
+    def admit_latents(self, z: Any, context: Any = None) -> tuple[Tensor, Tensor | Contexts | None]:
         """`admit` of latents ``(batch, d)``."""
         z = self._admitted(z, (self.dim,), "latents").to(self.reference.dtype)
         return z, self.condition(context, z.shape[0])
@@ -239,10 +239,10 @@ class Composition(nn.Module):
         named = "the context"
         return None if context is None else numbers(columns_of(context, self.context_features, named), named)
 
-    def condition(self, context: Any, batch: int) -> Any:
+    def condition(self, context: Any, batch: int) -> Tensor | Contexts | None:
         """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
         if isinstance(context, Contexts):
-            return replace(context, values=self.condition(context.values, len(context.values)))
+            return replace(context, values=cast(Tensor, self.condition(context.values, len(context.values))))
         context = self.context_tensor(context)
         check_context(context, self.context_dim, batch)
         if context is None:

@@ -37,6 +37,12 @@ _SOFTNESS = 6.0
 _GAIN, _MOST, _ROWS, _FOLDS = 0.05, 10.0, 10_000, 5
 """Nats that a column must bring the normal density of all, and one sample may, cross-validated; rows; folds."""
 
+_ROWS_EACH = 4
+"""Samples for each column at least: with fewer, what a column is given the others is what its errors are."""
+
+_LARGEST = 1e150
+"""The largest value of a column that is looked at: squares of larger ones are beyond float64."""
+
 _RIDGE = 1e-9
 """Variance of columns given others at least, of 1."""
 
@@ -110,7 +116,7 @@ class Edges(DoubleTransform):
         share = torch.ones_like(x[:, 0]) if weight is None else weight.to(x)
         x, share = x[share > 0], share[share > 0]
         found = cls.none(x.shape[1])
-        if len(x) < _FOLDS * _LEAST:
+        if len(x) < max(_FOLDS * _LEAST, _ROWS_EACH * x.shape[1]):
             return found
         candidates = [(i, column) for i in range(x.shape[1]) for column in _candidates(x[:, i], share)]
         y, share = x[:_ROWS].clone(), share[:_ROWS]
@@ -248,6 +254,8 @@ def _candidates(x: Tensor, share: Tensor) -> Iterator[_Column]:
     """Both edges of a column, the lower and the upper, where samples do not lie on top of each other there."""
     order = x.sort().values
     low, high = float(order[0]), float(order[-1])
+    if max(-low, high) > _LARGEST:
+        return
     before, after = _spacing(order), _spacing(-order.flip(0))
     mean = float((share * x).sum() / share.sum())
     if before is not None and after is not None:

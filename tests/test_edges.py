@@ -133,10 +133,21 @@ def test_offsets_and_units_do_not_matter(unit: float, offset: float) -> None:
         torch.cat([uniform(4000, 1), uniform(4000, 1) + 1e-4 * normal(4000, 1)], 1),
         torch.cat([normal(2000, 1).abs(), torch.zeros(2000, 1)]).double(),
         uniform(60, 2),
+        normal(120, 100),
+        torch.cat([normal(500, 2), 1e200 * normal(500, 1)], 1),
         torch.ones(500, 2).double(),
         torch.zeros(0, 2).double(),
     ],
-    ids=["normal", "one column nearly the other", "half of it one value", "few", "constant", "none"],
+    ids=[
+        "normal",
+        "one column nearly the other",
+        "half of it one value",
+        "few",
+        "few for so many columns",
+        "beyond all",
+        "constant",
+        "none",
+    ],
 )
 def test_what_has_none_is_left_as_it_is(x: Tensor) -> None:
     edges = Edges.fit(x)

@@ -147,8 +147,7 @@ def verify(path: str | Path, *, trust: bool = False) -> Verification:
     """
     path = Path(path)
     if not path.is_file():
-        is_folder = "is a folder: expected a file that an export wrote"
-        raise CheckpointError(f"{path} {is_folder if path.is_dir() else 'does not exist'}")
+        raise CheckpointError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
     with path.open("rb") as file:
         start = file.read(10)
     found = "torch.export" if start[:2] == b"PK" else "safetensors" if start[8:] == b'{"' else "onnx"

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,11 +162,11 @@ class TorchFlow(Composition):
         trace = given.kind + (f", probes={self.probes}, seed={given.seed}" if self.probes else "")
         return f"event_shape={self.event_shape}, solver={solvers.describe(self.solver)!r}, divergence={trace}"
 
-    def condition(self, context: Any, batch: int) -> Any:
+    def condition(self, context: Any, batch: int) -> Tensor | None:
         if isinstance(context, Contexts):
             return self.condition(context.whole(), batch)
         check_context(context, self.context_dim, batch)  # no lists: what torch makes of them need not fit the module
-        return super().condition(context, batch)
+        return cast(Tensor | None, super().condition(context, batch))
 
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         if not isinstance(x, Tensor):

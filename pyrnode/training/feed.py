@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Feed:
         x, context = self._flow.admit(batch.x, batch.context)
         like = self._flow.reference
         weight = None if batch.weight is None else upload(batch.weight.to(like.dtype), like.device)
-        return Batch(x, context, weight, self._order.share)
+        return Batch(x, cast(Tensor | None, context), weight, self._order.share)
 
     @cached_property
     def _kept(self) -> Batch | None:
