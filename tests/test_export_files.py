@@ -53,7 +53,7 @@ print(json.dumps([v.tolist() for v in out] + [float(parameter.grad.abs().sum())]
 """
 
 
-@pytest.mark.parametrize("name", ["vector, two blocks", "vector, own module"])
+@pytest.mark.parametrize("name", ["vector, two blocks", "vector, own module", "vector, edges opened"])
 def test_programs_run_where_pyrnode_is_not(name: str, tmp_path: Path) -> None:
     flow = FLOWS[name]().float()
     module = to_torch(flow, {"step_size": 0.5})
@@ -89,7 +89,7 @@ def test_program_of_an_image_flow(tmp_path: Path) -> None:
         assert error(log_prob, module.log_prob(x)) < 1e-2  # of thousands
 
 
-@pytest.mark.parametrize("name", ["vector", "vector, own module", "images, one scale"])
+@pytest.mark.parametrize("name", ["vector", "vector, own module", "vector, edges opened", "images, one scale"])
 def test_onnx_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
