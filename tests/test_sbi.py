@@ -52,6 +52,16 @@ def test_settings_are_checked_at_once() -> None:
         rnode(hiden=[3])
 
 
+@pytest.mark.parametrize("setting", ["max_steps", "minutes", "learning_rate", "total_derivative"])
+def test_settings_without_effect_in_sbis_loop_are_refused(setting: str) -> None:
+    for build in (rnode, likelihood):
+        with pytest.raises(ConfigError, match=rf"{setting}: without effect in sbi's loop.*pyrnode\.sbi\.train"):
+            build(**{setting: 0.5 if setting != "max_steps" else 7})
+    rnode(tolerance=0.02, kinetic=0.1, hidden=[8])
+    with pytest.raises(ConfigError, match="convention: without effect"):
+        rnode(convention="ffjord-rnode")
+
+
 # -- with sbi --------------------------------------------------------------------------------------------------------
 
 

@@ -22,9 +22,15 @@ from pyrnode.columns import Range
 from pyrnode.config import Config
 from pyrnode.data.samples import MINIMUM, Samples, Splits, TensorSamples
 from pyrnode.errors import ConfigError, DataError
+from pyrnode.settings import flatten
 from pyrnode.training.blueprint import Blueprint
 
 __all__ = ["bounds_of", "likelihood", "rnode", "train"]
+
+_PENALTIES = tuple(f"penalties.{name}" for name in ("total_derivative", "hjb", "convention"))
+
+_IDLE = ("training.", "data.", "solver.precision", *_PENALTIES)
+"""How settings begin that sbi's loop has no use for."""
 
 Builder = Callable[[Tensor, Tensor], Any]
 
@@ -45,7 +51,7 @@ def rnode(prior: Any = None, *, bounds: Mapping[Any, Any] | None = None, **setti
         A function of parameters ``(n, d)`` and observations ``(n, m)`` that gives sbi's `ConditionalDensityEstimator`.
 
     Raises:
-        ConfigError: A setting is unknown or does not fit.
+        ConfigError: A setting is unknown, does not fit, or has no effect in sbi's loop (``max_steps``, ``minutes`` …).
 
     Example:
         >>> from torch.distributions import Independent, Uniform
@@ -89,7 +95,17 @@ def likelihood(*, bounds: Mapping[Any, Any] | None = None, **settings: Any) -> B
 
 
 def _config(settings: Mapping[str, Any]) -> Config:
-    return Config.preset("table").override({"engine": "torch", **settings})
+    """The settings of a flow that sbi trains; `ConfigError` where one is of what its loop does instead."""
+    usual = Config.preset("table").override({"engine": "torch"})
+    config = usual.override(settings)
+    before, after = flatten(usual.to_dict()), flatten(config.to_dict())
+    idle = [name for name in after if name.startswith(_IDLE) and after[name] != before.get(name)]
+    if idle := [name for name in idle if name != "training.tolerance"]:
+        raise ConfigError(
+            f"{', '.join(idle)}: without effect in sbi's loop, which has a rate and an end of its own: leave it "
+            "to inference.train(...), or train by pyrnode.sbi.train(theta, x, prior, ...)"
+        )
+    return config
 
 
 def _untrained(name: str, samples: Samples, config: Config, *, drawn: bool) -> Any:
