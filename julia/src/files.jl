@@ -18,8 +18,8 @@ end
 
 Reads a flow that Python's `Flow.save` or training wrote (`model.safetensors`, or the folder of a run), as an
 [`RNODEDistribution`](@ref). It computes with the solver that the file names for scores, or with `solver`, in the numbers that the parameters
-are stored in, and gives Python's log-densities. Throws `ArgumentError` for files that are damaged or none of pyrnode's, and for flows that are not of
-vectors, or take a context.
+are stored in, and gives Python's log-densities. Throws `ArgumentError` for files that are damaged or none of pyrnode's, for flows that are not of
+vectors, or take a context, and for columns with bounds or a period.
 """
 function load_flow(path::AbstractString; solver::Union{Nothing,Solver}=nothing)
     path = isdir(path) ? joinpath(path, "model.safetensors") : path
