@@ -75,6 +75,16 @@ def test_rows_travel_with_their_contexts_and_none_comes_first() -> None:
     assert 1400 < float(held.tensor()[:200].mean()) < 1600  # a validation looks at the first ones
 
 
+def test_contexts_are_put_in_the_order_of_the_samples() -> None:
+    given, held = (pd.DataFrame(c.numpy(), columns=["east", "north"]) for c in (C, HELD_C))
+    splits = load(X, context=given, validation=HELD, validation_context=held)
+    swapped = load(X, context=given, validation=HELD, validation_context=held[["north", "east"]])
+    assert splits.validation.context is not None
+    assert swapped.validation.context is not None
+    assert torch.equal(swapped.validation.context, splits.validation.context)
+    assert torch.equal(sorted_rows(swapped.validation.context), sorted_rows(HELD_C))
+
+
 def test_a_number_is_the_share_of_the_samples() -> None:
     result = train(validation=0.25)
     assert result.config.data.validation == 0.25

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 import pyrnode
 from pyrnode.config import Config
+from pyrnode.data import load
+from pyrnode.distributed import alone
 from pyrnode.dynamics import MLP, ConvNet, ModuleDynamics
 from pyrnode.flow import Flow
+from pyrnode.training.blueprint import _standardised
 
 # -- initialisation --------------------------------------------------------------------------------------------------
 
@@ -219,3 +222,18 @@ def test_every_tensor_that_the_package_makes_names_its_device_and_its_type() -> 
             if not needed <= named:
                 unnamed.append(f"{path.name}:{call.lineno}: {ast.unparse(call)}")
     assert unnamed == []
+
+
+def test_transforms_are_on_the_samples_device_whatever_the_default_one_is() -> None:
+    """Of columns that whitening leaves as they are, and of such that it turns. "meta" is a device without numbers."""
+    plain = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    for x in (plain, plain @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 1.0, 0.9], [0.0, 0.0, 0.2]])):
+        splits = load(x)
+        torch.set_default_device("meta")
+        try:
+            transform, _ = _standardised(Config.preset("table"), splits, alone)
+        finally:
+            torch.set_default_device(None)
+        assert transform is not None
+        assert len(transform.transforms) == 4
+        assert {buffer.device.type for buffer in transform.buffers()} == {"cpu"}
