@@ -7,6 +7,7 @@ import re
 
 from pyrnode import solvers
 from pyrnode.data import Splits
+from pyrnode.data.frames import said
 from pyrnode.evaluation import Report
 from pyrnode.flow import Flow
 from pyrnode.runs import Record, RunFolder
@@ -83,7 +84,7 @@ def _data(splits: Splits) -> str:
     lines = [
         f"{_code(splits.name)}: {sizes} samples. The model was chosen on validation; the test samples were kept apart."
     ]
-    for what, names in (("Columns", splits.features), ("Context", splits.context_features)):
+    for what, names in (("Columns", said(splits.features)), ("Context", said(splits.context_features))):
         if names is not None:
             more = f", and {len(names) - _COLUMNS} more" if len(names) > _COLUMNS else ""
             lines.append(f"{what}: {', '.join(map(_code, names[:_COLUMNS]))}{more}.")
