@@ -74,6 +74,8 @@ def test_a_density_of_nan_has_no_p_value_and_minus_infinity_the_smallest() -> No
     calibration = Calibration(np.array([3.0, 1.0, 2.0, 2.0]))
     with pytest.raises(DataError, match="score 1 is NaN"):
         calibration.p_values([0.5, np.nan])
+    scores = torch.tensor([0.5, 9.0], requires_grad=True)  # as `log_prob` returns them
+    np.testing.assert_allclose(calibration.p_values(scores), calibration.p_values([0.5, 9]))
     np.testing.assert_allclose(calibration.p_values([-np.inf, np.inf]), [1 / 5, 1], rtol=1e-15)
     assert calibration.p_values([]).shape == (0,)
 

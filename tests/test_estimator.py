@@ -361,6 +361,7 @@ def test_bad_input(model: RNODEDensity) -> None:
     ("parameters", "message"),
     [
         ({"hidden": "wide"}, "hidden = 'wide': expected 'auto'"),
+        ({"hidden": 16}, "hidden = 16: expected a list of int"),
         ({"learning_rate": "fast"}, "learning_rate"),
         ({"hidden": (0,)}, "hidden"),
         ({"max_steps": 0}, "max_steps"),

@@ -270,6 +270,10 @@ def test_other_bad_calls() -> None:
         flow.sample(2**62)
     with pytest.raises(ConfigError, match=r"seed = 1180591620717411303424: expected a whole number from -2\*\*63"):
         flow.sample(1, seed=2**70)
+    with pytest.raises(DataError, match=r"input of shape \(2,\): expected \(batch, 2\); of one sample, pass x\[None\]"):
+        flow.log_prob(torch.zeros(2))
+    with pytest.raises(ConfigError, match=r"x\.pt: a flow is saved as safetensors"):
+        flow.save("x.pt")
     with pytest.raises(CheckpointError, match="is a folder, not a file"):
         files.read(Path(__file__).parent, "flow")
     with pytest.raises(ConfigError, match="unknown kind 'exakt'"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,7 +167,8 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
     ("arguments", "error", "expected"),
     [
         ({"epoch": 1}, ConfigError, "did you mean 'epochs'"),
-        ({"divergence": "exact"}, ConfigError, "ambiguous"),
+        ({"lr": 1.0}, ConfigError, "unknown setting 'lr' .here it is 'learning_rate'.; .*presets table"),
+        ({"divergence": "exact"}, ConfigError, "ambiguous: .*; give one in full: .*--set penalties.divergence=… on"),
         ({"data.dir": 1}, ConfigError, "dir = 1"),
         ({"epochs": 0}, ConfigError, "epochs = 0"),
         ({"kinetic": -1.0}, ConfigError, "kinetic"),
@@ -177,13 +179,18 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
         ({"sensealg": "Adjoint"}, EngineUnavailableError, "did you mean 'BacksolveAdjoint'"),
         ({"solver.options": {"a": 1}}, ConfigError, "options"),
         ({"device": "cuda:99"}, ConfigError, "device = 'cuda:99' cannot be used"),
-        ({"device": "gpu"}, ConfigError, "device = 'gpu' cannot be used"),
+        ({"device": "gpu"}, ConfigError, "device = 'gpu' cannot be used: expected 'auto', 'cpu', 'cuda'"),
         ({"data": "8gausians"}, DataError, "did you mean '8gaussians'"),
         ({"data": None}, DataError, "no data"),
         ({"data": "no/such/file.npy"}, DataError, "does not exist"),
         ({"data": torch.randn(5, 2)}, DataError, "5 samples"),
         ({"data": torch.full((50, 2), math.nan)}, DataError, "NaN"),
         ({"data": torch.ones(50, 2)}, DataError, "constant"),
+        ({"data": torch.ones(1, 2)}, DataError, "has 1 sample; expected at least 10"),
+        ({"data": [[1.0, 2.0]] * 20}, DataError, "cannot load a list: .*numpy.array"),
+        ({"data": pd.Series([1.0, 2.0])}, DataError, "cannot load a Series: .*to_frame"),
+        ({"data": pd.DataFrame({"a": ["0.1"] * 20})}, DataError, "holds numbers as text .'0.1'.: .*pandas.to_numeric"),
+        ({"data": pd.DataFrame({"a": pd.date_range("2020", periods=20)})}, DataError, "column 'a' holds times"),
         ({"network.kind": "conv"}, ConfigError, "'conv' needs images"),
         ({"resume": True, "out": None}, ConfigError, "resume=True needs out="),
         ({"tensorboard": True, "out": None}, ConfigError, "needs out="),
