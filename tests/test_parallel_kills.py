@@ -118,18 +118,41 @@ def test_a_killed_process_costs_nothing(tmp_path: Path, unkilled: Path, victim: 
     assert sum(codes[victim] == -signal.SIGKILL for codes in ends) >= 10
 
 
+# The command line; the last process of the first attempt waits at a step past a checkpoint, to be killed from outside.
+WAITING = """
+import os, signal, sys
+import torch
+from pathlib import Path
+from pyrnode.cli import main
+waiting, step, taken = Path(sys.argv.pop(1)), torch.optim.Adam.step, 0
+def counted(*args, **kwargs):
+    global taken
+    taken += 1
+    if taken == 57 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        waiting.with_suffix(".part").write_text(str(os.getpid()))
+        waiting.with_suffix(".part").rename(waiting)
+        signal.pause()
+    return step(*args, **kwargs)
+if str(waiting) != "-":
+    torch.optim.Adam.step = counted
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_torchrun_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     """Without --resume: a restart is one. A process is killed from outside; the run is that of nobody killed."""
     settings = {"samples": 200, "hidden": [8], "batch_size": 21, "max_steps": 120, "checkpoint_every": 10, "ema": 0.9}
     settings |= {"penalties.divergence": '"hutchinson"', "validate_every": 30, "checkpoint_minutes": 60}
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    script, waiting = tmp_path / "waiting.py", tmp_path / "waiting.pid"
+    script.write_text(WAITING)
     for name in ("whole", "killed"):
         out = tmp_path / name
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
-        train = ["-m", "pyrnode", "train", "8gaussians", "--out", str(out), "--no-evaluation", "--quiet", *pairs]
+        train = ["train", "8gaussians", "--out", str(out), "--no-evaluation", "--quiet", *pairs]
         process = subprocess.Popen(
-            [sys.executable, *launcher, *train],
+            [sys.executable, *launcher, str(script), str(waiting) if name == "killed" else "-", *train],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -137,8 +160,9 @@ def test_torchrun_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
         )
         try:
             if name == "killed":
-                victim = wait_for_worker(out, process)
-                os.kill(victim, signal.SIGKILL)
+                wait_for(waiting, process)
+                assert (out / "checkpoint.safetensors").exists()
+                os.kill(int(waiting.read_text()), signal.SIGKILL)
             said = process.communicate(timeout=LIMIT)[0]
         finally:
             if process.poll() is None:
@@ -150,11 +174,9 @@ def test_torchrun_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads((out / "versions.json").read_text())["processes"] == 2
 
 
-def wait_for_worker(out: Path, launcher: subprocess.Popen[str]) -> int:
-    """The last of the launcher's children, once there is a checkpoint."""
+def wait_for(path: Path, launcher: subprocess.Popen[str]) -> None:
     limit = time.monotonic() + LIMIT
-    while not (out / "checkpoint.safetensors").exists():
+    while not path.exists():
         assert time.monotonic() < limit
         assert launcher.poll() is None
         time.sleep(0.01)
-    return int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
