@@ -76,7 +76,8 @@ def test_it_is_the_papers_algorithm(decay: float) -> None:
 
 def test_vectors_and_long_sides_keep_their_axes() -> None:
     """Then it is Adam."""
-    parameters = [nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(1, soap._LARGEST + 1))]
+    shapes: list[tuple[int, ...]] = [(7,), (), (1, soap._LARGEST + 1)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     others = [nn.Parameter(p.detach().clone()) for p in parameters]
     pairs = [(parameters, SOAP(parameters, lr=0.1)), (others, torch.optim.AdamW(others, lr=0.1, weight_decay=0))]
     for step in range(12):
@@ -85,7 +86,7 @@ def test_vectors_and_long_sides_keep_their_axes() -> None:
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + index))
             optimizer.step()
     torch.testing.assert_close(parameters, others)
-    assert set(soap.memory(parameters[1])) == {"exp_avg", "exp_avg_sq"}
+    assert set(soap.memory(parameters[2])) == {"exp_avg", "exp_avg_sq"}
 
 
 def test_a_kernel_is_a_matrix_however_it_lies_in_memory() -> None:
@@ -159,6 +160,18 @@ def test_autocast_does_not_move_it() -> None:
         found.append([p.detach().clone() for p in network.parameters()])
     for expected, value in zip(*found, strict=True):
         assert torch.equal(expected, value)
+
+
+def test_a_weight_without_a_gradient_stays() -> None:
+    w = nn.Parameter(torch.ones(4, 3))
+    optimizer = SOAP([w], lr=0.1)
+    for _ in range(12):
+        w.grad = torch.zeros(4, 3)
+        optimizer.step()
+    assert torch.equal(w, torch.ones(4, 3))
+    w.grad = torch.ones(4, 3)
+    optimizer.step()
+    assert bool((w < 1).all())
 
 
 def test_a_closure_is_refused() -> None:

@@ -78,7 +78,7 @@ def memory(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _matrix(value: Tensor) -> Tensor:
-    return value.flatten(1) if value.ndim > 1 else value[:, None]
+    return value.flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
 
 
 def _sides(parameter: Tensor) -> dict[str, int]:
