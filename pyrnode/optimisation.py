@@ -24,7 +24,8 @@ class TrainingConfig(Section):
         max_steps: Stop after this many optimiser steps, whatever the epochs say. Where epochs, steps and minutes are
             all `None`, the number of samples decides (`total_steps`).
         batch_size: Samples per step.
-        optimizer: Optimiser of `torch.optim`.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` of `torch.optim`, or ``"soap"``, Adam in the eigenbases of the
+            gradients' second moments (Vyas et al. 2024), which needs a fraction of the steps.
         learning_rate: Peak learning rate.
         schedule: After warm-up, ``"constant"`` or ``"cosine"`` (to zero at the last step).
         warmup_steps: Steps of linear warm-up.
@@ -49,7 +50,7 @@ class TrainingConfig(Section):
     epochs: int | None = None
     max_steps: int | None = None
     batch_size: int = 200
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "soap"] = "adam"
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0

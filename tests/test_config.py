@@ -79,7 +79,7 @@ BAD = [
     ("epochs", 0, "at least 1"),
     ("max_steps", 0, "at least 1"),
     ("batch_size", 0, "at least 1"),
-    ("optimizer", "lbfgs", "adam, adamw, sgd"),
+    ("optimizer", "lbfgs", "adam, adamw, sgd, soap"),
     ("learning_rate", 0.0, "more than 0"),
     ("learning_rate", "1e-3", "expected float"),
     ("schedule", "linear", "cosine"),

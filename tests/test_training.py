@@ -21,6 +21,7 @@ from pyrnode.errors import (
 )
 from pyrnode.runs import RunFolder, read_metrics
 from pyrnode.training import state
+from pyrnode.training.soap import SOAP
 from pyrnode.training.step import learning_rate
 from pyrnode.training.trainer import Trainer
 from pyrnode.training.validation import Outcome, Validation
@@ -43,10 +44,11 @@ from tests.small_runs import (
         {"optimizer": "adam", "learning_rate": 0.01},
         {"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 0.5},
         {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.5},
+        {"optimizer": "soap", "learning_rate": 0.01, "weight_decay": 0.5},
         {"optimizer": "sgd", "learning_rate": 0.1, "clip_norm": 0.05},
         {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.3, "warmup_steps": 4, "schedule": "cosine"},
     ],
-    ids=["adam", "adam-l2", "adamw", "sgd-clipped", "sgd-schedule"],
+    ids=["adam", "adam-l2", "adamw", "soap", "sgd-clipped", "sgd-schedule"],
 )
 def test_training_is_what_a_hand_written_loop_does(settings: dict[str, Any]) -> None:
     kinetic, jacobian = 0.2, 0.3
@@ -57,7 +59,8 @@ def test_training_is_what_a_hand_written_loop_does(settings: dict[str, Any]) -> 
     assert subject.run()
     x = subject.splits.train.tensor()
     mean, std = x.double().mean(0), x.double().std(0, correction=0)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings["optimizer"]]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "soap": SOAP}
+    kind = kinds[settings["optimizer"]]
     optimizer: Any = kind(by_hand.parameters(), lr=1.0, weight_decay=settings.get("weight_decay", 0.0))
     for step in range(10):
         order = torch.randperm(160, generator=seeds.generator(0, "order", step // 8))

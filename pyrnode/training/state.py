@@ -20,16 +20,23 @@ from pyrnode.devices import awaited
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.optimisation import TrainingConfig
+from pyrnode.training import soap
 from pyrnode.training.origin import Origin
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
+    "soap": soap.SOAP,
 }
 
-_MEMORY: dict[str, tuple[str, ...]] = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
-"""What an optimiser keeps of a parameter, beside the number of its steps."""
+
+def _memory(optimizer: str, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimiser keeps of a parameter, beside the number of its steps; the values do not matter."""
+    if optimizer == "soap":
+        return soap.memory(parameter)
+    return {} if optimizer == "sgd" else {"exp_avg": parameter, "exp_avg_sq": parameter}
+
 
 Weights = dict[str, Tensor]
 """Parameters and buffers of a flow, by name."""
@@ -137,14 +144,10 @@ class State:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         if not any(p.requires_grad for p in self.flow.parameters()):
             raise ConfigError("the dynamics have no trainable parameters: there is nothing to train")
-        kind: Any = _OPTIMIZERS[self._training.optimizer]
-        optimizer: torch.optim.Optimizer = kind(
-            self.flow.parameters(),
-            lr=self._training.learning_rate,
-            weight_decay=self._training.weight_decay,
-            foreach=awaited(self.flow.reference),  # one launch for all parameters; on a CPU that is no gain
-        )
-        return optimizer
+        settings: dict[str, Any] = {"lr": self._training.learning_rate, "weight_decay": self._training.weight_decay}
+        if self._training.optimizer != "soap":
+            settings["foreach"] = awaited(self.flow.reference)  # one launch for all; on a CPU that is no gain
+        return _OPTIMIZERS[self._training.optimizer](self.flow.parameters(), **settings)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class State:
         for number, found in slots.items():
             if not 0 <= number < len(parameters):
                 raise CheckpointError(f"the optimiser's memory is of a parameter {number}, of {len(parameters)}")
-            alike = {name: parameters[number] for name in _MEMORY[self._training.optimizer]}
+            alike = _memory(self._training.optimizer, parameters[number])
             steps = {name: value for name, value in found.items() if name == "step"}
             files.check_tensors(steps, {"step": torch.zeros((), dtype=torch.float32, device="cpu")}, types=False)
             files.check_tensors({name: value for name, value in found.items() if name != "step"}, alike)
