@@ -135,7 +135,7 @@ class JuliaEngine(Engine):
     def solvers(self) -> list[SolverInfo]:
         rows = json.loads(str(_bridge().solvers()))
         for row in rows:
-            row["description"] = "; ".join(filter(None, (f"from {row['package']}", row.pop("fault"))))
+            row["description"] = "; ".join(filter(None, (f"from {row['package']}", row["fault"])))
         return [SolverInfo(**row) for row in rows]
 
     def sensitivities(self) -> dict[str, str]:
