@@ -117,7 +117,7 @@ first_of(alg) = hasproperty(alg, :algs) ? first(alg.algs) : alg
 
 "What is known to be wrong of methods, found by tests/julia/solvers.jl (docs/solvers.md)."
 const FAULTS = Dict(
-    "AdaptiveRadau" => "may become unstable here, though not in OrdinaryDiffEq alone; take RadauIIA5",
+    "AdaptiveRadau" => "becomes unstable where it raises its order, in OrdinaryDiffEq itself; right with max_order = 5",
     "Alshina2" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
     "Alshina3" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
     "CKLLSRK54_3C" => "chooses steps that are too long: errors of 0.02 at 1e-6",
