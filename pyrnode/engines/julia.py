@@ -37,7 +37,7 @@ from pyrnode.solvers import SolverInfo, step_size, unknown_solver
 SENSITIVITIES: dict[str, str] = {
     "InterpolatingAdjoint": 'the adjoint, solved backwards along an interpolation of the solve ("auto": fixed steps)',
     "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
-    "QuadratureAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by adaptive quadrature ("auto": FBDF, QNDF)',
+    "QuadratureAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by adaptive quadrature ("auto": FBDF)',
     "GaussAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by Gauss quadrature ("auto": adaptive)',
     "Backprop": "discretise, then optimise: the exact gradient of the discrete solve (explicit Runge-Kutta methods)",
 }

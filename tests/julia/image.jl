@@ -15,7 +15,7 @@ end
 function gradient(name, ::Type{T}) where {T}
     dynamics = MLP(3, (20, 16))
     θ, z = fill(T(0.1), LuxCore.parameterlength(dynamics)), T[i - 0.3j for i in 1:3, j in 1:4]
-    _, back = pullback(dynamics, θ, z, Probes(ones(T, 3, 4, 1), 1.0), (0.0, 1.0), Solver(name))
+    _, back = pullback(dynamics, θ, z, Probes(ones(T, 3, 4, 1), 1.0), (0.0, 1.0), Solver(name; sensealg="InterpolatingAdjoint"))
     return back(z, ones(T, 4, 3))
 end
 
