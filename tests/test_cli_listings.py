@@ -136,7 +136,8 @@ def test_solvers_of_julia_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert (rows[name]["order"], rows[name]["engine"]) == (order, "julia")
     assert len(rows) > 200
     assert rows["Kvaerno3"]["description"] == (
-        "from OrdinaryDiffEqSDIRK; of order 1 where time enters, in OrdinaryDiffEq itself: a stage has the wrong time; take KenCarp3"
+        "from OrdinaryDiffEqSDIRK; of order 1 where time enters, in OrdinaryDiffEq itself: "
+        "a stage has the wrong time; take KenCarp3"
     )
     assert rows["AutoTsit5(Rosenbrock23)"]["kind"] == "explicit or stiff, adaptive"
     uses = {
