@@ -195,7 +195,7 @@ def method(name: str) -> Method:
 
 
 ELSEWHERE: dict[str, str] = {
-    **dict.fromkeys(("dopri5", "rk45", "ode45", "dormand_prince"), "DP5"),
+    **dict.fromkeys(("dopri5", "rk45", "ode45", "dormand_prince", "scipy", "scipy_solver"), "DP5"),
     **dict.fromkeys(("dopri8", "dop853", "ode78", "ode89"), "DP8"),
     **dict.fromkeys(("bosh3", "rk23", "ode23"), "BS3"),
     **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams", "ode113", "adams", "abm"), "VCABM"),

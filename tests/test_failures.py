@@ -384,6 +384,7 @@ def test_options_and_composites_that_julia_has(julia_engine: Engine, name: str, 
         ("ode45", "'DP5'"),
         ("DOP853", "'DP8'"),
         ("bosh3", "'BS3'"),
+        ("scipy_solver", "'DP5'"),
         ("tsit5", "'Tsit5'"),
     ],
 )
