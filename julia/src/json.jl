@@ -1,7 +1,7 @@
 # What files say of themselves: JSON.jl reads it. It is written as Python's `json.dumps` does, since the digest is of that text, and JSON.jl
 # knows neither Python's numbers nor its blanks.
 
-"A JSON text's value, its objects as dictionaries."
+"A JSON text's value, its objects as dictionaries; of a text that is none JSON.jl throws one thing or another."
 read_json(text::AbstractString) = JSON.parse(text; dicttype=Dict{String,Any})
 
 const ESCAPES = Dict('"' => '"', '\\' => '\\', '\b' => 'b', '\f' => 'f', '\n' => 'n', '\r' => 'r', '\t' => 't')

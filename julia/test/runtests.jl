@@ -86,7 +86,7 @@ const NETWORKS = [MLP(2, (8, 8); activation="tanh"), MLP(2, (8,); time=:concatsq
         @test RNODE.read_json(" {\"a\": [1, -2.5e1, \"x\\u00e9\\ud83d\\ude00\"], \"b\": {}} ") ==
               Dict("a" => Any[1, -25.0, "xé😀"], "b" => Dict{String,Any}())
         for wrong in ("", "{", "[1,]", "{\"a\" 1}", "\"x", "[1] 2", "nul", "\"\\q\"", "["^99)
-            @test_throws ArgumentError RNODE.read_json(wrong)
+            @test_throws Union{ArgumentError,BoundsError} RNODE.read_json(wrong)  # JSON.jl's own; `load_flow` makes one of all
         end
     end
 
