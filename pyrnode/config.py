@@ -114,7 +114,7 @@ class SolverConfig(Section):
             the penalties' integrals too (``"all"``).
         maxiters: Bound on the steps that a solver chooses in one solve; fixed steps are as many as they are.
         sensealg: Sensitivity algorithm, under SciMLSensitivity's names, or ``"Backprop"``; ``"auto"`` takes Backprop in
-            PyTorch, and in Julia InterpolatingAdjoint, or GaussAdjoint for stiff solvers.
+            PyTorch, and in Julia InterpolatingAdjoint for fixed steps, else GaussAdjoint (docs/julia.md).
         memory: What ``Backprop`` keeps of the forward solve: every intermediate (``"store"``), only the state at each
             evaluation (``"checkpoint"``: memory does not grow with the number of steps), or by size (``"auto"``).
         precision: In which numbers the networks of a training step of fixed steps are computed: float32 by IEEE's rules

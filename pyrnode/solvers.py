@@ -7,7 +7,7 @@ whose coefficients stand in `METHODS`; a new one is one more entry. Adaptive coe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ class SolverInfo:
         kind: Explicit, stiff or stabilised; multistep; adaptive or of fixed step.
         package: Where it comes from.
         description: One line.
+        fault: What is known to be wrong with it, in the library that it comes from; empty where nothing is.
     """
 
     name: str
@@ -33,6 +34,29 @@ class SolverInfo:
     kind: str
     package: str
     description: str
+    fault: str = ""
+
+    @property
+    def use(self) -> str:
+        """What one would take it for: the last of `USES` that it is of."""
+        return [use for use, fits in USES.items() if fits(self)][-1]
+
+
+USES: dict[str, Callable[[SolverInfo], bool]] = {
+    "training on a grid of steps": lambda s: True,
+    "steps of its own, loose tolerances (1e-3 and above)": lambda s: "adaptive" in s.kind,
+    "steps of its own, middling tolerances": lambda s: "adaptive" in s.kind and s.order > 3,
+    "steps of its own, tight tolerances (1e-7 and below)": lambda s: "adaptive" in s.kind and s.order > 6,
+    "expensive dynamics: few evaluations a step": lambda s: "multistep" in s.kind,
+    "mildly stiff dynamics of many dimensions": lambda s: s.kind.startswith("stabilised"),
+    "stiff dynamics of few dimensions": lambda s: s.kind.startswith("stiff"),
+    "dynamics that may become stiff": lambda s: s.kind.startswith("explicit or stiff"),
+    "made for discretised PDEs (little memory, strong stability)": lambda s: (
+        s.package.endswith(("LowStorageRK", "SSPRK")) or s.name.startswith("SSP")
+    ),
+    "known to be wrong: take another": lambda s: bool(s.fault),
+}
+"""What solvers are taken for, and which of them; a later one says more than an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +195,7 @@ def method(name: str) -> Method:
 
 
 ELSEWHERE: dict[str, str] = {
-    **dict.fromkeys(("dopri5", "rk45", "ode45", "dormand_prince"), "DP5"),
+    **dict.fromkeys(("dopri5", "rk45", "ode45", "dormand_prince", "scipy", "scipy_solver"), "DP5"),
     **dict.fromkeys(("dopri8", "dop853", "ode78", "ode89"), "DP8"),
     **dict.fromkeys(("bosh3", "rk23", "ode23"), "BS3"),
     **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams", "ode113", "adams", "abm"), "VCABM"),

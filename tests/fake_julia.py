@@ -20,6 +20,7 @@ VERSIONS = {
     "ComponentArrays": "0.15.42",
     "DLPack": "0.3.1",
     "DiffEqFlux": "4.4.0",
+    "JSON": "1.6.1",
     "Lux": "1.31.2",
     "LuxCore": "1.5.3",
     "MLDataDevices": "1.17.10",

@@ -15,7 +15,7 @@ import pyrnode
 from pyrnode import cli, julia_setup
 from pyrnode.config import Config
 from pyrnode.julia_setup import JuliaStatus
-from pyrnode.solvers import SolverInfo
+from pyrnode.solvers import USES, SolverInfo
 
 
 def run(*arguments: str) -> int:
@@ -56,7 +56,16 @@ def test_solvers_of_pytorch_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0].split() == ["solver", "engine", "order", "kind", "package", "description"]
-    assert [line.split()[:3] for line in lines[1:10]] == [[name, "torch", str(order)] for name, order in ORDERS.items()]
+    listed = [
+        line.split()[:3] for line in lines if " torch " in line and "Backprop" not in line and "Adjoint" not in line
+    ]
+    groups = ["Euler Midpoint Heun RK4", "BS3", "DP5 Tsit5", "DP8", "SSPRK33"]
+    assert listed == [[name, "torch", str(ORDERS[name])] for group in groups for name in group.split()]
+    headings = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line == ""]
+    assert headings[0] == "training on a grid of steps"
+    assert headings[-2].startswith("made for discretised PDEs")
+    assert headings[-1].startswith("sensitivity")
+    assert [use in USES for use in headings] == [True] * 5 + [False]
     assert "Julia" not in captured.out + captured.err
 
 
@@ -81,7 +90,7 @@ def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     moulton = "OrdinaryDiffEqAdamsBashforthMoulton"
     rows: list[dict[str, Any]] = [
         {"name": "Rodas5P", "order": 5, "kind": "stiff, adaptive", "package": "OrdinaryDiffEqRosenbrock"},
-        {"name": "VCABM", "order": None, "kind": "multistep, adaptive", "package": moulton},
+        {"name": "VCABM", "order": 0, "kind": "multistep, adaptive", "package": moulton},
     ]
     rows = [{**row, "description": "from Julia"} for row in rows]
     infos = [SolverInfo(**row) for row in rows]
@@ -94,7 +103,9 @@ def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run("solvers", "--json") == 0
     captured = capsys.readouterr()
     table = json.loads(captured.out)
-    assert table["solvers"][len(ORDERS) :] == [{**row, "engine": "julia"} for row in rows]
+    further = [{"use": "stiff dynamics of few dimensions"}, {"use": "expensive dynamics: few evaluations a step"}]
+    expected = [{**row, "engine": "julia", "fault": "", **use} for row, use in zip(rows, further, strict=True)]
+    assert table["solvers"][len(ORDERS) :] == expected
     assert table["missing"] is None
     assert list(table["sensitivities"]) == ["Backprop", "BacksolveAdjoint", "GaussAdjoint"]
     assert table["sensitivities"]["BacksolveAdjoint"].keys() == {"torch", "julia"}
@@ -102,19 +113,13 @@ def test_solvers_of_both_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert captured.err == ""
     assert run("solvers", "--engine", "julia") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == [
-        "Rodas5P",
-        "julia",
-        "5",
-        "stiff,",
-        "adaptive",
-        "OrdinaryDiffEqRosenbrock",
-        "from",
-        "Julia",
+    assert [line.split()[:3] for line in lines if "from Julia" in line] == [
+        ["VCABM", "julia", "0"],
+        ["Rodas5P", "julia", "5"],
     ]
-    assert lines[2].split()[:3] == ["VCABM", "julia", "multistep,"]
-    assert len({line.index("from Julia") for line in lines[1:3]}) == 1  # columns are columns
-    assert [line.split()[:2] for line in lines[4:]] == [
+    assert [line for line in lines if line in USES] == [use["use"] for use in further[::-1]]
+    assert len({line.index("from Julia") for line in lines if "from Julia" in line}) == 1  # columns are columns
+    assert [line.split()[:2] for line in lines[-3:]] == [
         ["sensitivity", "engine"],
         ["BacksolveAdjoint", "julia"],
         ["GaussAdjoint", "julia"],
@@ -131,9 +136,24 @@ def test_solvers_of_julia_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert (rows[name]["order"], rows[name]["engine"]) == (order, "julia")
     assert len(rows) > 200
     assert rows["Kvaerno3"]["description"] == (
-        "from OrdinaryDiffEqSDIRK; of order 1 in OrdinaryDiffEq itself; take KenCarp3"
+        "from OrdinaryDiffEqSDIRK; of order 1 where time enters, in OrdinaryDiffEq itself: "
+        "a stage has the wrong time; take KenCarp3"
     )
     assert rows["AutoTsit5(Rosenbrock23)"]["kind"] == "explicit or stiff, adaptive"
+    uses = {
+        name: rows[name]["use"] for name in ("RK4", "Tsit5", "Vern9", "VCABM", "ROCK4", "FBDF", "SSPRK33", "Kvaerno3")
+    }
+    assert list(uses.values()) == [
+        "training on a grid of steps",
+        "steps of its own, middling tolerances",
+        "steps of its own, tight tolerances (1e-7 and below)",
+        "expensive dynamics: few evaluations a step",
+        "mildly stiff dynamics of many dimensions",
+        "stiff dynamics of few dimensions",
+        "made for discretised PDEs (little memory, strong stability)",
+        "known to be wrong: take another",
+    ]
+    assert {row["use"] for row in rows.values()} == {*USES}
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

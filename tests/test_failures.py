@@ -262,17 +262,33 @@ def test_a_long_pullback_hears_signals(julia_engine: Engine, alarm: Any) -> None
 # -- stiff solvers ---------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_gauss_for_stiff_solvers_alone(julia_engine: Engine) -> None:
-    """Its gradient is that of the adjoint which is named, to the last bit."""
-    for name, expected in (("Rosenbrock23", "GaussAdjoint"), ("Tsit5", "InterpolatingAdjoint")):
-        gradients = []
-        for sensealg in ("auto", expected):
-            dynamics = network()
-            solver = SolverConfig(name=name, rtol=1e-4, atol=1e-4, sensealg=sensealg)
-            solution = integrate(julia_engine, dynamics, solver, 2)
-            gradients.append(torch.autograd.grad(solution.l.sum(), list(dynamics.parameters())))
-        for found, named in zip(*gradients, strict=True):
-            assert torch.equal(found, named)
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        ("RK4", "auto", "InterpolatingAdjoint"),
+        ("Tsit5", "auto", "GaussAdjoint"),
+        ("Tsit5", "checkpoint", "InterpolatingAdjoint"),
+        ("VCABM", "auto", "InterpolatingAdjoint"),
+        ("Rosenbrock23", "auto", "GaussAdjoint"),
+        ("FBDF", "auto", "QuadratureAdjoint"),
+    ],
+)
+def test_auto_is_the_adjoint_that_suits_the_solver(julia_engine: Engine, name: str, memory: str, expected: str) -> None:
+    """Its gradient is that of the adjoint which is named, to the last bit, and right."""
+    gradients = []
+    precise = SolverConfig(name="DP5", rtol=1e-10, atol=1e-10, sensealg="Backprop")
+    step = 0.02 if name == "RK4" else 0.25
+    settings: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6, "step_size": step, "memory": memory}
+    chosen = [SolverConfig(name=name, sensealg=sensealg, **settings) for sensealg in ("auto", expected)]
+    for solver in (*chosen, precise):
+        dynamics = network()
+        solution = integrate(julia_engine, dynamics, solver, 2)
+        gradients.append(
+            torch.cat([g.ravel() for g in torch.autograd.grad(solution.l.sum(), [*dynamics.parameters()])])
+        )
+    auto, named, exact = gradients
+    assert torch.equal(auto, named)
+    assert float((auto - exact).norm() / exact.norm()) < 3e-5
 
 
 @pytest.mark.parametrize("sensealg", ["InterpolatingAdjoint", "BacksolveAdjoint"])
@@ -368,6 +384,7 @@ def test_options_and_composites_that_julia_has(julia_engine: Engine, name: str, 
         ("ode45", "'DP5'"),
         ("DOP853", "'DP8'"),
         ("bosh3", "'BS3'"),
+        ("scipy_solver", "'DP5'"),
         ("tsit5", "'Tsit5'"),
     ],
 )

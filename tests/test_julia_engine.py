@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pyrnode
-from pyrnode import julia_setup
+from pyrnode import files, julia_setup
 from pyrnode.composition import base_log_prob
 from pyrnode.config import SolverConfig
 from pyrnode.data.synthetic import DENSITIES
@@ -299,6 +299,42 @@ def test_ctrl_c_ends_training_with_a_checkpoint(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "loss" in line]
     assert steps == list(range(1, done[-1] + 3))
+
+
+LONG_SOLVE = """
+import os, signal, sys, threading
+from dataclasses import replace
+import pyrnode
+from pyrnode.training import trainer
+original = trainer.loss
+def loss(flow, batch, config, solver, at):
+    if at == 2:  # two steps are done
+        solver = replace(solver, step_size=1e-8)
+        for seconds in (1.0, 2.0):
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return original(flow, batch, config, solver, at)
+trainer.loss = loss
+settings = dict(preset="toy", engine="julia", samples=600, batch_size=32, max_steps=5, hidden=[8], blocks=1)
+settings |= dict(solver={"name": "RK4", "step_size": 0.25}, evaluate=False, progress=False)
+try:
+    pyrnode.train("8gaussians", out=sys.argv[1], **settings)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_twice_ends_a_long_solve_and_keeps_the_state_before_it(tmp_path: Path) -> None:
+    """The third step's solve would take hours: the second Ctrl-C ends it, and the run goes on from the second step."""
+    out = tmp_path / "run"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_SOLVE, str(out)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
+    assert time.monotonic() - began < 290
+    assert files.read(out / "checkpoint.safetensors", "checkpoint")[1]["progress"]["step"] == 2
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

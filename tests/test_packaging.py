@@ -39,6 +39,7 @@ HEAVY = [
 NEWEST = VERSIONS | {
     "CUDA": "6.2.1",
     "DiffEqFlux": "4.8.2",
+    "JSON": "1.6.1",
     "Lux": "1.31.4",
     "LuxCUDA": "0.3.6",
     "NNlib": "0.9.38",

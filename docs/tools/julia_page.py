@@ -87,8 +87,8 @@ def _shown(same: list[Entry]) -> str:
 
 
 def _without_references(text: str) -> str:
-    """Documenter's links between docstrings as plain names, which mkdocs would take for files."""
-    return re.sub(r"\[(`[^`]+`)\]\(@ref\)", r"\1", text)
+    """Documenter's links between docstrings as plain names, which mkdocs takes for files, and its tests as code."""
+    return re.sub(r"\[(`[^`]+`)\]\(@ref[^)]*\)", r"\1", text).replace("```jldoctest\n", "```julia-repl\n")
 
 
 def on_files(files: Any, config: Any) -> Any:

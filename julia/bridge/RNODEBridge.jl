@@ -238,12 +238,6 @@ is_known(name) = RNODE.is_known(pyconvert(String, name))
 is_adaptive(solver::Solver) = solver.adaptive
 
 "`RNODE.describe_algorithms` as JSON."
-function solvers()
-    rows = map(RNODE.describe_algorithms()) do row
-        texts = join(("\"$key\": \"$(row[key])\", " for key in (:name, :kind, :package, :fault)))
-        "{$(texts)\"order\": $(row.order)}"
-    end
-    return "[$(join(rows, ", "))]"
-end
+solvers() = RNODE.JSON.json(RNODE.describe_algorithms())
 
 end

@@ -17,6 +17,7 @@ using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
 using ComponentArrays: ComponentArray, ComponentArrays, getaxes, getdata
 using DiffEqFlux: DiffEqFlux
 using Distributions: Distributions, ContinuousMultivariateDistribution
+using JSON: JSON
 using LinearAlgebra: BLAS, BlasReal, mul!
 using Lux: Lux, Optimisers, StatefulLuxLayer
 using LuxCore: LuxCore, AbstractLuxLayer, AbstractLuxWrapperLayer

@@ -5,13 +5,26 @@
 
 A flow with its parameters as a `Distributions.ContinuousMultivariateDistribution`: `logpdf` (nats) of a vector or of a matrix, one
 column a sample, `rand`, `loglikelihood`, and whatever Distributions.jl has of them. The trace is exact, so that the density is no estimate;
-the layer's solver computes it. [`fit`](@ref) and [`load_flow`](@ref) give one too. Of vectors alone, without a context: else `ArgumentError`.
+the layer's solver computes it. [`Distributions.fit`](@ref) and [`load_flow`](@ref) give one too. Of vectors alone, without a context: else `ArgumentError`.
 
 # Example
-```julia
-d = RNODEDistribution(layer, ps)
-logpdf(d, X)          # (batch) of X (d, batch)
-rand(rng, d, 1000)    # (d, 1000)
+A layer whose parameters are zero leaves data where they are, so that its density is the base's.
+
+```jldoctest
+julia> using Distributions, RNODE
+
+julia> layer = RNODELayer(MLP(2, (4,)));
+
+julia> d = RNODEDistribution(layer, (; θ=zeros(28)))
+RNODEDistribution of 2 dimensions: 1 block of Layered, 28 parameters in Float64
+
+julia> round.(logpdf(d, [0.0 1.0; 0.0 1.0]); digits=6)
+2-element Vector{Float64}:
+ -1.837877
+ -2.837877
+
+julia> size(rand(d, 1000))
+(2, 1000)
 ```
 """
 struct RNODEDistribution{V<:AbstractVector} <: ContinuousMultivariateDistribution

@@ -30,7 +30,15 @@ end
 """
     MLP(dim, hidden=(64, 64, 64); activation="softplus", time=:concat, context=false)
 
-A multilayer perceptron on vectors (dim, batch). With `context`, it takes an embedded context of length [`context_length`](@ref).
+A multilayer perceptron on vectors (dim, batch). With `context`, it takes an embedded context of length [`context_length`](@ref RNODE.context_length).
+
+# Example
+```jldoctest
+julia> using Lux, RNODE
+
+julia> Lux.parameterlength(MLP(2, (64, 64, 64)))
+8836
+```
 """
 MLP(dim::Integer, hidden=(64, 64, 64); activation="softplus", time::Symbol=:concat, context::Bool=false) =
     Layered((dim, hidden..., dim), 0, (1, 1), activation, time, (Int(dim),), context)

@@ -25,7 +25,7 @@ the unit vectors (`RNODELayer` takes them by default), and it has the residual o
 - `rank`: rows of A; at most as many as s has numbers are made.
 - `initial`: `:identity`, w = b = 0 and A of the size 1e-3, so that f is zero but for a few millionths of z; `:ot_flow`, w of ones, b
   zero, A by Xavier, as in OT-Flow's code.
-- `context`: whether it takes an embedded context, of length [`context_length`](@ref).
+- `context`: whether it takes an embedded context, of length [`context_length`](@ref RNODE.context_length).
 
 Throws `ArgumentError` for widths that differ and for what is not among these. [`potential`](@ref) gives Φ itself.
 """

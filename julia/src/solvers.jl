@@ -117,7 +117,7 @@ first_of(alg) = hasproperty(alg, :algs) ? first(alg.algs) : alg
 
 "What is known to be wrong of methods, found by tests/julia/solvers.jl (docs/solvers.md)."
 const FAULTS = Dict(
-    "AdaptiveRadau" => "may become unstable here, though not in OrdinaryDiffEq alone; take RadauIIA5",
+    "AdaptiveRadau" => "becomes unstable where it raises its order, in OrdinaryDiffEq itself; right with max_order = 5",
     "Alshina2" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
     "Alshina3" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
     "CKLLSRK54_3C" => "chooses steps that are too long: errors of 0.02 at 1e-6",
@@ -125,9 +125,11 @@ const FAULTS = Dict(
     "CKLLSRK95_4C" => "chooses steps that are too long: errors of 0.1 at 1e-6",
     "ESDIRK659L2SA" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
     "FRK65" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
-    "Kvaerno3" => "of order 1 in OrdinaryDiffEq itself; take KenCarp3",
+    "Kvaerno3" => "of order 1 where time enters, in OrdinaryDiffEq itself: a stage has the wrong time; take KenCarp3",
+    "Kvaerno4" => "of order 1 where time enters, in OrdinaryDiffEq itself: a stage has the wrong time; take KenCarp4",
+    "Kvaerno5" => "of order 3 where time enters, in OrdinaryDiffEq itself: a stage has the wrong time; take KenCarp5",
     "PFRK87" => "does not arrive by steps of its own choice, in OrdinaryDiffEq itself; right with adaptive = false",
-    "RKV76IIa" => "of wrong coefficients in OrdinaryDiffEq itself; take Vern7",
+    "RKV76IIa" => "overwrites one of its stages, in OrdinaryDiffEq itself; take Vern7",
 )
 
 varies(alg) = occursin(r"VCAB|FBDF|QNDF$|DFBDF|DefaultODE", String(nameof(typeof(alg))))

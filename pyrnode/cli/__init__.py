@@ -30,6 +30,7 @@ from pyrnode.cli.output import (
 )
 from pyrnode.errors import PyrnodeError
 from pyrnode.progress import SECONDS, progress_bar
+from pyrnode.solvers import USES
 
 
 def _presets(args: argparse.Namespace) -> int:
@@ -54,7 +55,7 @@ def _solvers(args: argparse.Namespace) -> int:
     sensitivities: dict[str, dict[str, str]] = {}
     for name in asked:
         engine = engines.create(name)
-        keys = ("order", "kind", "package", "description")
+        keys = ("order", "kind", "package", "description", "use", "fault")
         what = "starting Julia to ask it, which takes about 15 s" if name == "julia" else "solvers"
         with progress_bar(None, what, unit="", show=talks(args), uncounted=True, delay=SECONDS):
             found, texts = engine.solvers(), engine.sensitivities()
@@ -71,7 +72,13 @@ def _solvers(args: argparse.Namespace) -> int:
 
 
 def _print_solvers(rows: list[dict[str, Any]], sensitivities: dict[str, dict[str, str]]) -> None:
-    print_table([{**{key: key for key in rows[0]}, "name": "solver"}, *rows])
+    """The solvers under what one would take them for, what is wrong last; then the sensitivity algorithms."""
+    columns = ("name", "engine", "order", "kind", "package", "description")
+    groups: list[tuple[str, list[dict[str, Any]]]] = []
+    for use in USES:
+        group = [{key: row[key] for key in columns} for row in rows if row["use"] == use]
+        groups += [(use, group)] if group else []
+    print_table([{**{key: key for key in columns}, "name": "solver"}], groups)
     print()
     algorithms = [
         {"name": algorithm, "engine": engine, "description": text}

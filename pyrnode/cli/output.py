@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pyrnode import distributed
@@ -31,12 +32,21 @@ def print_json(value: Any) -> None:
     print(to_json(value, indent=2))
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows with the same keys, in columns as wide as they must be; `None` is left empty."""
-    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def print_table(rows: list[dict[str, Any]], groups: Sequence[tuple[str, list[dict[str, Any]]]] = ()) -> None:
+    """Rows with the same keys, in columns as wide as they must be; `None` is left empty.
+
+    Args:
+        rows: The rows.
+        groups: Further rows, each group of them under a line of its own.
+    """
+    parts = [("", rows), *groups]
+    cells = [[["" if v is None else str(v) for v in row.values()] for row in part] for _, part in parts]
+    widths = [max(map(len, column)) for column in zip(*[row for part in cells for row in part], strict=True)]
+    for (heading, _), part in zip(parts, cells, strict=True):
+        if heading:
+            print(f"\n{heading}")
+        for row in part:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def json_argument(parser: argparse.ArgumentParser) -> None:

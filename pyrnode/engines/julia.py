@@ -35,10 +35,10 @@ from pyrnode.probes import Probes
 from pyrnode.solvers import SolverInfo, step_size, unknown_solver
 
 SENSITIVITIES: dict[str, str] = {
-    "InterpolatingAdjoint": 'the adjoint, solved backwards along an interpolation of the solve ("auto")',
+    "InterpolatingAdjoint": 'the adjoint, solved backwards along an interpolation of the solve ("auto": fixed steps)',
     "BacksolveAdjoint": "solves the state backwards beside the adjoint: constant memory, an error of the solver's own",
-    "QuadratureAdjoint": "as InterpolatingAdjoint, the parameters' gradient by adaptive quadrature",
-    "GaussAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by Gauss quadrature ("auto" of stiff solvers)',
+    "QuadratureAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by adaptive quadrature ("auto": FBDF)',
+    "GaussAdjoint": 'as InterpolatingAdjoint, the parameters\' gradient by Gauss quadrature ("auto": adaptive)',
     "Backprop": "discretise, then optimise: the exact gradient of the discrete solve (explicit Runge-Kutta methods)",
 }
 
@@ -135,7 +135,7 @@ class JuliaEngine(Engine):
     def solvers(self) -> list[SolverInfo]:
         rows = json.loads(str(_bridge().solvers()))
         for row in rows:
-            row["description"] = "; ".join(filter(None, (f"from {row['package']}", row.pop("fault"))))
+            row["description"] = "; ".join(filter(None, (f"from {row['package']}", row["fault"])))
         return [SolverInfo(**row) for row in rows]
 
     def sensitivities(self) -> dict[str, str]:
