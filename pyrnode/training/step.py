@@ -137,7 +137,7 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
         total_derivative=penalties.total_derivative > 0,
         verified=False,
         hjb=penalties.hjb > 0,
-        precision=solver.precision,
+        precision=solver.numbers,
     )
     return objective(passage, penalties, batch.weight), passage
 
