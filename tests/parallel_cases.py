@@ -1,6 +1,6 @@
 """Runs that one process and several must end alike; as a script, one of several processes that go through all of them.
 
-    python -m tests.parallel_cases RANK SIZE FOLDER
+    python -m tests.parallel_cases RANK SIZE FOLDER [ENGINE CASE …]
 
 Each process writes what it found to ``FOLDER/rank{RANK}.json``, by case. All cases share one process group, since a
 process that imports torch costs seconds. The last one kills the last process.
@@ -358,13 +358,14 @@ def run() -> None:
     import torch.distributed as dist
 
     number, size, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    COMMON["engine"], *names = sys.argv[4:] or ["torch", *ALIKE, *TOGETHER]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=number, world_size=size)
     distributed.world()
     found: dict[str, Found] = {}
-    for name, case in {**ALIKE, **TOGETHER}.items():
+    for name in names:
         try:
-            found[name] = case(out)
+            found[name] = {**ALIKE, **TOGETHER}[name](out)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
         (out / f"rank{number}.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""What the device decides where settings say "auto": in which numbers a run is trained, and how its time is estimated."""
+"""What the device decides where settings say "auto": the numbers of training; and estimates and checkpoints there."""
 
 from __future__ import annotations
 
@@ -53,10 +53,8 @@ def test_the_device_and_its_memory_choose(gpu: Any, share: float, expected: str)
     """Two blocks, one after the other: the second has a quarter of what the first has left."""
     memory = share * (4 * BLOCK + BLOCK)
     gpu(int(memory))
-    if share == 0.9:  # nothing is stored where the user asks for that, so nothing would be gained by halves
-        found = trainer(**{"solver.memory": "checkpoint"})
-    else:
-        found = trainer()
+    # where the user wants nothing stored, nothing would be gained by halves
+    found = trainer(**({"solver.memory": "checkpoint"} if share == 0.9 else {}))
     assert found.solver.precision == expected
     assert found.ladder[2].precision == expected
     assert found.best_flow().config.solver.precision == expected

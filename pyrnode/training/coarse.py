@@ -12,23 +12,27 @@ from pyrnode.dynamics.coarse import coarsened
 from pyrnode.engines.pytorch import evaluations
 from pyrnode.errors import ConfigError
 from pyrnode.flow import Flow
+from pyrnode.training.ladder import Ladder
 from pyrnode.training.step import estimator
 
 
-def chosen_precision(flow: Flow, config: Config, solver: SolverConfig, batch: int) -> Precision:
-    """What ``"auto"`` is, for batches of so many samples on the flow's device.
+def settled(flow: Flow, config: Config, batch: int) -> Precision:
+    """In which numbers a run is trained, with batches of so many samples on the flow's device.
 
-    TF32 where that is faster; bfloat16 where a block's intermediates can be stored in the device's memory, instead of
-    computed again, in bfloat16 alone; and IEEE's numbers everywhere else, also where coarser ones mean nothing.
+    What the settings say. Where that is ``"auto"``: TF32 where that is faster; bfloat16 where it alone lets a block's
+    intermediates be stored in the device's memory, so that they are not computed again; and IEEE's numbers everywhere
+    else, also where coarser ones mean nothing.
 
     Args:
         flow: The flow, where it is trained.
         config: Settings.
-        solver: The training solver that the run begins with.
         batch: Samples of a step in this process.
     """
+    if config.solver.precision != "auto":
+        return config.solver.precision
     if not precision.gains(flow.reference.device):
         return "ieee"
+    solver = Ladder(config.solver, config.flow.end_time, config.training.tolerance)[0]
     coarse = replace(solver, precision="tf32")
     try:
         replace(config, solver=replace(config.solver, precision="tf32"))  # it looks for what it means nothing beside

@@ -30,7 +30,7 @@ from pyrnode.optimisation import ENDLESS
 from pyrnode.runs import Record, RunFolder
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
-from pyrnode.training.coarse import chosen_precision
+from pyrnode.training.coarse import settled
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
@@ -81,7 +81,8 @@ class Trainer:
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
         self.order = Order.of(len(splits.train), config.training.batch_size, config.seed, world)
-        self.ladder = Ladder(self._settled_solver(), config.flow.end_time, config.training.tolerance)
+        solver = config.solver.computing_in(world.once(lambda: settled(self.flow, config, self.order.here)))
+        self.ladder = Ladder(solver, config.flow.end_time, config.training.tolerance)
         for solver in (self.solver, config.evaluation.solver):
             self.flow.engine.check(solver)
         if config.penalties.hjb:
@@ -99,17 +100,6 @@ class Trainer:
         self._late: list[str] = []
         self._begun_with: Origin | None = None
         self.say: Callable[[str], None] = lambda note: self._tell(f"note: {note}")
-
-    def _settled_solver(self) -> SolverConfig:
-        """The training solver of the settings, in numbers that are settled, the same in all processes."""
-        config, solver = self.config, self.config.solver
-        if solver.precision != "auto":
-            return solver
-        begins = Ladder(solver, config.flow.end_time, config.training.tolerance)[0]
-        found = self.world.once(lambda: chosen_precision(self.flow, config, begins, self.order.here))
-        if found != "ieee" and self.progress:
-            self._tell(f"solver.precision = 'auto' is {found!r} on {self.device}")
-        return solver.computing_in(found)
 
     @property
     def solver(self) -> SolverConfig:
@@ -256,7 +246,10 @@ class Trainer:
             clip(self.flow, taken.norm, training.clip_norm)
         self._stop_all(taken.stop)
         if (ends := self._stop or self._enough) or self._due(step):
-            self._save(to_file=ends or self._overdue or training.checkpoint_every > 0)
+            if ends or self._overdue or training.checkpoint_every:
+                self._save()
+            else:
+                self._snapshot = self._good()
             if ends:
                 return None
         state.optimizer.step()
@@ -361,13 +354,15 @@ class Trainer:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def _save(self, *, to_file: bool = True) -> None:
-        """The state to fall back to; with `to_file` checkpoint and best model, in the folder."""
+    def _save(self) -> None:
+        """Checkpoint and best model to the folder, and the state to fall back to."""
+        self._write(self._good())
+
+    def _good(self) -> Snapshot:
+        """The present state, as one to fall back to."""
         snapshot = self.state.capture()
         snapshot.check()
-        self._snapshot = snapshot
-        if to_file:
-            self._write(snapshot)
+        return snapshot
 
     def _write(self, snapshot: Snapshot) -> None:
         """Writes a state; the model comes first: after a kill between the two files, the resumed run writes both."""
