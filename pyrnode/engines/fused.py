@@ -208,7 +208,7 @@ class CompiledGrid(CompiledSolve):
 
 
 class DeviceGrid(CompiledGrid):
-    """Along a grid, on a GPU. Nobody looks here whether numbers are finite, which would be to wait (`Solution.verify`)."""
+    """Along a grid, on a GPU. Nobody looks here whether numbers are finite: it would be to wait (`Solution.verify`)."""
 
     def _solve(self, case: _Case, shift: Tensor, scale: Tensor | None, grid: mlp.Grid) -> device_mlp.Solve:
         assert scale is None
