@@ -27,7 +27,7 @@ from pyrnode.distributed import alone
 from pyrnode.errors import ConfigError, ProcessError, SolverError
 from pyrnode.training import trainer as loop
 from pyrnode.training.step import Order
-from tests.parallel_cases import ALIKE, TOGETHER, Found, numbers
+from tests.parallel_cases import ALIKE, TOGETHER, Found, numbers, reproduced
 from tests.small_runs import FULL, assert_same_run
 
 LIMIT = 400
@@ -229,6 +229,19 @@ def test_the_first_process_goes_first(several: tuple[list[dict[str, Found]], Pat
         assert rank["sum"] == [size * (size + 1) / 2] * 3
         assert rank["gathered"] == list(range(size))
         assert rank["once"] == 0
+
+
+def test_an_experiment_is_trained_and_scored_by_all(
+    several: tuple[list[dict[str, Found]], Path], tmp_path: Path
+) -> None:
+    expected = json.loads(json.dumps(reproduced(tmp_path)))
+    found = [rank["reproduced"] for rank in several[0]]
+    for rank in found:
+        assert "error" not in rank, rank["error"]
+        assert rank["report"]
+        assert rank["numbers"] == pytest.approx(expected["numbers"], rel=1e-3, abs=1e-3)  # in single precision
+        assert rank["rows"] <= -(-expected["rows"] // len(found)) + len(found) * 20
+    assert sum(rank["rows"] for rank in found) == expected["rows"]
 
 
 def test_the_doctor_lets_them_add_up(several: tuple[list[dict[str, Found]], Path]) -> None:
