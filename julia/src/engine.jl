@@ -355,6 +355,8 @@ function solve_backward!(z0_bar, θ̄, c̄, solves::Solves, z_bar, q_bar)
 end
 
 function solve_backward!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
+    system = solve.system
+    system.probes isa UnitVectors && (system.norm = any(!iszero, view(q_bar, :, 3)))
     dynamic(solve.solver.sensealg == "Backprop" ? backprop! : adjoint!, z0_bar, θ̄, c̄, solve, z_bar, q_bar)
     return nothing
 end
