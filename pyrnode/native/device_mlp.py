@@ -29,6 +29,9 @@ WIDEST = 64
 _SAMPLES = 16
 """Samples of a program; the least that a product of tiles takes."""
 
+_MOST_SAMPLES = 2**16
+"""Samples of a batch: each sixteen have gradients of their own, and with more the launches are not the time."""
+
 _MOST_PROBES = 64
 """Directions, of exact traces too, that a program goes through one after the other."""
 
@@ -43,7 +46,7 @@ def usable(activation: str, weights: list[Tensor], z: Tensor, probes: int) -> bo
         and len(weights) > 1
         and max(widths) <= WIDEST
         and probes <= _MOST_PROBES
-        and len(z) > 0
+        and 0 < len(z) <= _MOST_SAMPLES
         and pointwise.status().available
         and _checked(activation, z.device)
     )

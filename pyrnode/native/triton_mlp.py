@@ -84,7 +84,7 @@ def forward(
     EXACT: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """State, and l, E, n; `record` gets the stages' states."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)  # and with it whatever counts numbers of all samples
     rows, n = program * B + tl.arange(0, B), tl.arange(0, P)
     there = (rows[:, None] < batch) & (n[None, :] < d)
     tile = tl.arange(0, B)[:, None] * P + n[None, :]
@@ -143,7 +143,7 @@ def backward(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """The cotangent of the start; a program's parts of those of the weights and of the shifts, which begin at zero."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)  # and with it whatever counts numbers of all samples
     rows, n = program * B + tl.arange(0, B), tl.arange(0, P)
     there = (rows[:, None] < batch) & (n[None, :] < d)
     tile = tl.arange(0, B)[:, None] * P + n[None, :]
