@@ -37,7 +37,7 @@ def test_gpu_arrays() -> None:
     assert len(errors) == 22
     assert max(errors.values()) < 1e-10
     for name in errors:  # fixed steps are looked at as often whatever their number
-        if "Backprop" in name and ("RK4" in name or "adaptive" in name) or name.startswith("potential"):
+        if ("Backprop" in name and ("RK4" in name or "adaptive" in name)) or name.startswith("potential"):
             assert found[f"reads-{name}"] + found[f"reads-back-{name}"] <= 4, name
 
 
