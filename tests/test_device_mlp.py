@@ -15,7 +15,7 @@ import pyrnode
 from pyrnode import Config, Flow, SolverConfig
 from pyrnode.dynamics import MLP, Dynamics
 from pyrnode.engines import Probes, TorchEngine, fused
-from pyrnode.native import device_mlp, pointwise
+from pyrnode.native import device_mlp
 
 MODULES = ("pyrnode.native.triton_kernels", "pyrnode.native.triton_mlp")
 ENGINE = TorchEngine()
@@ -26,16 +26,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels are used on the CPU, where Triton interprets them; it asks for that when they are defined."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch on Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(pointwise, "DEVICES", ("cpu",))
-    for forget in (*MODULES,):
-        sys.modules.pop(forget, None)
+    monkeypatch.setattr(device_mlp, "DEVICES", ("cpu",))
+    for name in MODULES:
+        sys.modules.pop(name, None)
     device_mlp._checked.cache_clear()
-    pointwise._checked.cache_clear()
     yield
-    for forget in (*MODULES,):
-        sys.modules.pop(forget, None)
+    for name in MODULES:
+        sys.modules.pop(name, None)
     device_mlp._checked.cache_clear()
-    pointwise._checked.cache_clear()
 
 
 @pytest.fixture

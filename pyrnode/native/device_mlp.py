@@ -23,6 +23,9 @@ from pyrnode.devices import constants
 from pyrnode.native import pointwise
 from pyrnode.native.mlp import Directions, Grid, total
 
+DEVICES = ("cuda",)
+"""Where they are used."""
+
 WIDEST = 64
 """Units of the widest layer: a program holds a few matrices of batch × width, and reads weights of width × width."""
 
@@ -40,7 +43,7 @@ def usable(activation: str, weights: list[Tensor], z: Tensor, probes: int) -> bo
     """Whether there are kernels for such a network at states ``(batch, d)`` like `z`, which are compared first."""
     widths = [z.shape[1], *(len(weight) for weight in weights)]
     return (
-        z.device.type in pointwise.DEVICES
+        z.device.type in DEVICES
         and activation in pointwise.NUMBERS
         and {z.dtype, *(weight.dtype for weight in weights)} == {torch.float32}
         and len(weights) > 1
