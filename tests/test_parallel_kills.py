@@ -128,18 +128,20 @@ def test_a_killed_process_costs_nothing(tmp_path: Path, unkilled: Path, victim: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "size"), [("torch", 3), pytest.param("julia", 2, marks=pytest.mark.needs_julia)], ids=["torch", "julia"]
+    ("engine", "size", "count"),
+    [("torch", 3, 20), pytest.param("julia", 2, 4, marks=pytest.mark.needs_julia)],  # whose starts take their time
+    ids=["torch", "julia"],
 )
-def test_twenty_kills_of_random_processes_at_random_moments(tmp_path: Path, engine: str, size: int) -> None:
+def test_kills_of_random_processes_at_random_moments(tmp_path: Path, engine: str, size: int, count: int) -> None:
     """Every time all end, and the run that goes on is that of nobody killed, bit for bit."""
     draw = random.Random(20)
-    attempts = [(draw.randrange(size), draw.randint(1, 45)) for _ in range(20)]
+    attempts = [(draw.randrange(size), draw.randint(1, 45)) for _ in range(count)]
     whole = tmp_path / "whole"
     ((codes, _),) = kill(whole, [(-1, 0)], size=size, engine=engine)
     assert codes == [0] * size
     ends = check_kills(tmp_path / "killed", whole, attempts, size=size, engine=engine)
     killed = [codes[victim] == -signal.SIGKILL for codes, (victim, _) in zip(ends, attempts, strict=False)]
-    assert sum(killed) >= 12  # the others found less left to do than the moment they were to be killed at
+    assert sum(killed) >= count // 2  # the others found less left to do than the moment they were to be killed at
 
 
 @pytest.mark.slow
