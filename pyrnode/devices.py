@@ -48,12 +48,6 @@ def awaited(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def settle(x: Tensor) -> None:
-    """Waits for what torch has queued on the device of `x`, before somebody else reads it."""
-    if x.device.type == "cuda":
-        torch.cuda.current_stream(x.device).synchronize()
-
-
 def memory(device: torch.device) -> int:
     """Bytes of memory that a device other than the CPU has; 8 GiB where it does not say."""
     if device.type == "cuda":

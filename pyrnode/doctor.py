@@ -226,8 +226,7 @@ def _julia_packages(found: JuliaStatus) -> Check:
 def _julia_cuda(found: JuliaStatus) -> Check:
     gpu = [name for name in julia_setup.needs(gpu=True) if name in found.packages]
     if found.has_cuda:
-        versions = ", ".join(f"{name} {found.packages[name]}" for name in gpu)
-        return Check("CUDA.jl", "ok", f"{versions}; never run on a GPU by pyrnode's makers")
+        return Check("CUDA.jl", "ok", ", ".join(f"{name} {found.packages[name]}" for name in gpu))
     if not torch.cuda.is_available():
         return Check("CUDA.jl", "ok", "not installed, and without a GPU not needed")
     remedy = julia_setup.add_command(found, cuda=True) if found.own else f"{julia_setup.INSTALL} --cuda"

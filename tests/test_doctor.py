@@ -236,8 +236,7 @@ def test_cuda(machine: Machine) -> None:
 def test_julia(machine: Machine) -> None:
     assert _find("Julia") == Check("Julia", "ok", READY.detail)
     assert _find("Julia packages").detail == "Lux 1.31.2, PythonCall 0.9.34; juliacall 0.9.34"
-    versions = "CUDA 5.9.7, LuxCUDA 0.3.6, cuDNN 1.4.6"
-    assert _find("CUDA.jl").detail == f"{versions}; never run on a GPU by pyrnode's makers"
+    assert _find("CUDA.jl").detail == "CUDA 5.9.7, LuxCUDA 0.3.6, cuDNN 1.4.6"
     assert _find("Julia threads").detail == "as torch: 4 threads"
     assert _find("import order").detail == "torch is imported, juliacall not yet; either may come first"
 

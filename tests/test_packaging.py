@@ -308,8 +308,8 @@ def test_juliapkg_is_told_what_the_julia_project_says() -> None:
     assert {name: entry["version"] for name, entry in entries.items() if "version" in entry} == compat
 
 
-BRIDGE = {"DLPack", "PythonCall", "CUDA", "LuxCUDA", "RNODEBridge"}
-"""What the bridge to Python loads beside the Julia package's own dependencies, on a GPU CUDA's too."""
+BRIDGE = {"DLPack", "PythonCall"}
+"""What the bridge to Python loads beside the Julia package's own dependencies."""
 
 
 def loaded_by(folder: str) -> set[str]:

@@ -113,24 +113,6 @@ def check_alike(found: Found, expected: Found) -> None:
             assert found[key] == value, key
 
 
-@pytest.mark.slow
-@pytest.mark.needs_julia
-def test_julias_number_of_processes_is_no_part_of_the_result(tmp_path: Path) -> None:
-    """Each starts its own Julia; so does the one that they are compared with."""
-    size = 2
-    cases = ["table", "failure"]
-    (tmp_path / "one").mkdir()
-    (tmp_path / "several").mkdir()
-    (expected,) = all_of(1, tmp_path / "one", "julia", *cases, limit=3000)
-    found = all_of(size, tmp_path / "several", "julia", *cases, limit=3000)
-    for name in cases:
-        for rank in found:
-            check_alike(rank[name], expected[name])
-            assert rank[name] == found[0][name]  # the same bits in all
-    assert len(expected["table"]["losses"]) == 50
-    assert [event for _, event in expected["failure"]["events"]] == ["restart"]
-
-
 def test_the_cases_have_in_them_what_they_are_for(one: dict[str, Found]) -> None:
     assert len(one["table"]["losses"]) == len(one["pictures"]["losses"]) == 50
     assert one["table"]["snapshots"] == [10, 20, 30, 40, 50]

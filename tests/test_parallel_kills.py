@@ -129,8 +129,7 @@ def test_a_killed_process_costs_nothing(tmp_path: Path, unkilled: Path, victim: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "size", "count"),
-    [("torch", 3, 20), pytest.param("julia", 2, 4, marks=pytest.mark.needs_julia)],  # whose starts take their time
-    ids=["torch", "julia"],
+    [("torch", 3, 20)],
 )
 def test_kills_of_random_processes_at_random_moments(tmp_path: Path, engine: str, size: int, count: int) -> None:
     """Every time all end, and the run that goes on is that of nobody killed, bit for bit."""

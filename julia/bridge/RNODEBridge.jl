@@ -17,13 +17,13 @@ using RNODE: backward_count, counts, exact_probes, listening, matrix, piece, res
 # --- arrays ---
 
 """
-The memory of a torch tensor as an array with its axes reversed, without a copy, from a DLPack capsule of which only the description
-is read: it stays Python's, so that nothing of torch's is let go by Julia's collector. The caller keeps the tensor.
+The memory of a torch tensor as an array with its axes reversed, without a copy: a CPU's from a DLPack capsule, which stays
+Python's; a GPU's through DLPack.jl. The caller keeps the tensor.
 """
 view_of(::Nothing) = nothing
-view_of(x::AbstractArray) = x
+view_of(x::Array) = x
 function view_of(x::Py)
-    C.PyObject_IsInstance(getptr(x), C.POINTERS.PyCapsule_Type) == 1 || throw(ArgumentError("not a DLPack capsule"))
+    C.PyObject_IsInstance(getptr(x), C.POINTERS.PyCapsule_Type) == 1 || return DLPack.from_dlpack(x)
     place = C.PyCapsule_GetPointer(getptr(x), "dltensor")
     if place == C_NULL
         C.PyErr_Clear()
@@ -32,20 +32,15 @@ function view_of(x::Py)
     tensor = unsafe_load(Ptr{DLPack.DLTensor}(place))
     bits = tensor.dtype.bits
     tensor.dtype.code == Integer(DLPack.kDLFloat) && bits in (32, 64) || throw(ArgumentError("an array of other numbers than float32 and float64"))
-    return bits == 32 ? array_of(Float32, tensor, Val(Int(tensor.ndim))) : array_of(Float64, tensor, Val(Int(tensor.ndim)))
+    return bits == 32 ? host_array(Float32, tensor, Val(Int(tensor.ndim))) : host_array(Float64, tensor, Val(Int(tensor.ndim)))
 end
 
-function array_of(::Type{T}, tensor, ::Val{N}) where {T,N}
+function host_array(::Type{T}, tensor, ::Val{N}) where {T,N}
     axis(p, i) = Int(unsafe_load(p, N - i + 1))
     shape, strides = ntuple(i -> axis(tensor.shape, i), Val(N)), ntuple(i -> axis(tensor.strides, i), Val(N))
     any(i -> shape[i] > 1 && strides[i] != prod(shape[1:(i - 1)]), 1:N) && throw(ArgumentError("an array that is not in C order"))
-    kind, place = tensor.ctx.device_type, UInt(tensor.data) + tensor.byte_offset
-    kind == DLPack.kDLCPU && return unsafe_wrap(Array, Ptr{T}(place), shape)
-    return wrapped(Val(Int(kind)), T, place, shape, Int(tensor.ctx.device_id))
+    return unsafe_wrap(Array, Ptr{T}(tensor.data + tensor.byte_offset), shape)
 end
-
-"The memory at an address of a device, of the kind that DLPack numbers so, as an array; RNODEBridgeCUDA.jl has CUDA's."
-wrapped(::Val{K}, T, place, shape, number) where {K} = throw(ArgumentError("memory of a device of kind $K: no package is loaded for it"))
 
 "The address of an array's memory, so that a test can see that it was not copied."
 address(x) = Int(UInt(pointer(view_of(x))))
@@ -137,7 +132,6 @@ function RNODE.evaluate!(d::ForeignDynamics, t, z, c, ε, tape::Bool)
     copyto!(d.z, z)
     c === nothing || copyto!(d.c, c)
     ε === nothing || copyto!(d.ε, ε)
-    synchronize(d.z)
     d.linearize(Float64(t), ε !== nothing, tape)
     return ε === nothing ? Evaluation(d.f) : Evaluation(d.f; d.w, d.r, d.hjb)
 end
@@ -147,7 +141,6 @@ function RNODE.pullback!(d::ForeignDynamics, z̄, c̄, bars::Cotangents, α)
     for (buffer, bar) in ((d.w̄, bars.w), (d.r̄, bars.r), (d.hjb_bar, bars.hjb))
         bar === nothing || copyto!(buffer, bar)
     end
-    synchronize(d.f̄)
     d.pull(bars.w !== nothing)
     c̄ === nothing || (c̄ .+= α .* d.c̄)
     return copyto!(z̄, d.z̄)

@@ -53,12 +53,11 @@ mutable struct Augmented{K,P,C}
     nfe_backward::Int
     product::Any             # the last vector-Jacobian product, or `nothing` (see `product!`)
     kept::Any                # what the forward solve evaluated, or `nothing` (see [`Kept`](@ref))
-    norm::Bool               # whether anybody asks for the pullback of a closed form's n; looked up once a pullback
 end
 
 Augmented(workers, context, probes, weight, shape, integrals) = Augmented(
     workers, context, context === nothing ? nothing : fill!(similar(context), false), probes, weight, shape, integrals, 0, 0,
-    nothing, nothing, true,
+    nothing, nothing,
 )
 
 "The state and the integrals (batch, integrals) as views of the flat state."
@@ -198,7 +197,7 @@ function pull_piece!(ū, system, bound, columns, at, ε, z_bar, q_bar)
     f̄ .+= 2 .* bar(2) .* at.f
     hjb = at.hjb === nothing ? nothing : sign.(at.hjb) .* bar(5)
     if at.w === nothing
-        norm = system.norm ? bar(3) : nothing  # without λ_J it is only looked at, and its pullback is the dearest
+        norm = any(!iszero, bar(3)) ? bar(3) : nothing  # without λ_J it is only looked at, and its pullback is the dearest
         return pullback!(bound, part, c̄, Cotangents(f̄; trace=bar(1), norm, hjb), 1)
     end
     w = eltype(f̄)(system.weight) .* (bar(1) .* ε .+ 2 .* bar(3) .* at.w)

@@ -80,58 +80,6 @@ function kept_evaluation(kept::Kept, t, z)
     return nothing
 end
 
-"""
-Which kept evaluation each stage of each step (stages, steps) was, by its time and by the order in which both came: those of a
-step follow one another, the first may be the last of the step before. 0 where there is none.
-"""
-function by_order(kept::Kept, method::Tableau, times)
-    near = 64eps(eltype(first(kept.evaluations).z))
-    found = zeros(Int, length(method.c), length(times) - 1)
-    last = 0
-    for step in axes(found, 2), i in axes(found, 1)
-        t = Float64(times[step]) + method.c[i] * (Float64(times[step + 1]) - Float64(times[step]))
-        is_then(k) = abs(kept.evaluations[k].t - t) ≤ near * max(1, abs(t))
-        next = findnext(is_then, eachindex(kept.evaluations), last + 1)
-        next === nothing && i == 1 && last > 0 && is_then(last) && (next = last)
-        next === nothing && continue
-        found[i, step] = last = next
-    end
-    return found
-end
-
-"""
-Takes kept evaluations by their order, on a device that a program waits for where it reads a number: how far they are from the
-stages gathers in `excess`, where a positive number means that one was another's, and is read once, at the end.
-"""
-struct InOrder{A}
-    places::Matrix{Int}
-    excess::A  # (1, 1)
-end
-
-function InOrder(kept::Kept, method::Tableau, times)
-    z = first(kept.evaluations).z
-    return InOrder(by_order(kept, method, times), fill!(similar(z, 1, 1), -1))
-end
-
-"The kept evaluation of a stage at (t, z)."
-kept_stage(::Nothing, system, step, i, t, z) = kept_evaluation(system.kept, t, z)
-function kept_stage(order::InOrder, system, step, i, t, z)
-    place = order.places[i, step]
-    place == 0 && return nothing
-    known = system.kept.evaluations[place]
-    far = mapreduce((a, b) -> abs(a - b), max, known.z, z; dims=(1, 2))
-    order.excess .= max.(order.excess, far .- 64eps(eltype(z)) .* maximum(abs, z; dims=(1, 2)))
-    return known
-end
-
-"How a solve's kept evaluations are found: by their values (`nothing`), or without reading any."
-lookup(kept, solve, method) = nothing
-lookup(kept::Kept{Linearization{A,K}}, solve, method) where {A,K} =
-    A <: Array || isempty(kept.evaluations) ? nothing : InOrder(kept, method, solve.path.t)
-
-were_right(::Nothing) = true
-were_right(order::InOrder) = only(Array(order.excess)) ≤ 0
-
 "Gives the tapes' memory back; a second pullback of the same solve evaluates again."
 forget_bindings!(::Nothing) = nothing
 function forget_bindings!(kept::Kept)
@@ -148,18 +96,13 @@ function backprop!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
     method = tableau(solve.solver.alg)
     stages = [similar(z_bar) for _ in method.c]  # z_i, and then z̄_i
     rates = [similar(z_bar) for _ in method.c]
-    z̄, order, before = copy(z_bar), lookup(system.kept, solve, method), system.nfe_backward
+    z̄ = copy(z_bar)
     f̄, q̄ = similar(z̄), system.integrals == 0 ? nothing : view(q_bar, :, 1:(system.integrals))
     for step in (length(path.t) - 1):-1:1
         t, h = Float64(path.t[step]), Float64(path.t[step + 1]) - Float64(path.t[step])
         z, _ = parts(system, path.u[step])
-        replay!(stages, rates, system, method, z, t, h, order, step)
-        step_back!(z̄, stages, f̄, system, method, t, h, q̄, order, step)
-    end
-    if !were_right(order)  # all of it again, with nothing that was kept
-        gradient!(similar(θ̄), c̄ === nothing ? nothing : similar(c̄), system)
-        system.kept, system.nfe_backward = nothing, before
-        return backprop!(z0_bar, θ̄, c̄, solve, z_bar, q_bar)
+        replay!(stages, rates, system, method, z, t, h)
+        step_back!(z̄, stages, f̄, system, method, t, h, q̄)
     end
     copyto!(z0_bar, z̄)
     gradient!(θ̄, c̄, system)
@@ -168,7 +111,7 @@ function backprop!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
 end
 
 "The states of a step's stages, from the state at its beginning."
-function replay!(stages, rates, system::Augmented, method::Tableau, z, t, h, order, step)
+function replay!(stages, rates, system::Augmented, method::Tableau, z, t, h)
     T, last_needed = eltype(z), length(method.c)
     for i in eachindex(stages)
         copyto!(stages[i], z)
@@ -176,7 +119,7 @@ function replay!(stages, rates, system::Augmented, method::Tableau, z, t, h, ord
             method.a[i, j] == 0 || (stages[i] .+= T(h * method.a[i, j]) .* rates[j])
         end
         i == last_needed && break
-        known = kept_stage(order, system, step, i, t + method.c[i] * h, stages[i])
+        known = kept_evaluation(system.kept, t + method.c[i] * h, stages[i])
         if known === nothing
             state_rate!(rates[i], system, stages[i], t + method.c[i] * h)
             system.nfe_backward += 1
@@ -188,7 +131,7 @@ function replay!(stages, rates, system::Augmented, method::Tableau, z, t, h, ord
 end
 
 "Pulls z̄ back through one step; the stages' states give way to their cotangents."
-function step_back!(z̄, stages, f̄, system::Augmented, method::Tableau, t, h, q̄, order, step)
+function step_back!(z̄, stages, f̄, system::Augmented, method::Tableau, t, h, q̄)
     T, count = eltype(z̄), length(method.c)
     touched = falses(count)
     for i in count:-1:1
@@ -201,7 +144,7 @@ function step_back!(z̄, stages, f̄, system::Augmented, method::Tableau, t, h, 
         end
         touched[i] = used || continue
         q_bar = q̄ !== nothing && method.b[i] != 0 ? T(h * method.b[i]) .* q̄ : nothing
-        known = kept_stage(order, system, step, i, t + method.c[i] * h, stages[i])
+        known = kept_evaluation(system.kept, t + method.c[i] * h, stages[i])
         if known === nothing || isempty(known.bindings)
             pull_rate!(stages[i], system, t + method.c[i] * h, stages[i], f̄, q_bar)
         else

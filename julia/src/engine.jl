@@ -236,16 +236,12 @@ function solve_system(system::Augmented, p, z, tspan, solver::Solver, record::Bo
         saving = (; save_everystep=false, dense=false, save_start=false)
     end
     controlled = system.integrals == 0 ? 0 : solver.control_all ? system.integrals : 1
-    # SciML looks for numbers that are none after every step; where that is to wait for a device, `check` does, at the end.
-    blind = z isa Array || solver.adaptive ? (;) : (; unstable_check=unseen)
     options = (;
-        stepping(solver, tspan, T)..., internalnorm=ErrorNorm(system.shape..., controlled), verbose=false, blind..., saving...,
-        given..., save_end=true,
+        stepping(solver, tspan, T)..., internalnorm=ErrorNorm(system.shape..., controlled), verbose=false, saving..., given...,
+        save_end=true,
     )
     return dynamic(solve_path, problem, adjoint ? solver.dense_alg : solver.alg, options, system, solver, tspan)
 end
-
-unseen(dt, u, p, t) = false
 
 function solve_path(problem, alg, options, system, solver, tspan)
     path = SciMLBase.solve(problem, alg; options...)
@@ -355,8 +351,6 @@ function solve_backward!(z0_bar, θ̄, c̄, solves::Solves, z_bar, q_bar)
 end
 
 function solve_backward!(z0_bar, θ̄, c̄, solve::Solve, z_bar, q_bar)
-    system = solve.system
-    system.probes isa UnitVectors && (system.norm = any(!iszero, view(q_bar, :, 3)))
     dynamic(solve.solver.sensealg == "Backprop" ? backprop! : adjoint!, z0_bar, θ̄, c̄, solve, z_bar, q_bar)
     return nothing
 end

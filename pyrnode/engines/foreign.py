@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrnode.devices import settle
 from pyrnode.dynamics import Dynamics
 from pyrnode.dynamics.base import BoundDynamics, Cotangents, Linearization
 from pyrnode.probes import Probes
@@ -17,8 +16,7 @@ _BUFFERS = ("z", "c", "eps", *_GIVEN, *(f"{name}_bar" for name in _GIVEN), "z_ba
 class Foreign:
     """Dynamics that only Python can evaluate, such as a module of the user's own, called by Julia at every evaluation.
 
-    Both sides see the same buffers, so that a call carries no arrays; on a GPU each waits for its own work before the
-    other reads them.
+    Both sides see the same buffers, so that a call carries no arrays.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Foreign:
             buffer, value = getattr(self, name), getattr(self.linearization, name)
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        settle(self.f)
 
     def pull(self, has_w: bool) -> None:
         """The cotangents of what `linearize` gave ``→ z̄, c̄``; the gradient of θ gathers in the bound dynamics."""
@@ -71,12 +68,10 @@ class Foreign:
         self.z_bar.copy_(z_bar)
         if self.c_bar is not None and c_bar is not None:
             self.c_bar.copy_(c_bar)
-        settle(self.z_bar)
 
     def collect(self) -> None:
         """The gathered gradient ``→ θ̄``; the next one begins at zero."""
         gradients = [g.reshape(-1) for g in self.bound.gradients()]
         if gradients:
             torch.cat(gradients, out=self.theta_bar)
-            settle(self.theta_bar)
         self.bound = self._bind()

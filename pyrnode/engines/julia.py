@@ -25,7 +25,6 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 from pyrnode import julia_setup
 from pyrnode.config import SolverConfig
 from pyrnode.contexts import Contexts
-from pyrnode.devices import settle
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.layered import LayeredDynamics
 from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check_state, embedded, run
@@ -73,8 +72,6 @@ def _start() -> Any:
         for folder in (julia_setup.sources(), julia_setup.sources() / "bridge"):
             add(str(folder))
         main.seval("import RNODEBridge")
-        if torch.cuda.is_available() and julia_setup.status().has_cuda:
-            main.seval("import RNODEBridgeCUDA")  # never run: no GPU was there
         bridge = main.RNODEBridge
         bridge.start()
     except Exception as error:
@@ -249,8 +246,13 @@ def flat_parameters(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _shared(x: Tensor | None) -> Any:
-    """`x` as Julia takes it without a copy: a DLPack capsule, on a GPU too, which says where its memory lies."""
-    return None if x is None else to_dlpack(x.detach())
+    """`x` as Julia takes it without a copy: a DLPack capsule, or the CUDA tensor itself with its axes reversed."""
+    if x is None:
+        return None
+    x = x.detach()
+    if x.device.type != "cpu":
+        return x.permute(*reversed(range(x.ndim)))
+    return to_dlpack(x)
 
 
 def _form(dynamics: LayeredDynamics | Potential) -> tuple[str, str]:
@@ -336,7 +338,7 @@ class _Solve:
         z, q = torch.empty_like(z0), z0.new_empty(len(z0), 4 + hjb)
         weight = 0.0 if self.probes is None else self.probes.weight
         inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, axes, *self.t_span)
-        settle(z0)
+        _synchronize(z0)
         try:
             solve, nfe, nfe_max, accepted, rejected = _call(
                 bridge.forward, dynamics, self.handle, *inputs, *self.further, record, _shared(z), _shared(q)
@@ -362,7 +364,7 @@ class _Solve:
         wanted = (z_bar, *([] if self.context is None else [self.context]), *self.parameters)
         bars = z_bar.new_empty(sum(x.numel() for x in wanted))
         length = 0 if self.context is None else self.context.shape[1]
-        settle(z_bar)
+        _synchronize(z_bar)
         try:
             arrays = _shared(z_bar), _shared(q_bar), length, _shared(bars)
             self.stats.nfe_backward = float(_call(_bridge().backward, self.recorded, *arrays))
@@ -375,6 +377,12 @@ class _Solve:
     def _error(self, failure: JuliaFailure) -> BaseException:
         adaptive = failure.kind == "solve" and bool(_bridge().is_adaptive(self.handle))
         return in_words(failure, self.solver, self.t_span, adaptive=adaptive)
+
+
+def _synchronize(x: Tensor) -> None:
+    """Waits for what torch has queued on the GPU before the other side reads it."""
+    if x.device.type == "cuda":
+        torch.cuda.current_stream(x.device).synchronize()
 
 
 def self_test() -> str:
