@@ -3,7 +3,8 @@
 
 A program takes `B` samples through all steps. Layers are padded to one width `P`, with zeros: what a padded unit
 gives, no weight passes on. Products are float32's own. What a stage leaves for later lies in `scratch`, which is the
-program's alone; a barrier stands wherever one thread reads what another has written.
+program's alone; a barrier stands wherever one thread reads what another has written. Sums over rows and columns are
+products with ones: Triton's own `sum` and `zeros` are not interpreted where Triton was imported before (in tests).
 Activations are numbered as in `triton_kernels`, whose functions these are.
 """
 
@@ -48,7 +49,7 @@ def _probe(eps, k, batch, d, rows, P: tl.constexpr, B: tl.constexpr, EXACT: tl.c
     """The k-th direction of each sample."""
     n = tl.arange(0, P)
     if EXACT:
-        e = tl.zeros((B, P), tl.float32) + tl.where(n == k, 1.0, 0.0)[None, :]
+        e = tl.full((B, P), 0.0, tl.float32) + tl.where(n == k, 1.0, 0.0)[None, :]
     else:
         there = (rows[:, None] < batch) & (n[None, :] < d)
         e = tl.load(eps + (k * batch + rows[:, None]) * d + n[None, :], mask=there, other=0.0)
@@ -91,9 +92,9 @@ def forward(
     rates = scratch + program * size
     kept = rates + STAGES * B * P
     z = tl.load(z0 + rows[:, None] * d + n[None, :], mask=there, other=0.0)
-    l = tl.zeros((B,), tl.float32)
-    E = tl.zeros((B,), tl.float32)
-    norm = tl.zeros((B,), tl.float32)
+    l = tl.full((B, P), 0.0, tl.float32)  # whose sums over the columns they are
+    E = tl.full((B, P), 0.0, tl.float32)
+    norm = tl.full((B, P), 0.0, tl.float32)
     for step in range(steps):
         length = tl.load(h + step)
         for s in range(STAGES):
@@ -106,7 +107,7 @@ def forward(
             f = _network(y, w, shift, at, kept, LAYERS, P, B, ACTIVATION, False)
             tl.store(rates + s * B * P + tile, f)
             part = length * tl.load(b + s)
-            E += part * tl.sum(f * f, 1)
+            E += part * f * f
             for k in range(probes):
                 e = _probe(eps, k, batch, d, rows, P, B, EXACT)
                 g = e
@@ -114,17 +115,20 @@ def forward(
                     i = LAYERS - 1 - back
                     g = _transposed(g, w, i, P) * tl.load(kept + (3 * i - 2) * B * P + tile)
                 r = _transposed(g, w, 0, P)
-                l += part * weight * tl.sum(e * r, 1)
-                norm += part * weight * tl.sum(r * r, 1)
+                l += part * weight * e * r
+                norm += part * weight * r * r
             tl.debug_barrier()
         for s in range(STAGES):
             z += length * tl.load(b + s) * tl.load(rates + s * B * P + tile)
         tl.debug_barrier()
     tl.store(z1 + rows[:, None] * d + n[None, :], z, mask=there)
     if probes > 0:
-        tl.store(q + rows * 4, l, mask=rows < batch)
-        tl.store(q + rows * 4 + 1, E, mask=rows < batch)
-        tl.store(q + rows * 4 + 2, norm, mask=rows < batch)
+        ones = tl.full((P, P), 1.0, tl.float32)
+        place = q + rows[:, None] * 4 + 0 * n[None, :]
+        first = (rows[:, None] < batch) & (n[None, :] == 0)
+        tl.store(place, tl.dot(l, ones, input_precision="ieee"), mask=first)
+        tl.store(place + 1, tl.dot(E, ones, input_precision="ieee"), mask=first)
+        tl.store(place + 2, tl.dot(norm, ones, input_precision="ieee"), mask=first)
 
 
 @triton.jit
@@ -171,7 +175,7 @@ def backward(
             for j in range(s + 1, STAGES):
                 f_bar += length * tl.load(a + j * STAGES + s) * tl.load(bars + j * B * P + tile)
             for i in range(LAYERS - 1):
-                tl.store(bends + i * B * P + tile, tl.zeros((B, P), tl.float32))
+                tl.store(bends + i * B * P + tile, tl.full((B, P), 0.0, tl.float32))
             for k in range(probes):
                 e = _probe(eps, k, batch, d, rows, P, B, EXACT)
                 g = e
@@ -204,7 +208,8 @@ def backward(
                     tl.dot(tl.trans(a_bar), tl.load(kept + 3 * i * B * P + tile), input_precision="ieee"),
                     P,
                 )
-                tl.store(own_shift + (at * LAYERS + i) * P + n, tl.sum(a_bar, 0))
+                total = tl.dot(tl.full((B, B), 1.0, tl.float32), a_bar, input_precision="ieee")
+                tl.store(own_shift + (at * LAYERS + i) * P + 0 * tile + n[None, :], total, mask=tile < P)
                 h_bar = _transposed(a_bar, w, i, P)
                 if i > 0:
                     slope = tl.load(kept + (3 * i - 2) * B * P + tile)
