@@ -85,10 +85,10 @@ print(json.dumps(ends))
 
 
 def kill(
-    out: Path, attempts: list[tuple[int, int]], *, size: int = 2, engine: str = "torch"
+    out: Path, attempts: list[tuple[int, int]], *, size: int = 2, engine: str = "torch", steps: int = FULL["max_steps"]
 ) -> list[tuple[list[int], float]]:
     """Exit codes of the processes in each attempt, and its seconds; an attempt's process -1 is not killed."""
-    settings = json.dumps({**FULL, "engine": engine})
+    settings = json.dumps({**FULL, "engine": engine, "max_steps": steps})
     command = [sys.executable, "-c", KILLED, str(out), settings, json.dumps(attempts), str(size)]
     limit = 300 if engine == "torch" else 3000  # Julia starts anew in each
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=limit)
@@ -105,10 +105,10 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_kills(
-    out: Path, unkilled: Path, attempts: list[tuple[int, int]], *, size: int = 2, engine: str = "torch"
+    out: Path, unkilled: Path, attempts: list[tuple[int, int]], *, size: int = 2, engine: str = "torch", **more: int
 ) -> list[list[int]]:
     """Kills, goes on to the end, and compares; returns the exit codes."""
-    ends = kill(out, [*attempts, (-1, 0)], size=size, engine=engine)
+    ends = kill(out, [*attempts, (-1, 0)], size=size, engine=engine, **more)
     for (codes, seconds), (victim, _) in zip(ends, attempts, strict=False):
         assert seconds < 60 or engine == "julia"
         if codes[victim] == -signal.SIGKILL:  # 0: it had done its part, and waited for nobody
@@ -135,12 +135,11 @@ def test_kills_of_random_processes_at_random_moments(tmp_path: Path, engine: str
     """Every time all end, and the run that goes on is that of nobody killed, bit for bit."""
     draw = random.Random(20)
     attempts = [(draw.randrange(size), draw.randint(1, 45)) for _ in range(count)]
-    whole = tmp_path / "whole"
-    ((codes, _),) = kill(whole, [(-1, 0)], size=size, engine=engine)
+    whole, steps = tmp_path / "whole", 16 * count  # more than they all get to
+    ((codes, _),) = kill(whole, [(-1, 0)], size=size, engine=engine, steps=steps)
     assert codes == [0] * size
-    ends = check_kills(tmp_path / "killed", whole, attempts, size=size, engine=engine)
-    killed = [codes[victim] == -signal.SIGKILL for codes, (victim, _) in zip(ends, attempts, strict=False)]
-    assert sum(killed) >= count // 2  # the others found less left to do than the moment they were to be killed at
+    ends = check_kills(tmp_path / "killed", whole, attempts, size=size, engine=engine, steps=steps)
+    assert [codes[victim] for codes, (victim, _) in zip(ends, attempts, strict=False)] == [-signal.SIGKILL] * count
 
 
 @pytest.mark.slow
