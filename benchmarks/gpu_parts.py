@@ -39,6 +39,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 """How far a gradient may be from the CPU's in double precision, relatively."""
 
 SOLVERS = {
+    "auto": SolverConfig(name="RK4"),  # of small perceptrons by a kernel
     "checkpoint": SolverConfig(name="RK4", memory="checkpoint"),
     "store": SolverConfig(name="RK4", memory="store"),
     "adaptive": SolverConfig(name="DP5", rtol=1e-5, atol=1e-5),
@@ -48,8 +49,9 @@ SOLVERS = {
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "no graphs": {"solver.graphs": False},
-    "checkpoint": {"solver.memory": "checkpoint"},
+    "ieee": {"solver.precision": "ieee"},
+    "no graphs": {"solver.precision": "ieee", "solver.graphs": False},
+    "checkpoint": {"solver.precision": "ieee", "solver.memory": "checkpoint"},
     "tf32": {"solver.precision": "tf32"},
     "bf16": {"solver.precision": "bf16"},
 }

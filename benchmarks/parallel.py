@@ -2,6 +2,7 @@
 
     python -m benchmarks.parallel [--cases mlp-512 mnist-8] [--rounds 3] [--json FILE]
     python -m benchmarks.parallel --scaling          a larger batch with a scaled rate, on a small case
+    python -m benchmarks.parallel --memory           what each process holds of a table of 5 million rows
 
 Three ways to use two cores: two processes with one thread each, one process with two threads, and, to compare with, one
 with one. All are started first and wait; then each in turn takes a few steps. The share of communication is the time in
@@ -17,7 +18,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,11 @@ def steps_of(case: str) -> None:
 
 def start(case: str, processes: int, threads: int, stack: ExitStack) -> list[subprocess.Popen[str]]:
     """The processes of a way."""
+    return launch(["--steps-of", case], processes, threads, stack)
+
+
+def launch(arguments: list[str], processes: int, threads: int, stack: ExitStack) -> list[subprocess.Popen[str]]:
+    """Processes of this program that reach one another."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -94,7 +102,7 @@ def start(case: str, processes: int, threads: int, stack: ExitStack) -> list[sub
         there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
         environment = os.environ | {key: str(value) for key, value in there.items()}
         environment |= {"MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "benchmarks.parallel", "--steps-of", case]
+        command = [sys.executable, "-m", "benchmarks.parallel", *arguments]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env=environment, **pipes))
         stack.callback(started[-1].kill)
@@ -132,6 +140,79 @@ def measure(case: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+ROWS, COLUMNS = 5_000_000, 20
+
+
+def write_table(path: Path, rows: int) -> None:
+    """A table of float32, in pieces."""
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random, size = np.random.default_rng(0), 250_000
+    parts = (random.normal(size=(min(size, rows - n), COLUMNS)).astype("f4") for n in range(0, rows, size))
+    if path.suffix == ".npy":
+        file = np.lib.format.open_memmap(path, mode="w+", dtype="f4", shape=(rows, COLUMNS))
+        for number, part in enumerate(parts):
+            file[number * size : number * size + len(part)] = part
+        return
+    writer = None
+    for part in parts:
+        table = pa.Table.from_pandas(pd.DataFrame(part, columns=[f"x{i}" for i in range(COLUMNS)]))
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table, row_group_size=size)
+    assert writer is not None
+    writer.close()
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file stands for (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def memory_of(path: Path) -> None:
+    """Trains for twenty steps; prints how much more this process held meanwhile than before, in MiB."""
+    import threading
+
+    torch.set_num_threads(1)
+    before, peak, ended = anonymous(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not ended.wait(0.02):
+            peak = max(peak, anonymous())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    settings: dict[str, Any] = {"engine": "torch", "device": "cpu", "standardize": "whiten", "batch_size": 512}
+    settings |= {"max_steps": 20, "validate_every": 20, "validation_limit": 1000, "hidden": [16, 16], "solver": "RK4"}
+    settings |= {"step_size": 0.5, "penalties.divergence": "hutchinson", "warmup_steps": 0}
+    pyrnode.train(path, preset=Config(), evaluate=False, progress=False, **settings)
+    ended.set()
+    thread.join()
+    print(json.dumps({"peak_MiB": round((max(peak, anonymous()) - before) / 2**20)}), flush=True)
+
+
+def memory(rows: int, folder: Path) -> list[dict[str, Any]]:
+    """A row for each kind of file and number of processes."""
+    found = []
+    for suffix in (".npy", ".parquet"):
+        path = folder / f"table{suffix}"
+        write_table(path, rows)
+        for size in (1, 2, 3):
+            with ExitStack() as stack:
+                processes = launch(["--memory-of", str(path)], size, 1, stack)
+                peaks = [json.loads(process.communicate()[0])["peak_MiB"] for process in processes]
+            share = rows * COLUMNS * 4 / 2**20 / size
+            found.append({"file": suffix, "processes": size, "a share, MiB": round(share), "each held, MiB": peaks})
+        path.unlink()
+    return found
+
+
 # -- a larger batch --------------------------------------------------------------------------------------------------
 
 BATCH, TIMES, SMALL_STEPS = 128, 8, 1200
@@ -167,13 +248,24 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="the larger batch instead")
     parser.add_argument("--quick", action="store_true", help="few steps of the larger batch")
     parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--memory", action="store_true", help="what each process holds of a large table")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of that table (default 5 million)")
     parser.add_argument("--steps-of", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory_of is not None:
+        return memory_of(args.memory_of)
     if args.steps_of is not None:
         return steps_of(args.steps_of)
     print(f"load {os.getloadavg()[0]:.1f}")
     rows: list[dict[str, Any]] = []
-    for found in [scaling(args.quick)] if args.scaling else (measure(case, args.rounds) for case in args.cases):
+    measured: Iterable[list[dict[str, Any]]] = (measure(case, args.rounds) for case in args.cases)
+    if args.scaling:
+        measured = [scaling(args.quick)]
+    if args.memory:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = [memory(args.rows, Path(folder))]
+    for found in measured:
         print("|", " | ".join(found[0]), "|\n|" + "---|" * len(found[0]))
         for row in found:
             print(

@@ -118,8 +118,10 @@ class SolverConfig(Section):
         memory: What ``Backprop`` keeps of the forward solve: every intermediate (``"store"``), only the state at each
             evaluation (``"checkpoint"``: memory does not grow with the number of steps), or by size (``"auto"``).
         precision: In which numbers the networks of a training step of fixed steps are computed: float32 by IEEE's rules
-            (``"ieee"``), or with what their products read and keep in TF32 or bfloat16 (docs/gpu.md). Scores, samples,
-            validation and whatever else is not the training step are IEEE's, whatever stands here.
+            (``"ieee"``), or with what their products read and keep in TF32 or bfloat16 (docs/gpu.md). ``"auto"`` is
+            TF32 where a GPU has tensor cores for it and the other settings allow it, bfloat16 where a block's
+            intermediates can only thus be stored in its memory, and else IEEE's. Scores, samples, validation and
+            whatever else is not the training step are IEEE's, whatever stands here.
         graphs: Whether a solve of fixed steps that is trained through is recorded as CUDA graphs: wherever that can be
             (``"auto"``), or never (false).
         options: Further keyword options of the solver, passed on by the Julia engine, which names what it lacks.
@@ -134,7 +136,7 @@ class SolverConfig(Section):
     maxiters: int = 10_000
     sensealg: str = "auto"
     memory: Literal["auto", "store", "checkpoint"] = "auto"
-    precision: Precision = "ieee"
+    precision: Precision | Literal["auto"] = "ieee"
     graphs: Literal["auto", False] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -149,6 +151,11 @@ class SolverConfig(Section):
         at_least(self, 1, "maxiters")
         if self.name == "auto" and self.step_size != "auto":
             object.__setattr__(self, "name", "RK4")
+
+    @property
+    def numbers(self) -> Precision:
+        """Its precision; IEEE's where that is ``"auto"`` and training has not settled it."""
+        return "ieee" if self.precision == "auto" else self.precision
 
     def computing_in(self, precision: Precision) -> SolverConfig:
         """The same solver in those numbers."""
@@ -303,7 +310,7 @@ class Config(Section):
         at_least(self, 0, "seed")
         if (set_ := self.evaluation.solver.precision) != "ieee":
             raise ConfigError(f"evaluation.solver.precision = {set_!r}: scores are 'ieee'; train in solver.precision")
-        if self.solver.precision != "ieee":
+        if self.solver.numbers != "ieee":
             self._check_coarse()
 
     def _check_coarse(self) -> None:

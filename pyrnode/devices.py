@@ -71,9 +71,15 @@ def piece_limit(x: Tensor, cache: int) -> int:
     return free(x.device) // _PIECE if awaited(x) else cache
 
 
-def store_limit(x: Tensor, cache: int) -> int:
-    """Up to how many bytes of intermediates of a whole solve from states like `x` are stored; arguments as above."""
-    return free(x.device) // _STORED if awaited(x) else cache
+def store_limit(x: Tensor, cache: int, *, taken: int = 0) -> int:
+    """Up to how many bytes of intermediates of a whole solve from states like `x` are stored.
+
+    Args:
+        x: A tensor of the device.
+        cache: The limit on a CPU.
+        taken: Bytes that will be taken before.
+    """
+    return (free(x.device) - taken) // _STORED if awaited(x) else cache
 
 
 def keeps(device: torch.device, size: int) -> bool:

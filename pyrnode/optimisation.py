@@ -39,7 +39,7 @@ class TrainingConfig(Section):
         validate_every: Validation interval in steps; 0 validates as often as costs a tenth of training.
         validation_limit: Validate on at most this many samples; `None` takes up to 2,000, fewer of many dimensions.
         patience: Stop after this many validations without improvement; `None` never stops early.
-        checkpoint_every: Interval of checkpoints in steps; 0 means once an epoch.
+        checkpoint_every: Interval of checkpoints in steps; 0 leaves it to the time alone.
         checkpoint_minutes: A checkpoint is written at the latest so long after the last one, however long a step takes.
         snapshots: Keep the model of every validation, in ``snapshots/`` of the run's folder.
         tensorboard: Write the metrics for TensorBoard too, to ``tensorboard/`` in the run's folder.
@@ -63,7 +63,7 @@ class TrainingConfig(Section):
     validation_limit: int | None = None
     patience: int | None = None
     checkpoint_every: int = 0
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = 2.0
     snapshots: bool = False
     tensorboard: bool = False
     max_restarts: int = 3

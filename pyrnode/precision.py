@@ -109,6 +109,11 @@ def has_tf32(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def gains(device: torch.device) -> bool:
+    """Whether coarser products are faster there: a GPU with tensor cores for TF32 and bfloat16."""
+    return has_tf32(device) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @contextmanager
 def coarse_products() -> Iterator[None]:
     """Products and convolutions on a GPU in TF32, while no thread wants IEEE's."""

@@ -1,6 +1,6 @@
 """Runs that one process and several must end alike; as a script, one of several processes that go through all of them.
 
-    python -m tests.parallel_cases RANK SIZE FOLDER
+    python -m tests.parallel_cases RANK SIZE FOLDER [ENGINE CASE …]
 
 Each process writes what it found to ``FOLDER/rank{RANK}.json``, by case. All cases share one process group, since a
 process that imports torch costs seconds. The last one kills the last process.
@@ -29,6 +29,7 @@ from pyrnode import distributed, doctor, evaluation, files
 from pyrnode.cli import main
 from pyrnode.data import Splits, load, mapped
 from pyrnode.errors import DataError, ProcessError, PyrnodeError, SolverError
+from pyrnode.paper.scales import SCALES
 from pyrnode.runs import RunFolder
 from pyrnode.training import TrainingResult
 from pyrnode.training import trainer as loop
@@ -307,6 +308,26 @@ def in_turn(out: Path) -> Found:
     return {"there": found, "sum": total.tolist(), "gathered": world.gathered(rank), "once": world.once(rank)}
 
 
+def reproduced(out: Path) -> Found:
+    """An experiment in small: its numbers, but for the seconds; and how many rows this process scored."""
+    scored: list[int] = []
+    original = evaluation._Scorer._batch
+
+    def batch(self: Any, rows: Any, *args: Any, **more: Any) -> Any:
+        scored.append(len(rows))
+        return original(self, rows, *args, **more)
+
+    evaluation._Scorer._batch = batch  # type: ignore[method-assign]
+    try:
+        scale = replace(SCALES["tiny"], seeds=(0,))
+        folder = out / "reproduce"
+        (found,) = pyrnode.reproduce("table1", scale=scale, out=folder, engine="torch", device="cpu", progress=False)
+    finally:
+        evaluation._Scorer._batch = original  # type: ignore[method-assign]
+    numbers = {name: value for name, value in found.numbers.items() if not name.endswith("seconds")}
+    return {"numbers": numbers, "rows": sum(scored), "report": (folder / "table1" / "report.html").is_file()}
+
+
 def doctored(out: Path) -> Found:
     checks = doctor.diagnose_all(distributed.world())
     return {"checks": len(checks), "last": [checks[-1].name, checks[-1].status, checks[-1].detail]}
@@ -349,6 +370,7 @@ TOGETHER: dict[str, Callable[[Path], Found]] = {
     "resumed": resumed,
     "shared errors": shared_errors,
     "in turn": in_turn,
+    "reproduced": reproduced,
     "doctor": doctored,
     "killed": killed,
 }
@@ -358,13 +380,14 @@ def run() -> None:
     import torch.distributed as dist
 
     number, size, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    COMMON["engine"], *names = sys.argv[4:] or ["torch", *ALIKE, *TOGETHER]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=number, world_size=size)
     distributed.world()
     found: dict[str, Found] = {}
-    for name, case in {**ALIKE, **TOGETHER}.items():
+    for name in names:
         try:
-            found[name] = case(out)
+            found[name] = {**ALIKE, **TOGETHER}[name](out)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
         (out / f"rank{number}.json").write_text(json.dumps(found))

@@ -21,12 +21,13 @@ import torch
 
 import pyrnode
 from pyrnode import distributed, doctor, seeds
+from pyrnode.data import load
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import alone
 from pyrnode.errors import ConfigError, ProcessError, SolverError
 from pyrnode.training import trainer as loop
 from pyrnode.training.step import Order
-from tests.parallel_cases import ALIKE, TOGETHER, Found, numbers
+from tests.parallel_cases import ALIKE, TOGETHER, Found, numbers, reproduced
 from tests.small_runs import FULL, assert_same_run
 
 LIMIT = 400
@@ -38,22 +39,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def all_of(size: int, out: Path) -> list[dict[str, Found]]:
-    """What each of so many processes found."""
+def all_of(size: int, out: Path, *chosen: str, limit: int = LIMIT) -> list[dict[str, Found]]:
+    """What each of so many processes found in all cases, or in those that follow the name of an engine."""
     script = [sys.executable, "-m", "tests.parallel_cases"]
     processes = [
         subprocess.Popen(
-            [*script, str(rank), str(size), str(out)], env=environment(), stderr=subprocess.PIPE, text=True
+            [*script, str(rank), str(size), str(out), *chosen], env=environment(), stderr=subprocess.PIPE, text=True
         )
         for rank in range(size)
     ]
     try:
-        said = [process.communicate(timeout=LIMIT)[1] for process in processes]
+        said = [process.communicate(timeout=limit)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [0] * (size - 1) + [-signal.SIGKILL], said
+    last = -signal.SIGKILL if not chosen or "killed" in chosen else 0
+    assert [process.returncode for process in processes] == [0] * (size - 1) + [last], said
     (out / "said").write_text(said[0])
     for rank, text in enumerate(said[1:]):
         assert text == "", rank + 1  # the first prints for all
@@ -94,17 +96,21 @@ def test_the_number_of_processes_is_no_part_of_the_result(
     name: str, one: dict[str, Found], several: tuple[list[dict[str, Found]], Path]
 ) -> None:
     """Batches that do not divide, contexts, weights, averages, clipping, flips, the ladder, restarts, patience."""
-    expected = one[name]
     for found in several[0]:
-        assert "error" not in found[name], found[name]["error"]
-        assert found[name].keys() == expected.keys()
-        for key, value in expected.items():
-            if key in ("losses", "steps"):
-                assert torch.tensor(found[name][key]) == pytest.approx(torch.tensor(value), rel=1e-6, abs=1e-6), key
-            elif key in ("validation", "disagreement", "weights", "score"):
-                assert found[name][key] == pytest.approx(value, rel=1e-9, abs=1e-9), key
-            elif key != "bits":
-                assert found[name][key] == value, key
+        check_alike(found[name], one[name])
+
+
+def check_alike(found: Found, expected: Found) -> None:
+    """Losses to 1e-6, validation and scores to 1e-9, whatever happened the same."""
+    assert "error" not in found, found["error"]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key in ("losses", "steps"):
+            assert torch.tensor(found[key]) == pytest.approx(torch.tensor(value), rel=1e-6, abs=1e-6), key
+        elif key in ("validation", "disagreement", "weights", "score"):
+            assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-9), key
+        elif key != "bits":
+            assert found[key] == value, key
 
 
 def test_the_cases_have_in_them_what_they_are_for(one: dict[str, Found]) -> None:
@@ -207,6 +213,19 @@ def test_the_first_process_goes_first(several: tuple[list[dict[str, Found]], Pat
         assert rank["once"] == 0
 
 
+def test_an_experiment_is_trained_and_scored_by_all(
+    several: tuple[list[dict[str, Found]], Path], tmp_path: Path
+) -> None:
+    expected = json.loads(json.dumps(reproduced(tmp_path)))
+    found = [rank["reproduced"] for rank in several[0]]
+    for rank in found:
+        assert "error" not in rank, rank["error"]
+        assert rank["report"]
+        assert rank["numbers"] == pytest.approx(expected["numbers"], rel=1e-3, abs=1e-3)  # in single precision
+        assert rank["rows"] <= -(-expected["rows"] // len(found)) + len(found) * 20
+    assert sum(rank["rows"] for rank in found) == expected["rows"]
+
+
 def test_the_doctor_lets_them_add_up(several: tuple[list[dict[str, Found]], Path]) -> None:
     size = len(several[0])
     for found in (rank["doctor"] for rank in several[0]):
@@ -257,6 +276,24 @@ def test_an_order_divides_every_batch() -> None:
     assert torch.equal(next(few.epochs(0)), next(Order.of(5, 20, 0, alone).epochs(0))[4:])
     with pytest.raises(ConfigError, match="batch_size = 2, of 50 training samples, for 3 processes"):
         Order.of(50, 2, 0, Third())
+
+
+def test_of_images_in_a_folder_each_reads_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    for number in range(40):
+        pixels = torch.randint(0, 256, (4, 4), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{number:02}.png")
+    train = load(tmp_path).train
+    read: list[int] = []
+    original = type(train._items).__getitem__
+    monkeypatch.setattr(type(train._items), "__getitem__", lambda self, i: read.append(i) or original(self, i))
+    order = Order.of(len(train), 9, 0, Third())
+    batches = order.batches(train)
+    for _ in range(order.steps_per_epoch):
+        assert len(next(batches).x) == 3
+    assert len(train) == 32
+    assert len(set(read)) == len(read) == 9  # a third of three batches of nine
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

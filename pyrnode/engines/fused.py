@@ -1,4 +1,6 @@
-"""Solves that a compiled kernel does whole, on the CPU: of a perceptron, and of a convolutional network on a grid.
+"""Solves that a compiled kernel does whole: on a CPU of a perceptron, and of a convolutional network on a grid.
+
+On a GPU, where a small perceptron is all launches, a kernel of Triton's does its solve on a grid (`DeviceGrid`).
 
 The steps, stages and products are those of runge_kutta.py and backprop.py; a block of samples goes through all of them
 before the next one begins, so that it stays in the cache, and Python is asked a few times a solve instead of hundreds.
@@ -10,22 +12,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from ctypes import CDLL
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrnode import solvers
 from pyrnode.config import SolverConfig
+from pyrnode.devices import constants
 from pyrnode.dynamics.layered import BoundLayers
-from pyrnode.dynamics.layers import ConcatTime, Conv, TimeEntry
+from pyrnode.dynamics.layers import ConcatSquashTime, ConcatTime, Conv, TimeEntry
 from pyrnode.engines.augmented import Augmented, controlled
 from pyrnode.engines.base import Stats
 from pyrnode.engines.runge_kutta import grid
 from pyrnode.engines.torch_solve import TorchSolve
-from pyrnode.native import adaptive, convnet, mlp
+from pyrnode.native import adaptive, convnet, device_mlp, mlp
 from pyrnode.probes import Probes
 
 
@@ -68,7 +70,12 @@ def compiled_solve(
         store: Whether a convolutional network's keeps all intermediates.
     """
     bound = system.bound
-    if not isinstance(bound, BoundLayers) or z0.device.type != "cpu":
+    if not isinstance(bound, BoundLayers):
+        return None
+    if _on_device(system, bound, z0, solver):
+        directions = None if system.probes is None else _directions(system.probes)
+        return DeviceGrid(_Case(None, bound, directions, t_span, solver, z0.dtype, None))
+    if z0.device.type != "cpu":
         return None
     if bound.images:
         return _compiled_images(system, bound, z0.dtype, t_span, solver, store)
@@ -84,6 +91,16 @@ def compiled_solve(
     directions = None if system.probes is None else _directions(system.probes)
     case = _Case(library, bound, directions, t_span, solver, z0.dtype, system.context)
     return (CompiledSteps if adapts else CompiledGrid)(case)
+
+
+def _on_device(system: Augmented, bound: BoundLayers, z0: Tensor, solver: SolverConfig) -> bool:
+    """Whether a GPU's kernel does the whole solve."""
+    if bound.images or solver.memory != "auto" or solvers.adaptive(solver) or isinstance(solver.step_size, str):
+        return False
+    if system.context is not None or any(isinstance(layer, ConcatSquashTime) for layer in bound.layers):
+        return False
+    weights = [layer.linear.weight for layer in bound.layers]
+    return device_mlp.usable(bound.activation, weights, z0, system.count)
 
 
 def _compiled_images(
@@ -111,7 +128,7 @@ def _directions(probes: Probes) -> mlp.Directions:
 class _Case(NamedTuple):
     """What is solved: with the parameters that `bound` is bound to, in numbers of the type `dtype`."""
 
-    library: CDLL
+    library: Any  # of kernels in C; `None` of a GPU's
     bound: BoundLayers
     directions: mlp.Directions | None
     t_span: tuple[float, float]
@@ -157,19 +174,16 @@ class CompiledGrid(CompiledSolve):
         bound, solver = case.bound, case.solver
         tableau, steps = solvers.method(solver.name).tableau, grid(case.t_span, float(solver.step_size))
         self.steps = len(steps)
-        self.times = torch.tensor([t + c * h for t, h in steps for c in tableau.c], dtype=case.dtype, device="cpu")
+        times = tuple(t + c * h for t, h in steps for c in tableau.c)
+        self.times = constants(times, case.dtype, case.weights[0].device)
         entries = [layer.at(self.times) for layer in bound.layers]
         shift = torch.cat([shift.expand(len(self.times), -1) for _, shift in entries], 1)
         scales = [scale for scale, _ in entries if scale is not None]
-        self.solve = mlp.Solve(
-            case.library,
-            case.weights,
-            shift,
-            torch.cat(scales, 1) if scales else None,
-            bound.activation,
-            mlp.Grid(tableau.a, tableau.b, [h for _, h in steps]),
-            case.context,
-        )
+        scale = torch.cat(scales, 1) if scales else None
+        self.solve = self._solve(case, shift, scale, mlp.Grid(tableau.a, tableau.b, [h for _, h in steps]))
+
+    def _solve(self, case: _Case, shift: Tensor, scale: Tensor | None, grid: mlp.Grid) -> mlp.Solve | device_mlp.Solve:
+        return mlp.Solve(case.library, case.weights, shift, scale, case.bound.activation, grid, case.context)
 
     @property
     def evaluations(self) -> int:
@@ -191,6 +205,18 @@ class CompiledGrid(CompiledSolve):
             layer.linear.gradient = w_bar
             layer.accumulate(self.times, None, b_bar, s_bar)  # a stage for a sample: each has its own time
         return z0_bar
+
+
+class DeviceGrid(CompiledGrid):
+    """Along a grid, on a GPU. Nobody looks here whether numbers are finite: it would be to wait (`Solution.verify`)."""
+
+    def _solve(self, case: _Case, shift: Tensor, scale: Tensor | None, grid: mlp.Grid) -> device_mlp.Solve:
+        assert scale is None
+        return device_mlp.Solve(case.weights, shift, case.bound.activation, grid)
+
+    def forward(self, z0: Tensor, *, record: bool) -> tuple[Tensor, Tensor, Stats]:
+        z, q = self.solve.forward(z0, self.directions, record=record)
+        return z, q, Stats(nfe=self.evaluations, nfe_max=self.evaluations, accepted=self.steps)
 
 
 class CompiledImages(CompiledSolve):

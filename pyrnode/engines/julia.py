@@ -153,7 +153,7 @@ class JuliaEngine(Engine):
 
     def _look_up(self, solver: SolverConfig) -> Any:
         step_size(solver)
-        if solver.precision != "ieee":
+        if solver.numbers != "ieee":
             raise ConfigError(
                 f"solver.precision = {solver.precision!r}: the Julia engine computes in IEEE's numbers alone; use "
                 'engine="torch", or set it to "ieee"'

@@ -59,7 +59,7 @@ class TorchEngine(Engine):
             raise ConfigError(
                 f"memory = 'store' needs a fixed-step solver, and {solver.name} is adaptive; use 'checkpoint' or 'auto'"
             )
-        if solver.precision != "ieee":
+        if solver.numbers != "ieee":
             _check_coarse(solver)
 
     def solvers(self) -> list[SolverInfo]:
@@ -93,7 +93,7 @@ class TorchEngine(Engine):
             None if c is None else c.detach(),
             total_derivative=total_derivative and probes is not None,
             hjb=hjb and probes is not None,
-            precision=solver.precision,
+            precision=solver.numbers,
         )
         start = system.bound.layout(z0)
         z, q = run(
@@ -200,11 +200,15 @@ def _compiled(
 
 def _stores(system: Augmented, z0: Tensor, t_span: tuple[float, float], solver: SolverConfig) -> bool:
     """Whether to keep all intermediates."""
-    method, size = solvers.method(solver.name), system.bound.tape_bytes(z0, system.count)
+    size = system.bound.tape_bytes(z0, system.count)
     explicit = size > 0 or system.bound.split() is not None
     if not explicit and solver.memory == "store":
         raise ConfigError("memory = 'store' needs dynamics with an explicit product; use 'checkpoint' or 'auto'")
     if solver.memory != "auto" or not explicit or solvers.adaptive(solver) or solver.step_size == "auto":
         return solver.memory == "store"
-    stages = len(grid(t_span, float(solver.step_size))) * len(method.tableau.b)
-    return stages * size <= store_limit(z0, _STORE_LIMIT)
+    return evaluations(t_span, solver) * size <= store_limit(z0, _STORE_LIMIT)
+
+
+def evaluations(t_span: tuple[float, float], solver: SolverConfig) -> int:
+    """How often fixed steps evaluate the dynamics."""
+    return len(grid(t_span, float(solver.step_size))) * len(solvers.method(solver.name).tableau.b)

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyrnode import native
 from pyrnode.errors import ConfigError
 
-_EXACT: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "tanh": torch.tanh, "silu": F.silu}
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "tanh": torch.tanh, "silu": F.silu}
 
 NUMBERS = {"softplus": 0, "tanh": 1, "silu": 2}
 """The activations that there are kernels for, by their number in `triton_kernels`."""
@@ -49,7 +49,7 @@ def status() -> native.Status:
         return native.Status(False, str(error))
     if importlib.util.find_spec("triton") is None:
         return native.Status(False, "Triton is not installed; torch brings it along on Linux", "pip install triton")
-    return native.Status(True, f"Triton, for {', '.join(NUMBERS)}")
+    return native.Status(True, f"Triton, for {', '.join(NUMBERS)}; whole solves of small perceptrons")
 
 
 def kernels(activation: str, device: torch.device) -> Kernels | None:
@@ -84,7 +84,7 @@ def _wrong(found: Kernels, device: torch.device) -> str | None:
     assert slope is not None
     exact = (u.double() + shift).requires_grad_()
     with torch.enable_grad():
-        value = _EXACT[found.activation](exact)
+        value = EXACT[found.activation](exact)
         (first,) = torch.autograd.grad(value.sum(), exact, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), exact)
     g = slope if found.activation != "silu" else torch.ones_like(slope)  # of r = 1

@@ -18,6 +18,7 @@ from pyrnode import evaluation, solvers
 from pyrnode.config import Config
 from pyrnode.data import Splits, load
 from pyrnode.data.loading import leaves_files
+from pyrnode.devices import resolve_device
 from pyrnode.distributed import World, alone
 from pyrnode.errors import TrainingDivergedError
 from pyrnode.files import read_json
@@ -27,7 +28,9 @@ from pyrnode.paper.scales import Scale
 from pyrnode.runs import Record, RunFolder, read_metrics
 from pyrnode.training import train
 
-TIMED_STEPS = 3
+TIMED_STEPS, UNTIMED = 3, 5
+"""Steps that are timed, and on a GPU those before, in which it records graphs and compiles kernels."""
+
 TUNED = ("rnode", "ffjord")
 """The methods whose learning rate is tuned; the ablations take the first one's."""
 
@@ -260,11 +263,12 @@ class Study:
         return total
 
     def _step_seconds(self, config: Config) -> float:
+        first = 0 if resolve_device(config.device).type == "cpu" else UNTIMED
         timed = config.override(
             {
                 "training.epochs": 2**31,
-                "training.max_steps": TIMED_STEPS,
-                "training.validate_every": TIMED_STEPS,
+                "training.max_steps": first + TIMED_STEPS,
+                "training.validate_every": first + TIMED_STEPS,
                 "training.validation_limit": 1,
                 "training.snapshots": False,
             }
@@ -273,7 +277,7 @@ class Study:
         if result.interrupted:
             raise KeyboardInterrupt
         seconds = [record["seconds"] for record in result.history if "loss" in record]
-        return float(seconds[-1] - seconds[0]) / (TIMED_STEPS - 1)
+        return float(seconds[-1] - seconds[first]) / (TIMED_STEPS - 1)
 
     def _complete(self, need: Need) -> bool:
         """Whether a run has ended, and needs no more time."""

@@ -69,7 +69,7 @@ class Feed:
 
     def _picked(self, kept: Batch, first: int) -> Iterator[Batch]:
         for rows in self._order.epochs(first):
-            for chosen in upload(rows, kept.x.device).split(self._order.here):
+            for chosen in upload(rows.long(), kept.x.device).split(self._order.here):
                 context = None if kept.context is None else kept.context[chosen]
                 weight = None if kept.weight is None else kept.weight[chosen]
                 yield Batch(kept.x[chosen], context, weight, self._order.share)

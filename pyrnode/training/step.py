@@ -60,7 +60,9 @@ class Order:
     def batches(self, samples: Samples, first: int = 0, *, workers: int = 0) -> Iterator[Batch]:
         """The batches from the step `first` on, without an end."""
         for rows in self.epochs(first):
-            yield from samples.batches(rows, self.here, workers=workers)
+            # loader processes are told of all at once; of samples in memory, each batch's indices are made as they come
+            for part in [rows] if workers else rows.split(self.here):
+                yield from samples.batches(part.long(), self.here, workers=workers)
 
     @property
     def here(self) -> int:
@@ -73,18 +75,27 @@ class Order:
         return min(self.samples, self.batch_size)
 
     def epochs(self, first: int) -> Iterator[Tensor]:
-        """This process's samples from the step `first` on, by index: of the rest of its epoch, and of later ones."""
+        """This process's samples from the step `first` on, by index: of the rest of its epoch, and of later ones.
+
+        They are int32 where that is enough: beside a large file that is mapped, indices are all that is in memory.
+        """
         start = first % self.steps_per_epoch
         for epoch in range(first // self.steps_per_epoch, 2**62):
-            rows = _shuffled(self.samples, self.seed, epoch)[: self.steps_per_epoch * self.batch_size]
-            rest = rows[start * self.batch_size :]
-            yield rest if self.share is None else rest.view(-1, self.share.total)[:, self.share.rows].reshape(-1)
+            yield _shuffled(self, epoch)[start * self.here :]
             start = 0
 
 
 @lru_cache(maxsize=1)
-def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=generator(seed, "order", epoch), device="cpu")
+def _shuffled(order: Order, epoch: int) -> Tensor:
+    """What is a process's of an epoch's order, which is that of all samples."""
+    short = torch.int32 if order.samples < 2**31 else torch.int64
+    rows = torch.randperm(
+        order.samples, generator=generator(order.seed, "order", epoch), dtype=short, device="cpu"
+    )  # the same numbers in either type
+    rows = rows[: order.steps_per_epoch * order.batch_size]
+    if order.share is None:
+        return rows
+    return rows.view(-1, order.share.total)[:, order.share.rows].reshape(-1)
 
 
 def learning_rate(training: TrainingConfig, step: int, done: float) -> float:
@@ -137,7 +148,7 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
         total_derivative=penalties.total_derivative > 0,
         verified=False,
         hjb=penalties.hjb > 0,
-        precision=solver.precision,
+        precision=solver.numbers,
     )
     return objective(passage, penalties, batch.weight), passage
 

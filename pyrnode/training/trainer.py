@@ -30,6 +30,7 @@ from pyrnode.optimisation import ENDLESS
 from pyrnode.runs import Record, RunFolder
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
+from pyrnode.training.coarse import settled
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
@@ -41,7 +42,7 @@ from pyrnode.training.step import Order, clip, estimator, learning_rate, loss
 from pyrnode.training.validation import Validation, price
 
 _SAVED = 50
-"""Steps between checkpoints at least, unless their interval is given."""
+"""Steps between states to fall back to at least, unless an interval of checkpoints is given."""
 
 
 class Trainer:
@@ -79,14 +80,15 @@ class Trainer:
         if world.size > 1:  # dynamics of the user's own, and another machine's algebra, may begin otherwise
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
-        self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
+        self.order = Order.of(len(splits.train), config.training.batch_size, config.seed, world)
+        solver = config.solver.computing_in(world.once(lambda: settled(self.flow, config, self.order.here)))
+        self.ladder = Ladder(solver, config.flow.end_time, config.training.tolerance)
         for solver in (self.solver, config.evaluation.solver):
             self.flow.engine.check(solver)
         if config.penalties.hjb:
             for block in self.flow.blocks:
                 check_potential(block.dynamics)
         self._settled = replace(config, penalties=config.penalties.settled(len(splits.train), self.flow.dim))
-        self.order = Order.of(len(splits.train), config.training.batch_size, config.seed, world)
         self.feed = Feed(self.flow, splits.train, self.order, workers=config.data.workers)
         self.span = Span(config.training, config.training.total_steps(len(splits.train)))
         self.validation = Validation(self.flow, splits.validation, config, world)
@@ -244,7 +246,10 @@ class Trainer:
             clip(self.flow, taken.norm, training.clip_norm)
         self._stop_all(taken.stop)
         if (ends := self._stop or self._enough) or self._due(step):
-            self._save()
+            if ends or self._overdue or training.checkpoint_every:
+                self._save()
+            else:
+                self._snapshot = self._good()
             if ends:
                 return None
         state.optimizer.step()
@@ -267,21 +272,27 @@ class Trainer:
         }
 
     def _due(self, step: int) -> bool:
-        """Whether to write a checkpoint: at the interval in steps, or when too much time has gone by to lose."""
-        training = self.config.training
-        every = training.checkpoint_every or max(_SAVED, self.order.steps_per_epoch)
-        late = self.state.progress.elapsed - self._saved >= 60 * training.checkpoint_minutes
-        return step > 0 and (step % every == 0 or late)
+        """Whether to keep the state: at an interval in steps, or when too much time has gone by to lose."""
+        every = self.config.training.checkpoint_every or max(_SAVED, self.order.steps_per_epoch)
+        return step > 0 and (step % every == 0 or self._overdue)
+
+    @property
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is as old as one may be."""
+        return self.state.progress.elapsed - self._saved >= 60 * self.config.training.checkpoint_minutes
 
     def _recover(self, error: Exception) -> None:
         """Back to the last good state, with half the solver's step; a bounded number of times."""
         good, now = self._snapshot.progress.step, self.state.progress
         cause = f"after step {now.step}: {error}"
         restarts, refinement = now.restarts + 1, now.refinement + 1
-        where = ""
-        if self.folder is not None and self.folder.checkpoint.exists():
-            where = f" (the last good state, of step {good}, is in {self.folder.path})"
         if restarts > self.config.training.max_restarts:
+            where = ""
+            if self.folder is not None and good > 0:
+                self.state.restore(self._snapshot)
+                self.journal.rewind(good)
+                self._write(self._snapshot)
+                where = f" (the last good state, of step {good}, is in {self.folder.path})"
             raise TrainingDivergedError(
                 f"{cause}. {restarts - 1} restarts with a smaller solver step did not help{where}; "
                 "lower the learning_rate, clip the gradient (clip_norm), or raise the kinetic and jacobian penalties"
@@ -345,9 +356,13 @@ class Trainer:
 
     def _save(self) -> None:
         """Checkpoint and best model to the folder, and the state to fall back to."""
+        self._write(self._good())
+
+    def _good(self) -> Snapshot:
+        """The present state, as one to fall back to."""
         snapshot = self.state.capture()
         snapshot.check()
-        self._write(snapshot)
+        return snapshot
 
     def _write(self, snapshot: Snapshot) -> None:
         """Writes a state; the model comes first: after a kill between the two files, the resumed run writes both."""
