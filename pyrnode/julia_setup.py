@@ -258,14 +258,14 @@ def _check_packages(entries: dict[str, dict[str, Any]], packages: dict[str, str]
         raise _NotReadyError(
             f"in the Julia project {found.project}, " + "; ".join(f"{n} {w}" for n, w in lacks.items())
         )
-    depots = _depots()
+    looked_in = depots()
     for name in bounds:  # an entry without a tree is under development in a folder of its own
-        if "git-tree-sha1" in entries[name] and not any((depot / "packages" / name).is_dir() for depot in depots):
-            looked = " or ".join(map(str, depots))
+        if "git-tree-sha1" in entries[name] and not any((depot / "packages" / name).is_dir() for depot in looked_in):
+            looked = " or ".join(map(str, looked_in))
             raise _NotReadyError(f"the files of {name} are not in {looked}, where Julia will look (JULIA_DEPOT_PATH)")
 
 
-def _depots() -> list[Path]:
+def depots() -> list[Path]:
     """The folders in which Julia, started from this process, looks for packages."""
     listed = os.environ.get("JULIA_DEPOT_PATH", "").split(os.pathsep)
     return [Path(entry).expanduser() if entry else Path.home() / ".julia" for entry in listed]
@@ -332,11 +332,13 @@ def require() -> JuliaStatus:
     return found
 
 
-def prepare_environment(threads: int) -> None:
+def prepare_environment(threads: int, sysimage: Path | None = None) -> None:
     """Sets what juliacall reads when it is imported, except for what the user has set.
 
     Args:
         threads: Threads for Julia, unless ``JULIA_NUM_THREADS`` or ``PYTHON_JULIACALL_THREADS`` says otherwise.
+        sysimage: The system image that Julia starts from, unless ``PYTHON_JULIACALL_SYSIMAGE`` names another; `None`
+            for Julia's own.
 
     Raises:
         EngineUnavailableError: Julia is not ready: to import juliacall now would download it.
@@ -345,6 +347,7 @@ def prepare_environment(threads: int) -> None:
     values = {
         "exe": found.executable,
         "project": found.project,
+        "sysimage": None if sysimage is None else str(sysimage),
         "handle_signals": "yes",  # with more than one thread, Julia's collector stops the others by signals
         "startup_file": "no",
         "autoload_ipython_extension": "no",  # it would redirect Julia's output in every notebook

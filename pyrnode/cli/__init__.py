@@ -82,7 +82,7 @@ def _print_solvers(rows: list[dict[str, Any]], sensitivities: dict[str, dict[str
 
 
 def _install_julia(args: argparse.Namespace) -> int:
-    julia_install.install(cuda=args.cuda, quiet=args.quiet)
+    julia_install.install(cuda=args.cuda, sysimage=args.sysimage, quiet=args.quiet)
     return 0
 
 
@@ -147,6 +147,9 @@ def _solvers_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda", action="store_true", help="also the Julia packages for NVIDIA GPUs")
+    parser.add_argument(
+        "--no-sysimage", dest="sysimage", action="store_false", help="build no system image, and remove the one there is"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, and of Julia's words the result alone")
 
 

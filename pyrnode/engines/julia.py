@@ -6,6 +6,7 @@ computes on their memory (through DLPack) and writes its results into them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
-from pyrnode import julia_setup
+from pyrnode import julia_image, julia_setup
 from pyrnode.config import SolverConfig
 from pyrnode.contexts import Contexts
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
@@ -46,6 +47,9 @@ _DEVICES = ("cpu", "cuda")
 _NATIVE = (MLP, ConvNet, Potential)
 """Networks that Julia has too; what is only derived from one may be anything."""
 
+_EMBEDDED = "__JULIA_PYTHONCALL_EMBEDDED_LIBPTR__"
+"""The variable that tells PythonCall of the Python that it is in, where it comes in the system image (RNODEBridge.jl)."""
+
 _forked = False
 
 
@@ -61,7 +65,9 @@ def _start() -> Any:
     Raises:
         EngineUnavailableError: Julia is not installed, or does not start.
     """
-    julia_setup.prepare_environment(torch.get_num_threads())
+    found = julia_setup.require()
+    julia_setup.prepare_environment(torch.get_num_threads(), julia_image.usable(found))
+    os.environ[_EMBEDDED] = hex(ctypes.pythonapi._handle)
     try:
         with warnings.catch_warnings():
             # Either order of import works (tests/test_julia_engine.py tries both in processes of their own).
@@ -77,6 +83,8 @@ def _start() -> Any:
     except Exception as error:
         reason = str(error).split("\nStacktrace", 1)[0].strip()
         raise EngineUnavailableError(f"Julia does not start: {reason}; run: pyrnode doctor") from error
+    finally:
+        os.environ.pop(_EMBEDDED, None)  # other processes have a Python of their own
     os.register_at_fork(after_in_child=_mark_forked)
     _give_signals_back()
     return bridge
