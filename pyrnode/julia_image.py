@@ -1,4 +1,4 @@
-"""The system image: Julia with the engine's packages and its usual solvers compiled into one file, which it starts from.
+"""The system image: Julia with the engine's packages and usual solvers compiled into one file, from which it starts.
 
 `pyrnode install-julia` has PackageCompiler build it (``julia/bridge/image.jl``), from what a process of the engine's
 compiled while it ran the usual solves (`engines.julia_workload`). It holds the code of one Julia, for one kind of
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Image:
     @property
     def age(self) -> str:
         """How long ago it was built, in words."""
-        seconds = (datetime.now(timezone.utc) - self.built).total_seconds()
+        seconds = (datetime.now(UTC) - self.built).total_seconds()
         for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
             if (count := int(seconds // length)) > 0:
                 return f"{count} {unit}{'' if count == 1 else 's'} old"
@@ -94,7 +94,7 @@ def usable(found: JuliaStatus) -> Path | None:
 
 
 def tools() -> Path:
-    """The folder of the environment in which PackageCompiler is: apart from the engine's packages, which stay as they are."""
+    """The folder of PackageCompiler's environment, apart from the engine's packages, which stay as they are."""
     return julia_setup.depots()[0] / "pyrnode" / "packagecompiler"
 
 
@@ -106,7 +106,7 @@ def built(found: JuliaStatus, made: Path) -> Iterator[None]:
     """
     parts, start = made_of(found), time.monotonic()
     yield
-    seconds, now = time.monotonic() - start, datetime.now(timezone.utc)
+    seconds, now = time.monotonic() - start, datetime.now(UTC)
     table = {"made_of": parts, "built": now.isoformat(), "seconds": seconds, "size": made.stat().st_size}
     record = made.with_suffix(".json")
     record.write_text(json.dumps(table, indent=1), encoding="utf-8")

@@ -1,7 +1,7 @@
 """``pyrnode install-julia``: has juliapkg install Julia and its packages, compiles them, and tests the result.
 
 Then it has PackageCompiler build the system image (`julia_image`). juliapkg and Julia run in processes of their own:
-juliapkg reads its variables once, when it is imported, and what they print is passed on as it comes, without the stacks.
+juliapkg reads its variables once, when it is imported. What they print is passed on as it comes, without the stacks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from pyrnode import julia_image, julia_setup
 from pyrnode.errors import EngineUnavailableError
 from pyrnode.julia_setup import JuliaStatus
+from pyrnode.julia_times import Times, usually
 from pyrnode.progress import progress_bar
 
 _RESOLVE = """
@@ -86,21 +88,22 @@ def install(*, cuda: bool = False, sysimage: bool = True, quiet: bool = False) -
         julia_setup.status.cache_clear()
         found = julia_setup.require()
     if not quiet:
-        print(f"{found.detail}\nCompiling and testing; the first time takes minutes", flush=True)
+        print(f"{found.detail}\nCompiling and testing", flush=True)
     if not sysimage:
         julia_image.remove(found)
+    fresh = julia_image.usable(found) is not None
     try:
-        lines = _python(_SELF_TEST, [sys.path], "install-julia: test", quiet=quiet)
+        lines = _python(_SELF_TEST, [sys.path], "test of the image" if fresh else "test", quiet=quiet)
     except _FailedError as error:
         raise EngineUnavailableError(f"the Julia engine is installed, but its self-test failed: {error}") from error
     if quiet:
         print(lines[-1])
-    if sysimage and julia_image.usable(found) is None:
+    if sysimage and not fresh:
         try:
             _build_image(found, quiet=quiet)
         except (_FailedError, OSError) as error:
             again = f"with {julia_setup.INSTALL} it is tried again"
-            print(f"note: there is no system image, so that the engine starts slowly ({again}): {error}", file=sys.stderr)
+            print(f"note: no system image, so the engine starts slowly ({again}): {error}", file=sys.stderr)
 
 
 def _build_image(found: JuliaStatus, *, quiet: bool) -> None:
@@ -109,21 +112,22 @@ def _build_image(found: JuliaStatus, *, quiet: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < _SPACE_IMAGE:
-        raise _FailedError(f"{folder} has {free / _GIB:.1f} GiB of free space, and it needs {_SPACE_IMAGE / _GIB:.0f} GiB")
+        needed = f"it needs {_SPACE_IMAGE / _GIB:.0f} GiB"
+        raise _FailedError(f"{folder} has {free / _GIB:.1f} GiB of free space, and {needed}")
     if not quiet:
         print("Building the system image, which makes Julia start in seconds; --no-sysimage does without", flush=True)
     with tempfile.TemporaryDirectory(prefix="image-", dir=folder) as scratch:
         statements, made = Path(scratch, "statements.jl"), Path(scratch, f"image{julia_image.SUFFIX}")
         recorded = {"PYTHON_JULIACALL_TRACE_COMPILE": str(statements), "PYTHON_JULIACALL_THREADS": "2"}
         recorded["PYTHON_JULIACALL_OPTIMIZE"] = "0"  # what is compiled matters here, not how fast it runs
-        _python(_EXERCISE, [sys.path], "install-julia: what to compile", quiet=quiet, variables=recorded)
+        _python(_EXERCISE, [sys.path], "what to compile", quiet=quiet, variables=recorded)
         script = julia_setup.sources() / "bridge" / "image.jl"
         arguments = [str(julia_image.tools()), str(found.project), str(statements), str(made)]
         with julia_image.built(found, made):
             command = [str(found.executable), "--startup-file=no", str(script), *arguments]
-            _run(command, "install-julia: system image", quiet=quiet, variables=_WITHOUT_CONDA)
+            _run(command, "system image", quiet=quiet, variables=_WITHOUT_CONDA)
     try:
-        _python(_SELF_TEST, [sys.path], "install-julia: test of the image", quiet=quiet)
+        _python(_SELF_TEST, [sys.path], "test of the image", quiet=quiet)
     except _FailedError as error:
         julia_image.remove(found)
         raise _FailedError(f"Julia does not work with it: {error}") from error
@@ -148,9 +152,9 @@ def _install_packages(*, cuda: bool, force: bool, quiet: bool) -> None:
     _check_space(_SPACE_CUDA if cuda else _SPACE)
     packages = julia_setup.needs(gpu=True) if cuda else {}
     if not quiet:
-        print("Installing Julia and its packages; with compilation this takes 10 to 30 minutes", flush=True)
+        print("Installing Julia and its packages; the first time this takes 10 to 30 minutes", flush=True)
     try:
-        _python(_RESOLVE, [sys.path, packages, force], "install-julia: packages", quiet=quiet)
+        _python(_RESOLVE, [sys.path, packages, force], "packages", quiet=quiet)
     except _FailedError as error:
         raise EngineUnavailableError(_explain(str(error))) from error
 
@@ -193,7 +197,7 @@ def _run(command: list[str], what: str, *, quiet: bool, variables: dict[str, str
 
     Args:
         command: The program and its arguments.
-        what: What the bar says.
+        what: What the bar says, beside how long it usually takes.
         quiet: Print nothing.
         variables: Environment variables besides those that there are.
 
@@ -203,9 +207,11 @@ def _run(command: list[str], what: str, *, quiet: bool, variables: dict[str, str
     lines: list[str] = []
     stack = failed = False
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
+    times, begun = Times(julia_setup.depots()[0] / "pyrnode"), time.monotonic()
+    says = f"install-julia: {what}, {usually(times.usual(what))}"
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with (
-        progress_bar(None, what, unit="", show=not quiet, uncounted=True),
+        progress_bar(None, says, unit="", show=not quiet, uncounted=True),
         subprocess.Popen(
             command, stdout=pipe, stderr=both, env=environment, encoding="utf-8", errors="replace"
         ) as child,
@@ -219,6 +225,7 @@ def _run(command: list[str], what: str, *, quiet: bool, variables: dict[str, str
                 sys.stdout.flush()
     if child.returncode != 0:
         raise _FailedError(_reason(lines) or f"{Path(command[0]).name} ended with exit code {child.returncode}")
+    times.add(what, time.monotonic() - begun)
     return lines
 
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check
 from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.julia_words import JuliaFailure, check_options, in_words
 from pyrnode.errors import ConfigError, EngineUnavailableError, unknown_name
+from pyrnode.julia_times import Times
 from pyrnode.probes import Probes
 from pyrnode.solvers import SolverInfo, step_size, unknown_solver
 
@@ -48,7 +50,7 @@ _NATIVE = (MLP, ConvNet, Potential)
 """Networks that Julia has too; what is only derived from one may be anything."""
 
 _EMBEDDED = "__JULIA_PYTHONCALL_EMBEDDED_LIBPTR__"
-"""The variable that tells PythonCall of the Python that it is in, where it comes in the system image (RNODEBridge.jl)."""
+"""The variable by which PythonCall, where it is in the system image, knows the Python that it is in (RNODEBridge.jl)."""
 
 _forked = False
 
@@ -65,8 +67,16 @@ def _start() -> Any:
     Raises:
         EngineUnavailableError: Julia is not installed, or does not start.
     """
-    found = julia_setup.require()
-    julia_setup.prepare_environment(torch.get_num_threads(), julia_image.usable(found))
+    image = julia_image.usable(julia_setup.require())
+    julia_setup.prepare_environment(torch.get_num_threads(), image)
+    with _times().waiting("starting Julia", "start" if image is None else "start from the image"):
+        bridge = _load()
+    os.register_at_fork(after_in_child=_mark_forked)
+    _give_signals_back()
+    return bridge
+
+
+def _load() -> Any:
     os.environ[_EMBEDDED] = hex(ctypes.pythonapi._handle)
     try:
         with warnings.catch_warnings():
@@ -85,9 +95,28 @@ def _start() -> Any:
         raise EngineUnavailableError(f"Julia does not start: {reason}; run: pyrnode doctor") from error
     finally:
         os.environ.pop(_EMBEDDED, None)  # other processes have a Python of their own
-    os.register_at_fork(after_in_child=_mark_forked)
-    _give_signals_back()
     return bridge
+
+
+def _times() -> Times:
+    return Times(julia_image.folder(julia_setup.require()))
+
+
+_COMPILED: set[str] = set()
+"""What this process's Julia has been asked for before."""
+
+
+def _compiling(what: str) -> AbstractContextManager[None]:
+    """Around a call into Julia: the first time in a process, says that Julia compiles, and measures it."""
+    if what in _COMPILED:
+        return _NOTHING
+    _COMPILED.add(what)
+    image = julia_image.usable(julia_setup.require())
+    key, bridge = what if image is None else f"{what}, from the image", _bridge()
+    return _times().waiting(f"Julia compiles {what}", key, clock=lambda: float(bridge.compile_seconds()))
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def _give_signals_back() -> None:
@@ -126,7 +155,7 @@ def _call(function: Any, *args: Any) -> Any:
 class JuliaEngine(Engine):
     """Any solver of OrdinaryDiffEq and adjoint of SciMLSensitivity, on a CPU or an NVIDIA GPU.
 
-    Julia starts with the first solve (some 15 seconds), not before.
+    Julia starts with the first solve, not before: in seconds from the system image (`julia_image`), else more slowly.
     """
 
     name = "julia"
@@ -141,7 +170,9 @@ class JuliaEngine(Engine):
         return JuliaEngine, ()  # a copy, or in another process: what it keeps of Julia's is found again
 
     def solvers(self) -> list[SolverInfo]:
-        rows = json.loads(str(_bridge().solvers()))
+        bridge = _bridge()
+        with _compiling("the list of its solvers"):
+            rows = json.loads(str(bridge.solvers()))
         for row in rows:
             row["description"] = "; ".join(filter(None, (f"from {row['package']}", row.pop("fault"))))
         return [SolverInfo(**row) for row in rows]
@@ -348,9 +379,10 @@ class _Solve:
         inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, axes, *self.t_span)
         _synchronize(z0)
         try:
-            solve, nfe, nfe_max, accepted, rejected = _call(
-                bridge.forward, dynamics, self.handle, *inputs, *self.further, record, _shared(z), _shared(q)
-            )
+            with _compiling(self._named(self.solver.name, z0.dtype)):
+                solve, nfe, nfe_max, accepted, rejected = _call(
+                    bridge.forward, dynamics, self.handle, *inputs, *self.further, record, _shared(z), _shared(q)
+                )
         except JuliaFailure as failure:
             raise self._error(failure) from None
         stats = self.stats
@@ -375,12 +407,18 @@ class _Solve:
         _synchronize(z_bar)
         try:
             arrays = _shared(z_bar), _shared(q_bar), length, _shared(bars)
-            self.stats.nfe_backward = float(_call(_bridge().backward, self.recorded, *arrays))
+            adjoint = "adjoint" if self.solver.sensealg == "auto" else self.solver.sensealg
+            with _compiling(self._named(f"{self.solver.name}'s {adjoint}", z_bar.dtype)):
+                self.stats.nfe_backward = float(_call(_bridge().backward, self.recorded, *arrays))
         except JuliaFailure as failure:
             raise self._error(failure) from None
         z0_bar, *rest = _unflatten_dense_tensors(bars, wanted)
         c_bar = None if self.context is None else rest.pop(0)
         return z0_bar, c_bar, rest
+
+    def _named(self, what: str, dtype: torch.dtype) -> str:
+        """What is compiled for this solve, as messages and measurements call it."""
+        return f"{what} ({type(self.dynamics).__name__}, {str(dtype).removeprefix('torch.')})"
 
     def _error(self, failure: JuliaFailure) -> BaseException:
         adaptive = failure.kind == "solve" and bool(_bridge().is_adaptive(self.handle))

@@ -1,4 +1,4 @@
-"""What the system image is to have compiled: solves of the usual kinds, run once while Julia writes down what it compiles.
+"""What the system image is to have compiled: the usual solves, run once while Julia writes down what it compiles.
 
 A solver and an adjoint are compiled for the type of the state, and for little else: one small network stands for all of
 its kind.
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """All solvers with all their adjoints in float32, and with the default one in float64; the usual in other networks."""
+    """All solvers with all their adjoints in float32, with the default one in float64; three in other networks."""
     for name, sensitivities in SOLVERS.items():
         for sensealg in sensitivities:
             yield Case(MLP(2, (8,)), SolverConfig(name=name, sensealg=sensealg))

@@ -27,6 +27,7 @@ from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, Tr
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
 from pyrnode.optimisation import ENDLESS
+from pyrnode.progress import SECONDS, progress_bar
 from pyrnode.runs import Record, RunFolder
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
@@ -80,8 +81,9 @@ class Trainer:
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
-        for solver in (self.solver, config.evaluation.solver):
-            self.flow.engine.check(solver)
+        with progress_bar(None, "solvers", unit="", show=self.progress, uncounted=True, delay=SECONDS):
+            for solver in (self.solver, config.evaluation.solver):  # which starts Julia
+                self.flow.engine.check(solver)
         if config.penalties.hjb:
             for block in self.flow.blocks:
                 check_potential(block.dynamics)

@@ -240,8 +240,12 @@ original(e) = nothing
 function start()
     Threads.nthreads() > 1 && BLAS.set_num_threads(1)  # a batch is split over them, and each multiplies matrices of its own
     CHECK_SIGNALS[] = Base.Libc.Libdl.dlsym(C.python_library_handle(), :PyErr_CheckSignals)
+    Base.cumulative_compile_timing(true)
     return nothing
 end
+
+"Seconds that Julia has compiled for since it was started."
+compile_seconds() = first(Base.cumulative_compile_time_ns()) / 1e9
 
 "Bytes of the objects that are left when the collector has run."
 live_bytes() = (GC.gc(); Base.gc_live_bytes())
