@@ -95,7 +95,9 @@ def install(*, cuda: bool = False, sysimage: bool = True, quiet: bool = False) -
     try:
         lines = _python(_SELF_TEST, [sys.path], "test of the image" if fresh else "test", quiet=quiet)
     except _FailedError as error:
-        raise EngineUnavailableError(f"the Julia engine is installed, but its self-test failed: {error}") from error
+        without = f"; without its system image: {julia_setup.INSTALL} --no-sysimage" if fresh else ""
+        message = f"the Julia engine is installed, but its self-test failed: {error}{without}"
+        raise EngineUnavailableError(message) from error
     if quiet:
         print(lines[-1])
     if sysimage and not fresh:
@@ -207,6 +209,7 @@ def _run(command: list[str], what: str, *, quiet: bool, variables: dict[str, str
     lines: list[str] = []
     stack = failed = False
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
+    program = "Python" if command[0] == sys.executable else "Julia"
     times, begun = Times(julia_setup.depots()[0] / "pyrnode"), time.monotonic()
     says = f"install-julia: {what}, {usually(times.usual(what))}"
     pipe, both = subprocess.PIPE, subprocess.STDOUT
@@ -224,7 +227,7 @@ def _run(command: list[str], what: str, *, quiet: bool, variables: dict[str, str
                 tqdm.write(line, end="")
                 sys.stdout.flush()
     if child.returncode != 0:
-        raise _FailedError(_reason(lines) or f"{Path(command[0]).name} ended with exit code {child.returncode}")
+        raise _FailedError(_reason(lines) or f"{program} ended with exit code {child.returncode}")
     times.add(what, time.monotonic() - begun)
     return lines
 

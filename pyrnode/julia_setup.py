@@ -118,7 +118,7 @@ def needs(*, gpu: bool = False) -> dict[str, Need]:
 # --- where Julia is ---
 
 
-def _option(name: str) -> str | None:
+def option(name: str) -> str | None:
     """An option of juliacall, which takes ``-X juliacall-name=value`` before the environment."""
     value = sys._xoptions.get(f"juliacall-{name.replace('_', '-')}")
     return value if isinstance(value, str) else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
@@ -126,14 +126,14 @@ def _option(name: str) -> str | None:
 
 def is_named() -> bool:
     """Whether the user names an own Julia or project, rightly or wrongly."""
-    return _option("exe") is not None or _option("project") is not None
+    return option("exe") is not None or option("project") is not None
 
 
 def _named() -> tuple[str, str] | None:
     """The executable and the project that the user names, `None` where neither is named."""
     if not is_named():
         return None
-    executable, project = _option("exe"), _option("project")
+    executable, project = option("exe"), option("project")
     if executable is None or project is None:
         given, missing = (_EXE, _PROJECT) if project is None else (_PROJECT, _EXE)
         raise _NotReadyError(f"{given} is set but {missing} is not, and juliacall needs both", f"unset {given}")
@@ -355,5 +355,5 @@ def prepare_environment(threads: int, sysimage: Path | None = None) -> None:
     if "JULIA_NUM_THREADS" not in os.environ:
         values["threads"] = str(threads)
     for name, value in values.items():
-        if value is not None and _option(name) is None:
+        if value is not None and option(name) is None:
             os.environ[f"PYTHON_JULIACALL_{name.upper()}"] = value

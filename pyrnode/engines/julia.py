@@ -50,7 +50,7 @@ _NATIVE = (MLP, ConvNet, Potential)
 """Networks that Julia has too; what is only derived from one may be anything."""
 
 _EMBEDDED = "__JULIA_PYTHONCALL_EMBEDDED_LIBPTR__"
-"""The variable by which PythonCall, where it is in the system image, knows the Python that it is in (RNODEBridge.jl)."""
+"""The variable by which PythonCall, out of the system image, knows the Python that it is in (RNODEBridge.jl)."""
 
 _forked = False
 
