@@ -6,7 +6,7 @@ import json
 import os
 import ssl
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -220,7 +220,7 @@ def test_the_doctor_names_it_its_age_and_what_makes_it_stale(julia: FakeJulia) -
     assert said() == Check("Julia image", "ok", f"{path}, just built, 0 MB, built in 0 s")
     record = path.parent / "image.json"
     table = json.loads(record.read_text())
-    then = datetime.now(timezone.utc) - timedelta(days=3, hours=1)
+    then = datetime.now(UTC) - timedelta(days=3, hours=1)
     record.write_text(json.dumps(table | {"built": then.isoformat(), "seconds": 754.0}))
     assert said().detail == f"{path}, 3 days old, 0 MB, built in 13 min"
     _processor(julia)
@@ -234,5 +234,5 @@ def test_the_doctor_names_it_its_age_and_what_makes_it_stale(julia: FakeJulia) -
     ("past", "age"), [(30, "just built"), (60, "1 minute old"), (7300, "2 hours old"), (86400, "1 day old")]
 )
 def test_ages(past: float, age: str) -> None:
-    then = datetime.now(timezone.utc) - timedelta(seconds=past)
+    then = datetime.now(UTC) - timedelta(seconds=past)
     assert Image(Path("image.so"), then, 1.0).age == age
