@@ -11,8 +11,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from pyrnode import progress
@@ -70,6 +71,40 @@ class Times:
             return {str(what): [float(s) for s in found] for what, found in table.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
+
+
+class Watch:
+    """What one process waits for Julia to do, each thing the first time alone: said and measured.
+
+    Args:
+        times: The measurements of this machine.
+        image: Whether Julia starts from the system image: with it and without are two things.
+    """
+
+    def __init__(self, times: Times, *, image: bool) -> None:
+        self.times, self.image, self.known = times, image, set[str]()
+
+    def starts(self) -> AbstractContextManager[None]:
+        """Around the start of Julia."""
+        return self.times.waiting("starting Julia", self._key("start"))
+
+    def compiles(self, what: str, clock: Callable[[], Any]) -> AbstractContextManager[None]:
+        """Around a call that has Julia compile `what` if it has not been called before.
+
+        Args:
+            what: What is compiled: a solver, its adjoint, for which network and numbers.
+            clock: Gives the seconds that Julia has compiled for.
+        """
+        if what in self.known:
+            return _NOTHING
+        self.known.add(what)
+        return self.times.waiting(f"Julia compiles {what}", self._key(what), clock=lambda: float(clock()))
+
+    def _key(self, what: str) -> str:
+        return f"{what}, from the image" if self.image else what
+
+
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def usually(seconds: float | None) -> str:

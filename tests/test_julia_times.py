@@ -15,7 +15,7 @@ from pyrnode.engines.base import Engine, Solution
 from pyrnode.engines.julia import SENSITIVITIES
 from pyrnode.engines.julia_workload import SOLVERS, cases, exercise
 from pyrnode.engines.pytorch import TorchEngine
-from pyrnode.julia_times import Times, usually, words
+from pyrnode.julia_times import Times, Watch, usually, words
 
 
 def test_the_last_five_are_kept_and_their_median_is_usual(tmp_path: Path) -> None:
@@ -108,6 +108,27 @@ def test_what_fails_is_not_measured(tmp_path: Path) -> None:
     times = Times(tmp_path)
     with pytest.raises(KeyError), times.waiting("starting Julia", "start"):
         raise KeyError
+    assert times.usual("start") is None
+
+
+def test_each_thing_is_compiled_once_and_from_the_image_is_another_thing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image, seconds in ((False, 8.0), (True, 0.5)):
+        compiled = count(step=seconds)
+        watch = Watch(Times(tmp_path), image=image)
+        with progress.progress_bar(10, "train", unit="step", show=True):
+            with watch.compiles("Tsit5's adjoint (MLP, float32)", lambda compiled=compiled: next(compiled)):
+                said = capsys.readouterr().err
+            assert "Julia compiles Tsit5's adjoint (MLP, float32), not measured before" in said
+            with watch.compiles("Tsit5's adjoint (MLP, float32)", lambda: pytest.fail("it is compiled")):
+                assert "Julia" not in capsys.readouterr().err
+    times = Times(tmp_path)
+    assert times.usual("Tsit5's adjoint (MLP, float32)") == 8.0
+    assert times.usual("Tsit5's adjoint (MLP, float32), from the image") == 0.5
+    with Watch(times, image=True).starts():
+        pass
+    assert times.usual("start, from the image") is not None
     assert times.usual("start") is None
 
 

@@ -324,7 +324,7 @@ def test_the_julia_package_has_what_its_sources_load_and_nothing_else() -> None:
 
 
 def test_the_bridge_is_a_package_of_what_its_sources_load() -> None:
-    """So that PackageCompiler can put it into an image; the script that does so is run with nothing but Julia itself."""
+    """So that PackageCompiler can put it into an image; the script for that needs nothing but Julia itself."""
     bridge = tomllib.loads((ROOT / "julia" / "bridge" / "Project.toml").read_text(encoding="utf-8"))
     package = tomllib.loads((ROOT / "julia" / "Project.toml").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "Project.toml").read_text(encoding="utf-8"))

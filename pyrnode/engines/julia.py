@@ -13,9 +13,9 @@ import signal
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,7 +33,7 @@ from pyrnode.engines.base import Engine, Solution, Stats, check_potential, check
 from pyrnode.engines.foreign import Foreign
 from pyrnode.engines.julia_words import JuliaFailure, check_options, in_words
 from pyrnode.errors import ConfigError, EngineUnavailableError, unknown_name
-from pyrnode.julia_times import Times
+from pyrnode.julia_times import Times, Watch
 from pyrnode.probes import Probes
 from pyrnode.solvers import SolverInfo, step_size, unknown_solver
 
@@ -67,9 +67,8 @@ def _start() -> Any:
     Raises:
         EngineUnavailableError: Julia is not installed, or does not start.
     """
-    image = julia_image.usable(julia_setup.require())
-    julia_setup.prepare_environment(torch.get_num_threads(), image)
-    with _times().waiting("starting Julia", "start" if image is None else "start from the image"):
+    julia_setup.prepare_environment(torch.get_num_threads(), _image())
+    with _watch().starts():
         bridge = _load()
     os.register_at_fork(after_in_child=_mark_forked)
     _give_signals_back()
@@ -98,25 +97,15 @@ def _load() -> Any:
     return bridge
 
 
-def _times() -> Times:
-    return Times(julia_image.folder(julia_setup.require()))
+@cache
+def _image() -> Path | None:
+    """The system image that Julia starts from in this process."""
+    return julia_image.usable(julia_setup.require())
 
 
-_COMPILED: set[str] = set()
-"""What this process's Julia has been asked for before."""
-
-
-def _compiling(what: str) -> AbstractContextManager[None]:
-    """Around a call into Julia: the first time in a process, says that Julia compiles, and measures it."""
-    if what in _COMPILED:
-        return _NOTHING
-    _COMPILED.add(what)
-    image = julia_image.usable(julia_setup.require())
-    key, bridge = what if image is None else f"{what}, from the image", _bridge()
-    return _times().waiting(f"Julia compiles {what}", key, clock=lambda: float(bridge.compile_seconds()))
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
+@cache
+def _watch() -> Watch:
+    return Watch(Times(julia_image.folder(julia_setup.require())), image=_image() is not None)
 
 
 def _give_signals_back() -> None:
@@ -171,7 +160,7 @@ class JuliaEngine(Engine):
 
     def solvers(self) -> list[SolverInfo]:
         bridge = _bridge()
-        with _compiling("the list of its solvers"):
+        with _watch().compiles("the list of its solvers", bridge.compile_seconds):
             rows = json.loads(str(bridge.solvers()))
         for row in rows:
             row["description"] = "; ".join(filter(None, (f"from {row['package']}", row.pop("fault"))))
@@ -379,7 +368,7 @@ class _Solve:
         inputs = (theta, _shared(z0), _shared(self.context), _shared(eps), weight, axes, *self.t_span)
         _synchronize(z0)
         try:
-            with _compiling(self._named(self.solver.name, z0.dtype)):
+            with _watch().compiles(self._named(self.solver.name, z0.dtype), bridge.compile_seconds):
                 solve, nfe, nfe_max, accepted, rejected = _call(
                     bridge.forward, dynamics, self.handle, *inputs, *self.further, record, _shared(z), _shared(q)
                 )
@@ -407,9 +396,9 @@ class _Solve:
         _synchronize(z_bar)
         try:
             arrays = _shared(z_bar), _shared(q_bar), length, _shared(bars)
-            adjoint = "adjoint" if self.solver.sensealg == "auto" else self.solver.sensealg
-            with _compiling(self._named(f"{self.solver.name}'s {adjoint}", z_bar.dtype)):
-                self.stats.nfe_backward = float(_call(_bridge().backward, self.recorded, *arrays))
+            bridge, adjoint = _bridge(), "adjoint" if self.solver.sensealg == "auto" else self.solver.sensealg
+            with _watch().compiles(self._named(f"{self.solver.name}'s {adjoint}", z_bar.dtype), bridge.compile_seconds):
+                self.stats.nfe_backward = float(_call(bridge.backward, self.recorded, *arrays))
         except JuliaFailure as failure:
             raise self._error(failure) from None
         z0_bar, *rest = _unflatten_dense_tensors(bars, wanted)
