@@ -27,14 +27,13 @@ from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, Tr
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
 from pyrnode.optimisation import ENDLESS
-from pyrnode.progress import SECONDS, progress_bar
 from pyrnode.runs import Record, RunFolder
 from pyrnode.training.blueprint import Blueprint
 from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
-from pyrnode.training.ladder import EVERY, Ladder
+from pyrnode.training.ladder import EVERY, Ladder, check_solvers
 from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
@@ -81,9 +80,7 @@ class Trainer:
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
-        with progress_bar(None, "solvers", unit="", show=self.progress, uncounted=True, delay=SECONDS):
-            for solver in (self.solver, config.evaluation.solver):  # which starts Julia
-                self.flow.engine.check(solver)
+        check_solvers(self.flow.engine, (self.solver, config.evaluation.solver), show=self.progress)
         if config.penalties.hjb:
             for block in self.flow.blocks:
                 check_potential(block.dynamics)
