@@ -61,7 +61,8 @@ class Times:
         """
         usual, begun = self.usual(key), clock()
         brief = usual is not None and usual < progress.SECONDS
-        with contextlib.nullcontext() if brief else progress.meanwhile(f"{what}, {usually(usual)}"):
+        said: AbstractContextManager[None] = _NOTHING if brief else progress.meanwhile(f"{what}, {usually(usual)}")
+        with said:
             yield
         self.add(key, clock() - begun)
 

@@ -143,7 +143,7 @@ def test_the_workload_is_all_usual_solvers_with_all_their_adjoints() -> None:
     for name, adjoints in SOLVERS.items():
         assert {(name, adjoint, torch.float32) for adjoint in adjoints} <= asked
         assert (name, "auto", torch.float64) in asked
-    assert {type(case.dynamics).__name__ for case in cases()} == {"MLP", "ConvNet", "Potential", "NestedDynamics"}
+    assert {type(case.dynamics).__name__ for case in cases()} == {"MLP", "ConvNet", "Potential", "ModuleDynamics"}
     assert any(case.dynamics.context_dim for case in cases())
 
 

@@ -334,7 +334,7 @@ def test_the_bridge_is_a_package_of_what_its_sources_load() -> None:
     assert bridge["deps"].items() <= project["deps"].items() | {("RNODE", package["uuid"])}
     assert bridge["deps"].keys() >= BRIDGE
     assert (bridge["name"], bridge["version"]) == ("RNODEBridge", pyrnode.__version__)
-    assert loaded_by("julia/bridge") == {"Pkg", "TOML"}
+    assert loaded_by("julia/bridge") == {"Pkg", "PackageCompiler"}
 
 
 def test_the_julia_package_and_the_engines_environment_are_one() -> None:

@@ -66,21 +66,14 @@ function image_project(folder, project)
     return folder
 end
 
-"PackageCompiler, from an environment that has it and nothing else."
-function load_tool(tools)
-    Pkg.activate(tools; io=devnull)
-    haskey(Pkg.project().dependencies, PACKAGE_COMPILER.name) || Pkg.add(; PACKAGE_COMPILER...)
-    return @eval import PackageCompiler
-end
+const TOOLS, PROJECT, STATEMENTS, IMAGE = ARGS
 
-function main(tools, project, statements, image)
-    load_tool(tools)
-    # RNODEBridge loads all that it needs, in the order that it must have; the names of a user's Main stay the user's.
-    Base.invokelatest(
-        PackageCompiler.create_sysimage, ["RNODEBridge"]; sysimage_path=image, project=image_project(mktempdir(), project),
-        precompile_statements_file=statements, include_transitive_dependencies=false, import_into_main=false,
-    )
-    return nothing
-end
+Pkg.activate(TOOLS; io=devnull)
+haskey(Pkg.project().dependencies, PACKAGE_COMPILER.name) || Pkg.add(; PACKAGE_COMPILER...)
+import PackageCompiler
 
-main(ARGS...)
+# RNODEBridge loads all that it needs, in the order that it must have (`RNODEBridge.Embedding`): so not its dependencies one by one.
+PackageCompiler.create_sysimage(
+    ["RNODEBridge"]; sysimage_path=IMAGE, project=image_project(mktempdir(), PROJECT), precompile_statements_file=STATEMENTS,
+    include_transitive_dependencies=false,
+)

@@ -6,6 +6,7 @@ its kind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,8 +14,7 @@ import torch
 from torch import nn
 
 from pyrnode.config import SolverConfig
-from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
-from pyrnode.dynamics.nested import NestedDynamics
+from pyrnode.dynamics import MLP, ConvNet, Dynamics, ModuleDynamics, Potential
 from pyrnode.engines.base import Engine
 from pyrnode.probes import Probes
 
@@ -50,7 +50,7 @@ def cases() -> Iterator[Case]:
         yield Case(MLP(2, (8,), context_dim=1), solver)
         yield Case(ConvNet((1, 4, 4), (2,)), solver)
         yield Case(Potential(2, (8,)), solver, exact=True)
-        yield Case(NestedDynamics(_Module(), (2,)), solver)
+        yield Case(ModuleDynamics(_Module(), (2,)), solver)
     yield Case(MLP(2, (8,)), SolverConfig(name="Tsit5", options={"together": True}))
     yield Case(MLP(2, (8,)), SolverConfig(name="RK4", sensealg="Backprop", memory="checkpoint"))
 
@@ -60,7 +60,8 @@ def exercise(engine: Engine) -> None:
     engine.solvers()
     for case in cases():
         dynamics = case.dynamics.to(case.dtype)
-        z0 = torch.linspace(-1, 1, 3 * dynamics.dim, dtype=case.dtype).reshape(3, *dynamics.event_shape)
+        dim = math.prod(dynamics.event_shape)
+        z0 = torch.linspace(-1, 1, 3 * dim, dtype=case.dtype).reshape(3, *dynamics.event_shape)
         c = torch.ones(3, dynamics.context_dim, dtype=case.dtype) if dynamics.context_dim else None
         probes = Probes.exact(z0) if case.exact else Probes.draw(z0, generator=torch.Generator().manual_seed(0))
         found = engine.integrate(dynamics, z0.requires_grad_(), probes, (0.0, 1.0), case.solver, context=c)
@@ -78,4 +79,4 @@ class _Module(nn.Module):
         self.linear = nn.Linear(2, 2)
 
     def forward(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.linear(z)) * (1 + t)
+        return torch.tanh(self.linear(z)) * (1 + t[:, None])
