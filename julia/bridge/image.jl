@@ -8,7 +8,7 @@
 
 import Pkg, TOML
 
-const PACKAGE_COMPILER = (name="PackageCompiler", uuid="9b87118b-4619-50d2-8e1e-99f35a4d4d9d", version="2.2")
+const PACKAGE_COMPILER = (name="PackageCompiler", uuid="9b87118b-4619-50d2-8e1e-99f35a4d4d9d", version="2")
 
 const BRIDGE = @__DIR__
 const SOURCES = dirname(BRIDGE)
