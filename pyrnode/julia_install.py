@@ -117,7 +117,7 @@ def _build_image(found: JuliaStatus, *, quiet: bool) -> None:
         needed = f"it needs {_SPACE_IMAGE / _GIB:.0f} GiB"
         raise _FailedError(f"{folder} has {free / _GIB:.1f} GiB of free space, and {needed}")
     if not quiet:
-        print("Building the system image, which makes Julia start in seconds; --no-sysimage does without", flush=True)
+        print("Building the system image, from which Julia starts faster; --no-sysimage does without", flush=True)
     with tempfile.TemporaryDirectory(prefix="image-", dir=folder) as scratch:
         statements, made = Path(scratch, "statements.jl"), Path(scratch, f"image{julia_image.SUFFIX}")
         recorded = {"PYTHON_JULIACALL_TRACE_COMPILE": str(statements), "PYTHON_JULIACALL_THREADS": "2"}

@@ -144,7 +144,7 @@ def _call(function: Any, *args: Any) -> Any:
 class JuliaEngine(Engine):
     """Any solver of OrdinaryDiffEq and adjoint of SciMLSensitivity, on a CPU or an NVIDIA GPU.
 
-    Julia starts with the first solve, not before: in seconds from the system image (`julia_image`), else more slowly.
+    Julia starts with the first solve, not before; faster from the system image (`julia_image`) than without.
     """
 
     name = "julia"
