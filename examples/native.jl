@@ -1,19 +1,21 @@
-# A density trained in Julia alone: RNODELayer with Lux, Zygote and Optimisers, no Python.
+# A density trained in Julia alone, from a layer of Lux to a file: no Python (docs/julia_package.md).
 #
 #     julia --project=PROJECT --threads=2 examples/native.jl [--quick]
 #
-# PROJECT is a Julia project that has the package RNODE (docs/julia_package.md), or what it needs; `pyrnode doctor` names the one that
-# pyrnode uses. `fit(RNODELayer, X)` does in one call what is written out here.
+# PROJECT is a Julia project with the package RNODE (`pkg> dev julia`, in a checkout), or with what it needs: `pyrnode doctor` names
+# the one that pyrnode uses.
 #
-# Learns a ring of eight Gaussians, whose density is known, and prints the loss of the paper before and after, the gap to
-# the truth, and that the layer, `integrate` and a quadrature over the plane agree.
+# Learns a ring of eight Gaussians, whose density is known: with the training written out, in Lux's way, and with `fit` in one call.
+# Prints the loss of the paper before and after, the gaps to the truth, and that the layer, `integrate`, the distribution, its file and
+# a quadrature over the plane agree.
 
-push!(LOAD_PATH, joinpath(@__DIR__, "..", "julia"))  # the package RNODE; not needed where the project has it (docs/julia_package.md)
+push!(LOAD_PATH, joinpath(@__DIR__, "..", "julia"))  # the package RNODE, for a project that has only what it needs
 
 using Lux, Random, RNODE, Zygote
 using LinearAlgebra: BLAS
 using Lux: Optimisers
 using Printf: @printf
+using RNODE.Distributions: fit, logpdf  # in a project of your own that has it: using Distributions
 
 BLAS.set_num_threads(1)  # RNODE splits a batch over Julia's threads; BLAS's own would get in their way
 
@@ -60,10 +62,11 @@ function main(steps)
     @printf("loss before %.4f, after %d steps %.4f nats per dimension (%.1f s with compilation)\n",
         before, steps, after, seconds)
 
-    # Scored with another, accurate solver than that of training.
-    accurate = RNODELayer(DYNAMICS; solver=Solver("DP5"; rtol=1e-6, atol=1e-6, together=true), exact=true)
-    logpdf(x) = first(accurate(x, ps, st)).logp
-    @printf("gap to the true density %.4f nats per sample\n", sum(true_logpdf(test) - logpdf(test)) / size(test, 2))
+    # A distribution of Distributions.jl, which scores with another, accurate solver than that of training.
+    accurate = Solver("DP5"; rtol=1e-6, atol=1e-6, together=true)
+    d = RNODEDistribution(RNODELayer(DYNAMICS; solver=accurate), ps)
+    gap(d) = sum(true_logpdf(test) - logpdf(d, test)) / size(test, 2)
+    @printf("gap to the true density %.4f nats per sample\n", gap(d))
 
     # The layer is `integrate` with the probes of its own generator.
     noisy = RNODELayer(DYNAMICS; solver=LAYER.solver)
@@ -74,14 +77,22 @@ function main(steps)
     difference = maximum(maximum(abs.(a - b)) for (a, b) in ((out.logp, logp), (out.E, solution.E), (out.n, solution.n)))
     @printf("layer and integrate differ by at most %.1e; %d evaluations of f a sample\n", difference, solution.stats.nfe)
 
-    # A density integrates to one; samples are base points carried back.
+    # A density integrates to one; samples are base points carried back, and lead to them again.
     axis = range(-4.0f0, 4.0f0; length=121)
     grid = Float32[(x, y)[i] for i in 1:2, (x, y) in vec(collect(Iterators.product(axis, axis)))]
-    @printf("integral over the plane %.5f\n", sum(exp, logpdf(grid)) * step(axis)^2)
-    z = randn(rng, Float32, 2, 1000)
-    x = RNODE.generate(accurate, ps, z)
-    again = integrate(DYNAMICS, ps.θ, x, nothing, (0.0, 1.0), accurate.solver).z
-    @printf("1000 samples and back: at most %.1e from where they came\n", maximum(abs, again - z))
+    @printf("integral over the plane %.5f\n", sum(exp, logpdf(d, grid)) * step(axis)^2)
+    x = rand(rng, d, 1000)
+    z = integrate(DYNAMICS, ps.θ, x, nothing, (0.0, 1.0), accurate).z
+    again = integrate(DYNAMICS, ps.θ, z, nothing, (1.0, 0.0), accurate).z
+    @printf("1000 samples to the base and back: at most %.1e from where they came\n", maximum(abs, again - x))
+
+    # A file, which Python reads too: pyrnode.load("ring.safetensors").
+    loaded = load_flow(save_flow(joinpath(mktempdir(), "ring.safetensors"), d); solver=accurate)
+    @printf("read from its file, its log-densities differ by at most %.1e\n", maximum(abs, logpdf(loaded, test) - logpdf(d, test)))
+
+    # All of the training in one call, on 5,000 samples instead of new ones in every step.
+    fitted = fit(RNODELayer, draw(rng, 5000); dynamics=DYNAMICS, steps, solver=LAYER.solver, kinetic=λ_K, jacobian=λ_J, rng)
+    @printf("gap of fit(RNODELayer, X) %.4f nats per sample\n", gap(fitted))
     return nothing
 end
 

@@ -23,11 +23,12 @@ from typing import Literal
 
 import torch
 
-from pyrnode import distributed, julia_setup, native
+from pyrnode import distributed, julia_image, julia_setup, native
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import World
 from pyrnode.errors import ConfigError
 from pyrnode.julia_setup import JuliaStatus
+from pyrnode.julia_times import words
 from pyrnode.native import pointwise
 from pyrnode.progress import stages
 
@@ -210,6 +211,7 @@ def _julia() -> list[Check]:
     return [
         Check("Julia", "ok", found.detail),
         _julia_packages(found),
+        _julia_image(found),
         _julia_cuda(found),
         _julia_threads(),
         _julia_openssl(),
@@ -221,6 +223,22 @@ def _julia_packages(found: JuliaStatus) -> Check:
     gpu = julia_setup.needs(gpu=True)
     versions = ", ".join(f"{name} {version}" for name, version in found.packages.items() if name not in gpu)
     return Check("Julia packages", "ok", f"{versions}; juliacall {found.juliacall}")
+
+
+def _julia_image(found: JuliaStatus) -> Check:
+    """The system image that Julia starts from: which, of what age, and whether it is loaded."""
+    named, name = julia_setup.option("sysimage"), "Julia image"
+    if named is not None:
+        return Check(name, "ok", f"PYTHON_JULIACALL_SYSIMAGE = {named}, which is not looked at")
+    image = julia_image.find(found)
+    if image is None:
+        detail = "no system image: Julia starts slowly, and compiles each solver on its first use"
+        return Check(name, "note", detail, julia_setup.INSTALL)
+    if image.stale is not None:
+        detail = f"{image.path}, {image.age}, is stale and not loaded: {image.stale}"
+        return Check(name, "note", detail, julia_setup.INSTALL)
+    size = image.path.stat().st_size / 2**20
+    return Check(name, "ok", f"{image.path}, {image.age}, {size:.0f} MB, built in {words(image.seconds)}")
 
 
 def _julia_cuda(found: JuliaStatus) -> Check:

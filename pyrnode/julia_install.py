@@ -1,7 +1,7 @@
 """``pyrnode install-julia``: has juliapkg install Julia and its packages, compiles them, and tests the result.
 
-juliapkg runs in a process of its own: it reads its variables once, when it is imported, and what it and Julia print is
-passed on as it comes, without the stacks.
+Then it has PackageCompiler build the system image (`julia_image`). juliapkg and Julia run in processes of their own:
+juliapkg reads its variables once, when it is imported. What they print is passed on as it comes, without the stacks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from pyrnode import julia_setup
+from pyrnode import julia_image, julia_setup
 from pyrnode.errors import EngineUnavailableError
+from pyrnode.julia_setup import JuliaStatus
+from pyrnode.julia_times import Times, usually
 from pyrnode.progress import progress_bar
 
 _RESOLVE = """
@@ -36,9 +40,17 @@ from pyrnode.engines.julia import self_test
 print(self_test())
 """
 
+_EXERCISE = """
+import json, sys
+sys.path[:], = json.loads(sys.argv[1])
+from pyrnode.engines.julia import JuliaEngine
+from pyrnode.engines.julia_workload import exercise
+exercise(JuliaEngine())
+"""
+
 _GIB = 2**30
-_SPACE, _SPACE_CUDA = 3 * _GIB, 8 * _GIB
-"""What Julia, its packages, their binaries and compiled code take at least."""
+_SPACE, _SPACE_CUDA, _SPACE_IMAGE = 3 * _GIB, 8 * _GIB, 3 * _GIB
+"""What Julia, its packages, their binaries and compiled code take at least; and the image while it is built."""
 
 _NO_NETWORK = re.compile(
     r"could not resolve|name or service not known|name resolution|nodename nor servname|network is unreachable|"
@@ -48,14 +60,16 @@ _NO_NETWORK = re.compile(
 _NO_SPACE = re.compile(r"no space left|ENOSPC|quota exceeded", re.IGNORECASE)
 
 
-def install(*, cuda: bool = False, quiet: bool = False) -> None:
-    """Installs Julia and the engine's packages, and runs its self-test; prints what it does as it goes.
+def install(*, cuda: bool = False, sysimage: bool = True, quiet: bool = False) -> None:
+    """Installs Julia and the engine's packages, builds its system image, and runs its self-test.
 
-    What is already there stays as it is and needs no network. Nothing is installed into a Julia project that the user
-    has named: the error has the command that does.
+    It prints what it does as it goes. What is already there stays as it is and needs no network. Nothing is installed
+    into a Julia project that the user has named: the error has the command that does. An image that cannot be built is
+    a note, and the engine works without.
 
     Args:
         cuda: Also the packages for a GPU.
+        sysimage: Build the system image where there is none, or a stale one; else remove the one that there is.
         quiet: Print the self-test's result alone.
 
     Raises:
@@ -74,16 +88,58 @@ def install(*, cuda: bool = False, quiet: bool = False) -> None:
         julia_setup.status.cache_clear()
         found = julia_setup.require()
     if not quiet:
-        print(f"{found.detail}\nCompiling and testing; the first time takes minutes", flush=True)
+        print(f"{found.detail}\nCompiling and testing", flush=True)
+    if not sysimage:
+        julia_image.remove(found)
+    fresh = julia_image.usable(found) is not None
     try:
-        lines = _python(_SELF_TEST, [sys.path], "install-julia: test", quiet=quiet)
+        lines = _python(_SELF_TEST, [sys.path], "test of the image" if fresh else "test", quiet=quiet)
     except _FailedError as error:
-        raise EngineUnavailableError(f"the Julia engine is installed, but its self-test failed: {error}") from error
+        without = f"; without its system image: {julia_setup.INSTALL} --no-sysimage" if fresh else ""
+        message = f"the Julia engine is installed, but its self-test failed: {error}{without}"
+        raise EngineUnavailableError(message) from error
     if quiet:
         print(lines[-1])
+    if sysimage and not fresh:
+        try:
+            _build_image(found, quiet=quiet)
+        except (_FailedError, OSError) as error:
+            again = f"with {julia_setup.INSTALL} it is tried again"
+            print(f"note: no system image, so the engine starts slowly ({again}): {error}", file=sys.stderr)
 
 
-def _own_julia(found: julia_setup.JuliaStatus, *, cuda: bool) -> EngineUnavailableError:
+def _build_image(found: JuliaStatus, *, quiet: bool) -> None:
+    """Records what the usual solves compile, builds the image of it, and keeps it if the self-test passes with it."""
+    folder = julia_image.folder(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < _SPACE_IMAGE:
+        needed = f"it needs {_SPACE_IMAGE / _GIB:.0f} GiB"
+        raise _FailedError(f"{folder} has {free / _GIB:.1f} GiB of free space, and {needed}")
+    if not quiet:
+        print("Building the system image, from which Julia starts faster; --no-sysimage does without", flush=True)
+    with tempfile.TemporaryDirectory(prefix="image-", dir=folder) as scratch:
+        statements, made = Path(scratch, "statements.jl"), Path(scratch, f"image{julia_image.SUFFIX}")
+        recorded = {"PYTHON_JULIACALL_TRACE_COMPILE": str(statements), "PYTHON_JULIACALL_THREADS": "2"}
+        recorded["PYTHON_JULIACALL_OPTIMIZE"] = "0"  # what is compiled matters here, not how fast it runs
+        _python(_EXERCISE, [sys.path], "what to compile", quiet=quiet, variables=recorded)
+        script = julia_setup.sources() / "bridge" / "image.jl"
+        arguments = [str(julia_image.tools()), str(found.project), str(statements), str(made)]
+        with julia_image.built(found, made):
+            command = [str(found.executable), "--startup-file=no", str(script), *arguments]
+            _run(command, "system image", quiet=quiet, variables=_WITHOUT_CONDA)
+    try:
+        _python(_SELF_TEST, [sys.path], "test of the image", quiet=quiet)
+    except _FailedError as error:
+        julia_image.remove(found)
+        raise _FailedError(f"Julia does not work with it: {error}") from error
+
+
+_WITHOUT_CONDA = {"JULIA_CONDAPKG_BACKEND": "Null", "JULIA_PYTHONCALL_EXE": sys.executable}
+"""PythonCall, in a Julia that Python did not start, would install a Python."""
+
+
+def _own_julia(found: JuliaStatus, *, cuda: bool) -> EngineUnavailableError:
     if found.ready:
         remedy = julia_setup.add_command(found, cuda=True)
         return EngineUnavailableError(f"the Julia project {found.project} lacks the packages for a GPU; run: {remedy}")
@@ -98,9 +154,9 @@ def _install_packages(*, cuda: bool, force: bool, quiet: bool) -> None:
     _check_space(_SPACE_CUDA if cuda else _SPACE)
     packages = julia_setup.needs(gpu=True) if cuda else {}
     if not quiet:
-        print("Installing Julia and its packages; with compilation this takes 10 to 30 minutes", flush=True)
+        print("Installing Julia and its packages; the first time this takes 10 to 30 minutes", flush=True)
     try:
-        _python(_RESOLVE, [sys.path, packages, force], "install-julia: packages", quiet=quiet)
+        _python(_RESOLVE, [sys.path, packages, force], "packages", quiet=quiet)
     except _FailedError as error:
         raise EngineUnavailableError(_explain(str(error))) from error
 
@@ -131,25 +187,34 @@ class _FailedError(Exception):
     """A child process failed; the message is Julia's, or that of the Python exception."""
 
 
-def _python(code: str, argument: object, what: str, *, quiet: bool) -> list[str]:
-    """Runs code in a fresh Python and prints what it prints, except for stacks, above a bar; returns all its lines.
+def _python(
+    code: str, argument: object, what: str, *, quiet: bool, variables: dict[str, str] | None = None
+) -> list[str]:
+    """Runs code in a fresh Python (`_run`); its argument is JSON."""
+    return _run([sys.executable, "-c", code, json.dumps(argument)], what, quiet=quiet, variables=variables)
+
+
+def _run(command: list[str], what: str, *, quiet: bool, variables: dict[str, str] | None = None) -> list[str]:
+    """Runs a program and prints what it prints, except for stacks, above a bar; returns all its lines.
 
     Args:
-        code: The code.
-        argument: Its argument, as JSON.
-        what: What the bar says.
+        command: The program and its arguments.
+        what: What the bar says, beside how long it usually takes.
         quiet: Print nothing.
+        variables: Environment variables besides those that there are.
 
     Raises:
         _FailedError: It ended with another exit code than 0.
     """
     lines: list[str] = []
     stack = failed = False
-    command = [sys.executable, "-c", code, json.dumps(argument)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
+    program = "Python" if command[0] == sys.executable else "Julia"
+    times, begun = Times(julia_setup.depots()[0] / "pyrnode"), time.monotonic()
+    says = f"install-julia: {what}, {usually(times.usual(what))}"
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with (
-        progress_bar(None, what, unit="", show=not quiet, uncounted=True),
+        progress_bar(None, says, unit="", show=not quiet, uncounted=True),
         subprocess.Popen(
             command, stdout=pipe, stderr=both, env=environment, encoding="utf-8", errors="replace"
         ) as child,
@@ -162,7 +227,8 @@ def _python(code: str, argument: object, what: str, *, quiet: bool) -> list[str]
                 tqdm.write(line, end="")
                 sys.stdout.flush()
     if child.returncode != 0:
-        raise _FailedError(_reason(lines) or f"Python ended with exit code {child.returncode}")
+        raise _FailedError(_reason(lines) or f"{program} ended with exit code {child.returncode}")
+    times.add(what, time.monotonic() - begun)
     return lines
 
 

@@ -118,7 +118,7 @@ def needs(*, gpu: bool = False) -> dict[str, Need]:
 # --- where Julia is ---
 
 
-def _option(name: str) -> str | None:
+def option(name: str) -> str | None:
     """An option of juliacall, which takes ``-X juliacall-name=value`` before the environment."""
     value = sys._xoptions.get(f"juliacall-{name.replace('_', '-')}")
     return value if isinstance(value, str) else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
@@ -126,14 +126,14 @@ def _option(name: str) -> str | None:
 
 def is_named() -> bool:
     """Whether the user names an own Julia or project, rightly or wrongly."""
-    return _option("exe") is not None or _option("project") is not None
+    return option("exe") is not None or option("project") is not None
 
 
 def _named() -> tuple[str, str] | None:
     """The executable and the project that the user names, `None` where neither is named."""
     if not is_named():
         return None
-    executable, project = _option("exe"), _option("project")
+    executable, project = option("exe"), option("project")
     if executable is None or project is None:
         given, missing = (_EXE, _PROJECT) if project is None else (_PROJECT, _EXE)
         raise _NotReadyError(f"{given} is set but {missing} is not, and juliacall needs both", f"unset {given}")
@@ -258,14 +258,14 @@ def _check_packages(entries: dict[str, dict[str, Any]], packages: dict[str, str]
         raise _NotReadyError(
             f"in the Julia project {found.project}, " + "; ".join(f"{n} {w}" for n, w in lacks.items())
         )
-    depots = _depots()
+    looked_in = depots()
     for name in bounds:  # an entry without a tree is under development in a folder of its own
-        if "git-tree-sha1" in entries[name] and not any((depot / "packages" / name).is_dir() for depot in depots):
-            looked = " or ".join(map(str, depots))
+        if "git-tree-sha1" in entries[name] and not any((depot / "packages" / name).is_dir() for depot in looked_in):
+            looked = " or ".join(map(str, looked_in))
             raise _NotReadyError(f"the files of {name} are not in {looked}, where Julia will look (JULIA_DEPOT_PATH)")
 
 
-def _depots() -> list[Path]:
+def depots() -> list[Path]:
     """The folders in which Julia, started from this process, looks for packages."""
     listed = os.environ.get("JULIA_DEPOT_PATH", "").split(os.pathsep)
     return [Path(entry).expanduser() if entry else Path.home() / ".julia" for entry in listed]
@@ -332,11 +332,13 @@ def require() -> JuliaStatus:
     return found
 
 
-def prepare_environment(threads: int) -> None:
+def prepare_environment(threads: int, sysimage: Path | None = None) -> None:
     """Sets what juliacall reads when it is imported, except for what the user has set.
 
     Args:
         threads: Threads for Julia, unless ``JULIA_NUM_THREADS`` or ``PYTHON_JULIACALL_THREADS`` says otherwise.
+        sysimage: The system image that Julia starts from, unless ``PYTHON_JULIACALL_SYSIMAGE`` names another; `None`
+            for Julia's own.
 
     Raises:
         EngineUnavailableError: Julia is not ready: to import juliacall now would download it.
@@ -345,6 +347,7 @@ def prepare_environment(threads: int) -> None:
     values = {
         "exe": found.executable,
         "project": found.project,
+        "sysimage": None if sysimage is None else str(sysimage),
         "handle_signals": "yes",  # with more than one thread, Julia's collector stops the others by signals
         "startup_file": "no",
         "autoload_ipython_extension": "no",  # it would redirect Julia's output in every notebook
@@ -352,5 +355,5 @@ def prepare_environment(threads: int) -> None:
     if "JULIA_NUM_THREADS" not in os.environ:
         values["threads"] = str(threads)
     for name, value in values.items():
-        if value is not None and _option(name) is None:
+        if value is not None and option(name) is None:
             os.environ[f"PYTHON_JULIACALL_{name.upper()}"] = value

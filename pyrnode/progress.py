@@ -15,6 +15,10 @@ SECONDS = 2.0
 """How long a bar stands still at most: its clock and the time left go on by themselves."""
 
 
+_SHOWN: list[Any] = []
+"""The bars that are shown now, the innermost last."""
+
+
 def _bar() -> Any:
     """Tqdm's class of bars: the notebook's where one is open that can show it, else that of a terminal.
 
@@ -63,12 +67,32 @@ def progress_bar(
         thread = threading.Thread(target=redraw, name="pyrnode progress", daemon=True)
         if show:
             thread.start()
+            _SHOWN.append(bar)
         try:
             yield bar
         finally:
             ended.set()
             if show:
+                _SHOWN.remove(bar)
                 thread.join()
+
+
+@contextmanager
+def meanwhile(text: str) -> Iterator[None]:
+    """While it lasts, the innermost bar that is shown, if one is, says `text` instead of its own words.
+
+    It is drawn at once: what lets no other thread run, as Julia while it starts and compiles, stops the redrawing too.
+    """
+    bar = _SHOWN[-1] if _SHOWN else None
+    if bar is None:
+        yield
+        return
+    own, bar.delay = bar.desc, 0.0
+    bar.set_description_str(text)
+    try:
+        yield
+    finally:
+        bar.set_description_str(own)
 
 
 @contextmanager

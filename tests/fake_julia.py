@@ -65,6 +65,11 @@ elif "Pkg.add" in sys.argv[-1]:
         sys.exit((here / "error").read_text())
     (project,) = [a.removeprefix("--project=") for a in sys.argv if a.startswith("--project=")]
     shutil.copy(here / "Manifest.toml", project)
+elif sys.argv[-5].endswith("image.jl"):
+    print("PackageCompiler: compiling incremental system image", flush=True)
+    if (here / "image-error").exists():
+        sys.exit((here / "image-error").read_text())
+    Path(sys.argv[-1]).write_bytes(b"image of " + Path(sys.argv[-2]).read_bytes())
 else:
     sys.exit("ERROR: the fake Julia does not know " + sys.argv[-1])
 """
@@ -91,6 +96,10 @@ class FakeJulia:
 
     def version(self, version: str) -> None:
         (self.bin / "version").write_text(version)
+
+    def images(self) -> list[list[str]]:
+        """What was given to the script that builds an image, each time."""
+        return [call[-4:] for call in self.calls() if len(call) > 4 and call[-5].endswith("image.jl")]
 
     def calls(self) -> list[list[str]]:
         """Arguments of every call so far."""

@@ -15,6 +15,7 @@ import warnings
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from pyrnode import doctor, julia_setup, native
+from pyrnode import doctor, julia_image, julia_setup, native
 from pyrnode.doctor import Check, diagnose, format_report
+from pyrnode.julia_image import Image
 from pyrnode.julia_setup import JuliaStatus
 
 pytest.importorskip("juliapkg", reason="juliacall is not installed (the extra `julia`)")
@@ -66,6 +68,8 @@ class Machine:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "juliacall"})
         self.julia(READY)
+        image = Image(self.data("depot", ["image.so"]) / "image.so", datetime.now(UTC), 60.0)
+        monkeypatch.setattr(julia_image, "find", lambda found: image)
         self.kernels(native.Status(True, "compiled by /usr/bin/cc"))
 
     def kernels(self, status: native.Status) -> None:
@@ -138,6 +142,7 @@ def test_a_good_machine(machine: Machine) -> None:
         "h5py": "ok",
         "Julia": "ok",
         "Julia packages": "ok",
+        "Julia image": "ok",
         "CUDA.jl": "ok",
         "Julia threads": "ok",
         "OpenSSL": "ok",

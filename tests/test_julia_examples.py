@@ -49,4 +49,6 @@ def test_in_julia_alone() -> None:
     assert 0 < gap < 0.8
     assert numbers("layer and integrate differ by at most #", done.stdout)[0] < 1e-5
     assert numbers("integral over the plane #", done.stdout)[0] == pytest.approx(1, abs=1e-3)
-    assert numbers("1000 samples and back: at most #", done.stdout)[0] < 1e-3
+    assert numbers("1000 samples to the base and back: at most #", done.stdout)[0] < 1e-3
+    assert numbers("its log-densities differ by at most #", done.stdout)[0] < 1e-6
+    assert 0 < numbers("gap of fit(RNODELayer, X) # nats", done.stdout)[0] < 0.8

@@ -21,6 +21,7 @@ from tests.fake_julia import GPU_VERSIONS, VERSIONS, FakeJulia
 pytest.importorskip("juliapkg", reason="juliacall is not installed (the extra `julia`)")
 
 PASSES = "print('self-test: 1.0 of 1.0')"
+COMPILES = "import os; open(os.environ['PYTHON_JULIACALL_TRACE_COMPILE'], 'w').write('precompile(sin)')"
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def julia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJulia
     fake.of_juliapkg()
     offer(fake, VERSIONS)
     monkeypatch.setattr(julia_install, "_SELF_TEST", PASSES)
+    monkeypatch.setattr(julia_install, "_EXERCISE", COMPILES)
     monkeypatch.syspath_prepend(str(Path(julia_setup.__file__).parents[1]))  # as an installed pyrnode is
     yield fake
     monkeypatch.undo()
@@ -73,7 +75,7 @@ def test_julia_is_installed_tested_and_then_left_alone(julia: FakeJulia, capfd: 
     assert len(scripts(julia)) == 1
     assert capfd.readouterr().out.splitlines() == [
         f"Julia 1.10.8 at {julia.executable} with its packages in {julia.project}",
-        "Compiling and testing; the first time takes minutes",
+        "Compiling and testing",
         "self-test: 1.0 of 1.0",
     ]
 
@@ -96,8 +98,12 @@ def test_cuda_is_added_to_the_same_project(julia: FakeJulia) -> None:
 
 
 def test_the_command_installs(julia: FakeJulia, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["install-julia", "--no-sysimage"]) == 0
+    assert capfd.readouterr().out.endswith("self-test: 1.0 of 1.0\n")
+    assert julia.images() == []
     assert cli.main(["install-julia"]) == 0
     assert capfd.readouterr().out.endswith("self-test: 1.0 of 1.0\n")
+    assert len(julia.images()) == 1
     assert cli.main(["install-julia", "--quiet"]) == 0
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("self-test: 1.0 of 1.0\n", "")
@@ -116,7 +122,10 @@ def test_a_bar_shows_that_julia_is_at_work(
     monkeypatch.setattr(julia_install, "_SELF_TEST", f"import time; time.sleep(0.5); {PASSES}")
     install()
     captured = capfd.readouterr()
-    assert "install-julia: test [00:00]" in captured.err
+    assert "install-julia: test, not measured before [00:00]" in captured.err
+    assert "install-julia: test of the image, not measured before [00:00]" in captured.err
+    install()
+    assert "install-julia: test of the image, usually 1 s [00:00]" in capfd.readouterr().err
     assert "install-julia" not in captured.out
 
 
@@ -223,8 +232,9 @@ def test_an_own_julia_is_tested_and_asked_for_its_gpu_packages(
     gpu = julia_setup.needs(gpu=True)
     assert f'[("LuxCUDA", "{gpu["LuxCUDA"].bounds}"), ("cuDNN", "{gpu["cuDNN"].bounds}")]' in str(raised.value)
     julia.write(VERSIONS | GPU_VERSIONS)
-    install(cuda=True)
-    assert {tuple(call) for call in julia.calls()} == {("--version",)}
+    install(cuda=True, sysimage=False)
+    assert {tuple(call) for call in julia.calls() if len(call) < 5} == {("--version",)}
+    assert len(julia.images()) == 1  # which is no part of the user's project
 
 
 def test_a_failed_self_test_is_an_error_with_its_message(julia: FakeJulia, capfd: pytest.CaptureFixture[str]) -> None:

@@ -201,7 +201,9 @@ LAYERS = (
         "settings",
         "solvers",
         "native",
+        "julia_image",
         "julia_setup",
+        "julia_times",
         "devices",
         "seeds",
         "tracing",
@@ -321,8 +323,19 @@ def loaded_by(folder: str) -> set[str]:
 def test_the_julia_package_has_what_its_sources_load_and_nothing_else() -> None:
     package = tomllib.loads((ROOT / "julia" / "Project.toml").read_text(encoding="utf-8"))
     assert loaded_by("julia/src") == package["deps"].keys()
-    assert loaded_by("julia/bridge") <= package["deps"].keys() | BRIDGE
     assert (package["name"], package["version"]) == ("RNODE", pyrnode.__version__)
+
+
+def test_the_bridge_is_a_package_of_what_its_sources_load() -> None:
+    """So that PackageCompiler can put it into an image; the script for that needs nothing but Julia itself."""
+    bridge = tomllib.loads((ROOT / "julia" / "bridge" / "Project.toml").read_text(encoding="utf-8"))
+    package = tomllib.loads((ROOT / "julia" / "Project.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "Project.toml").read_text(encoding="utf-8"))
+    assert loaded_by("julia/bridge/src") == bridge["deps"].keys() - {"RNODE"}
+    assert bridge["deps"].items() <= project["deps"].items() | {("RNODE", package["uuid"])}
+    assert bridge["deps"].keys() >= BRIDGE
+    assert (bridge["name"], bridge["version"]) == ("RNODEBridge", pyrnode.__version__)
+    assert loaded_by("julia/bridge") == {"Pkg", "PackageCompiler"}
 
 
 def test_the_julia_package_and_the_engines_environment_are_one() -> None:
@@ -343,7 +356,7 @@ def test_julia_scripts_load_only_what_the_julia_project_names(folder: str) -> No
     named = {*julia_setup.needs(), "JLArrays", "Printf", "RNODE"}
     for path in (ROOT / folder).glob("*.jl"):
         lines = re.findall(r"^\s*(?:using|import) ([^:\n]*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert {name.strip() for line in lines for name in line.split(",")} <= named, path
+        assert {name.strip().partition(".")[0] for line in lines for name in line.split(",")} <= named, path
 
 
 @pytest.mark.parametrize("versions", [VERSIONS | GPU_VERSIONS, NEWEST], ids=["tested", "newest"])

@@ -56,8 +56,7 @@ def _solvers(args: argparse.Namespace) -> int:
     for name in asked:
         engine = engines.create(name)
         keys = ("order", "kind", "package", "description", "use", "fault")
-        what = "starting Julia to ask it, which takes about 15 s" if name == "julia" else "solvers"
-        with progress_bar(None, what, unit="", show=talks(args), uncounted=True, delay=SECONDS):
+        with progress_bar(None, "solvers", unit="", show=talks(args), uncounted=True, delay=SECONDS):
             found, texts = engine.solvers(), engine.sensitivities()
         rows += [{"name": s.name, "engine": name} | {key: getattr(s, key) for key in keys} for s in found]
         for algorithm, text in texts.items():
@@ -89,7 +88,7 @@ def _print_solvers(rows: list[dict[str, Any]], sensitivities: dict[str, dict[str
 
 
 def _install_julia(args: argparse.Namespace) -> int:
-    julia_install.install(cuda=args.cuda, quiet=args.quiet)
+    julia_install.install(cuda=args.cuda, sysimage=args.sysimage, quiet=args.quiet)
     return 0
 
 
@@ -146,14 +145,18 @@ def _presets_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _solvers_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine", choices=["torch", "julia"], help="only its solvers (Julia's: about 15 s to start it)"
-    )
+    parser.add_argument("--engine", choices=["torch", "julia"], help="only its solvers (for Julia's it is started)")
     output_arguments(parser)
 
 
 def _install_julia_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda", action="store_true", help="also the Julia packages for NVIDIA GPUs")
+    parser.add_argument(
+        "--no-sysimage",
+        dest="sysimage",
+        action="store_false",
+        help="build no system image, and remove what there is",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, and of Julia's words the result alone")
 
 

@@ -9,10 +9,12 @@ them until the score is the solver's alone. So training asks often whether a sol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from pyrnode.config import SolverConfig
+from pyrnode.engines import Engine
+from pyrnode.progress import SECONDS, progress_bar
 
 _HALVINGS = 6
 """How often the step is halved at most for the sake of the tolerance: 64 steps a block."""
@@ -25,6 +27,13 @@ _MARGIN, _CALM = 0.2, 8
 
 Differ = Callable[[SolverConfig, SolverConfig], float]
 """How far two solvers' log-densities are apart, nats per dimension."""
+
+
+def check_solvers(engine: Engine, solvers: Iterable[SolverConfig], *, show: bool) -> None:
+    """Has the engine look at the solvers of a run before it begins, which starts Julia; a bar, if that takes long."""
+    with progress_bar(None, "solvers", unit="", show=show, uncounted=True, delay=SECONDS):
+        for solver in solvers:
+            engine.check(solver)
 
 
 class Ladder:

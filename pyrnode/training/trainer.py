@@ -34,7 +34,7 @@ from pyrnode.training.coarse import settled
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
 from pyrnode.training.journal import Journal, beside_the_bar, signals_call
-from pyrnode.training.ladder import EVERY, Ladder
+from pyrnode.training.ladder import EVERY, Ladder, check_solvers
 from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
@@ -83,8 +83,7 @@ class Trainer:
         self.order = Order.of(len(splits.train), config.training.batch_size, config.seed, world)
         solver = config.solver.computing_in(world.once(lambda: settled(self.flow, config, self.order.here)))
         self.ladder = Ladder(solver, config.flow.end_time, config.training.tolerance)
-        for solver in (self.solver, config.evaluation.solver):
-            self.flow.engine.check(solver)
+        check_solvers(self.flow.engine, (self.solver, config.evaluation.solver), show=self.progress)
         if config.penalties.hjb:
             for block in self.flow.blocks:
                 check_potential(block.dynamics)

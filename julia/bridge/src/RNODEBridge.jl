@@ -8,6 +8,23 @@ module RNODEBridge
 # It is small, and precompiling it would start a Python of its own.
 __precompile__(false)
 
+"""
+Tells PythonCall of the Python that it is in, where it starts with Julia itself, out of a system image: before juliacall can tell it.
+Newer ones read the variable themselves (JuliaPy/PythonCall.jl#781). It stands before `using PythonCall`, since modules start in the
+order in which they were made.
+"""
+module Embedding
+
+const VARIABLE = "__JULIA_PYTHONCALL_EMBEDDED_LIBPTR__"
+
+function __init__()
+    haskey(ENV, VARIABLE) && !isdefined(Main, :__PythonCall_libptr) || return nothing
+    Core.eval(Main, :(global __PythonCall_libptr = Ptr{Cvoid}($(parse(UInt, ENV[VARIABLE])))))
+    return nothing
+end
+
+end
+
 using LinearAlgebra: BLAS
 using PythonCall: C, PythonCall, Py, PyException, getptr, pybuiltins, pyconvert
 using DLPack: DLPack
@@ -223,8 +240,12 @@ original(e) = nothing
 function start()
     Threads.nthreads() > 1 && BLAS.set_num_threads(1)  # a batch is split over them, and each multiplies matrices of its own
     CHECK_SIGNALS[] = Base.Libc.Libdl.dlsym(C.python_library_handle(), :PyErr_CheckSignals)
+    Base.cumulative_compile_timing(true)
     return nothing
 end
+
+"Seconds that Julia has compiled for since it was started."
+compile_seconds() = first(Base.cumulative_compile_time_ns()) / 1e9
 
 "Bytes of the objects that are left when the collector has run."
 live_bytes() = (GC.gc(); Base.gc_live_bytes())
