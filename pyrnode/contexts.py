@@ -1,4 +1,7 @@
-"""The contexts of a batch in which samples share them: each is conditioned and embedded once, and copied for nobody."""
+"""The contexts of a batch in which samples share them: each is conditioned and embedded once, and copied for nobody.
+
+Of a flow with an embedding a context has any shape, ``(*shape)``; of all others it is a vector, ``(m,)``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class Contexts:
     """Some contexts, and which of them each sample has.
 
     Attributes:
-        values: The contexts, ``(b, m)``.
+        values: The contexts, ``(b, m)``, or ``(b, *shape)`` before they are embedded.
         rows: The row of each sample's, ``(batch,)``.
     """
 
@@ -23,16 +26,16 @@ class Contexts:
     rows: Tensor
 
     @classmethod
-    def of(cls, context: Tensor, lead: tuple[int, ...]) -> Self:
-        """Contexts ``(..., m)``, broadcast with samples of the shape ``(*lead, ...)``, which are then flattened."""
-        shape, values = context.shape[:-1], context.reshape(-1, context.shape[-1])
-        rows = torch.arange(len(values), device=values.device).reshape(shape)
+    def of(cls, context: Tensor, lead: tuple[int, ...], shape: tuple[int, ...]) -> Self:
+        """Contexts ``(..., *shape)``, broadcast with samples of the shape ``(*lead, ...)``, which are flattened."""
+        batch, values = context.shape[: context.ndim - len(shape)], context.reshape(-1, *shape)
+        rows = torch.arange(len(values), device=values.device).reshape(batch)
         return cls(values, rows.expand(lead).reshape(-1))
 
     @classmethod
-    def repeated(cls, context: Tensor, times: int) -> Self:
-        """Contexts ``(m,)`` or ``(b, m)``, each for so many samples that follow one another."""
-        values = context.reshape(-1, context.shape[-1])
+    def repeated(cls, context: Tensor, times: int, shape: tuple[int, ...]) -> Self:
+        """Contexts ``(*shape)`` or ``(b, *shape)``, each for so many samples that follow one another."""
+        values = context.reshape(-1, *shape)
         return cls(values, torch.arange(len(values), device=values.device).repeat_interleave(times))
 
     def __len__(self) -> int:
@@ -43,12 +46,12 @@ class Contexts:
         used, rows = self.rows[samples].unique(return_inverse=True)
         return Contexts(self.values[used], rows)
 
-    def repeat(self, times: int, _features: int = 1) -> Contexts:
+    def repeat(self, times: int, *_features: int) -> Contexts:
         """As `Tensor.repeat`: those of the batch, and again."""
         return Contexts(self.values, self.rows.repeat(times))
 
     def whole(self) -> Tensor:
-        """One for each sample, ``(batch, m)``."""
+        """One for each sample, ``(batch, m)`` or ``(batch, *shape)``."""
         return self.values[self.rows]
 
 

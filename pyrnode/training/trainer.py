@@ -22,6 +22,7 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import World, alone
+from pyrnode.embedding import Given, check_dividable
 from pyrnode.engines.base import check_potential
 from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
@@ -52,6 +53,7 @@ class Trainer:
         splits: Data.
         folder: Where to write; `None` writes nothing.
         dynamics: The user's own dynamics by event shape.
+        embedding: The user's network between contexts and blocks.
         progress: Show a progress bar.
         world: The processes that train it together; the first of them writes and prints.
         callbacks: What is told how training goes, in the first process.
@@ -64,19 +66,21 @@ class Trainer:
         folder: RunFolder | None,
         *,
         dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
+        embedding: Given | None = None,
         progress: bool = True,
         world: World = alone,
         callbacks: Callback | Iterable[Callback] = (),
     ) -> None:
         told = Callbacks(callbacks)
-        boards = _check_outputs(config, folder, dynamics)
+        self.blueprint = Blueprint(splits, dynamics, embedding)
+        boards = _check_outputs(config, folder, self.blueprint)
         self.callbacks = Callbacks((*told, *boards)) if world.first else Callbacks()
         self.config, self.splits, self.folder, self.world = config, splits, folder, world
         self.progress = progress and world.first
         self.device = resolve_device(config.device)
-        self.blueprint = Blueprint(splits, dynamics)
         self.flow = self.blueprint.fitted(config, world).to(self.device)
         if world.size > 1:  # dynamics of the user's own, and another machine's algebra, may begin otherwise
+            check_dividable(self.flow.embedding)
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
         self.ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
@@ -96,8 +100,15 @@ class Trainer:
         self._snapshot = self.state.capture()
         self._stop, self._enough, self._signals, self._saved = False, False, list[int](), 0.0
         self._late: list[str] = []
+        if folder is not None and embedding is not None and not self.blueprint.saved:
+            self._late.append(
+                "the run has no model file: its embedding was given as a module, or by what has no name, or settings "
+                "that are no plain values; give a function or class at the top level of a module (docs/conditional.md)"
+            )
         self._begun_with: Origin | None = None
         self.say: Callable[[str], None] = lambda note: self._tell(f"note: {note}")
+        for note in self._late:
+            self.say(note)
 
     @property
     def solver(self) -> SolverConfig:
@@ -229,6 +240,8 @@ class Trainer:
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
 
+        state.begin()
+
         def compute() -> tuple[Objective, Passage]:
             return loss(self.flow, batch, self._settled, self.solver, step)
 
@@ -247,7 +260,7 @@ class Trainer:
             self._save()
             if ends:
                 return None
-        state.optimizer.step()
+        state.take()
         state.progress.step = step + 1
         state.progress.work += batch.total * self._price * (taken.nfe + 2 * taken.nfe_backward)
         state.add_to_average(step)
@@ -357,7 +370,7 @@ class Trainer:
 
     def _write_to(self, folder: RunFolder, snapshot: Snapshot) -> None:
         self.journal.flush()
-        if self.blueprint.make is None:
+        if self.blueprint.saved:
             self.best_flow().save(folder.model)
         snapshot.write(folder.checkpoint, self._origin())
 
@@ -436,14 +449,15 @@ def _wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str
     )
 
 
-def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -> list[Callback]:
+def _check_outputs(config: Config, folder: RunFolder | None, blueprint: Blueprint) -> list[Callback]:
     """The callbacks that settings ask for; a `ConfigError` where what is to be written has no place, or cannot be."""
     boards = list[Callback]()
     if config.training.tensorboard:
         if folder is None:
             raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
         boards.append(TensorBoard(folder.path / "tensorboard"))
-    if config.training.snapshots and (folder is None or dynamics is not None):
-        need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
+    if config.training.snapshots and (folder is None or not blueprint.saved):
+        need = "pyrnode's own dynamics, and embeddings with a name: others are not saved"
+        need = "out=, the folder to write to" if folder is None else need
         raise ConfigError(f"training.snapshots = true needs {need}")
     return boards

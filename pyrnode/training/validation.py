@@ -14,6 +14,7 @@ from pyrnode.composition import Composition, Passage
 from pyrnode.config import Config, Divergence, SolverConfig
 from pyrnode.data import Batch, Samples
 from pyrnode.distributed import World, alone
+from pyrnode.embedding import evaluating
 from pyrnode.errors import SolverError
 from pyrnode.seeds import generator
 from pyrnode.training.step import estimator
@@ -133,7 +134,8 @@ class Validation:
         if not len(batch):
             return torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0
         try:
-            passage = self._passage(batch, number, solver, divergence)
+            with evaluating(self._flow.embedding):
+                passage = self._passage(batch, number, solver, divergence)
         except SolverError:
             return torch.full((len(batch),), -math.inf, dtype=torch.float64, device="cpu"), 0.0
         cost = passage.nfe * len(batch) * price(divergence, self._flow.dim)
