@@ -32,9 +32,9 @@ def save(flow: Composition, config: Config, path: str | Path) -> None:
     if embedding is not None and embedding.origin is None:
         raise ConfigError(
             "a flow whose embedding was given as a module, by a lambda, or with settings that are no plain values "
-            "cannot be rebuilt from a file: give a function or class at the top level of a module, functools.partial for "
-            "its settings; or save flow.state_dict() with torch, and build the flow with Flow.build(config, event_shape, "
-            "embedding=..., context_shape=...) to load it"
+            "cannot be rebuilt from a file: give a function or class at the top level of a module, functools.partial "
+            "for its settings; or save flow.state_dict() with torch, and build the flow with Flow.build(config, "
+            "event_shape, embedding=..., context_shape=...) to load it"
         )
     description = {
         "config": config.to_dict(),

@@ -95,7 +95,7 @@ class Recipe:
             raise ConfigError(
                 f"{path} has an embedding, whose code is not in the file. It was made by {name} with "
                 f"{shown(settings)}: load it with embedding= that function or class (in Python), or its name "
-                "'module:function', which is then imported; embedding MODULE:FUNCTION on the command line"
+                "'module:function', which is then imported (of pyrnode sample and export: --embedding)"
             )
         if isinstance(embedding, nn.Module | functools.partial):
             raise ConfigError(

@@ -54,10 +54,11 @@ class Blueprint:
         self,
         splits: Splits,
         dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
-        embedding: Given | None = None,
+        embedding: Given | Recipe | None = None,
     ) -> None:
         self._splits, self._data_dtype, self._dynamics = splits, _data_dtype(splits), dynamics
-        self._recipe = None if embedding is None else Recipe.of(embedding)
+        made = embedding is None or isinstance(embedding, Recipe)
+        self._recipe = cast(Recipe | None, embedding) if made else Recipe.of(cast(Given, embedding))
         self._width: int | None = None
         self.saved = dynamics is None and (self._recipe is None or self._recipe.described() is not None)
         shape = splits.context_shape
