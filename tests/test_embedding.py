@@ -21,7 +21,7 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.contexts import Contexts
 from pyrnode.data import load
 from pyrnode.distribution import FlowDistribution
-from pyrnode.embedding import Embedding, Recipe
+from pyrnode.embedding import Embedding, Recipe, check_dividable
 from pyrnode.errors import CheckpointError, ConfigError, DataError
 from pyrnode.export import to_torch
 from pyrnode.files import read, write
@@ -484,6 +484,13 @@ def test_what_cannot_be_an_embedding(embedding: Any, context: tuple[int, ...] | 
     c = None if context is None else torch.randn(50, *context, generator=torch.Generator().manual_seed(0))
     with pytest.raises((ConfigError, DataError), match=message):
         pyrnode.train(x, context=c, embedding=embedding, **SETTINGS, **QUIET)
+
+
+def test_what_depends_on_how_a_batch_is_divided_is_for_one_process() -> None:
+    check_dividable(build().embedding)
+    check_dividable(None)
+    with pytest.raises(ConfigError, match=r"network\.1 normalises by the batch, .* take nn.GroupNorm or nn.LayerNorm"):
+        check_dividable(build(functools.partial(convolutional, normalised=True)).embedding)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
