@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.config import CHUNK, Divergence, Precision, SolverConfig
-from pyrnode.contexts import Contexts
+from pyrnode.contexts import Contexts, check_context
 from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.data.frames import Names, columns_of
 from pyrnode.devices import upload
@@ -102,37 +102,6 @@ class Passage:
     @property
     def _solves(self) -> int:
         return 1 if self.turns is None else len(self.turns)
-
-
-def check_context(context: Tensor | None, shape: tuple[int, ...], batch: int | None) -> None:
-    """Checks the context that a flow is given.
-
-    Args:
-        context: ``(batch, *shape)`` or ``(*shape)``; `None` for an unconditional flow.
-        shape: Shape of one context (`Composition.context_shape`).
-        batch: Number of samples; `None` for any.
-
-    Raises:
-        DataError: It is missing, superfluous, no tensor, or of the wrong shape.
-    """
-    if shape == (0,):
-        if context is not None:
-            raise DataError("this flow is unconditional (it was trained without a context): leave the context out")
-        return
-    each = ", ".join(map(str, shape))
-    wanted = f"{shape} for one that all samples share, or ({'n' if batch is None else batch}, {each}) for each its own"
-    if context is None:
-        on = f"{shape[0]} features" if len(shape) == 1 else f"contexts of shape {shape}"
-        raise DataError(f"this flow is conditional on {on}: pass their values as context, {wanted}")
-    if not isinstance(context, Tensor):
-        raise DataError(f"context of type {type(context).__name__}: expected a torch tensor, {wanted}")
-    given, one = tuple(context.shape), context.ndim == len(shape)
-    own = given[1:] == shape and (batch is None or given[0] == batch)
-    if given != shape if one else not own:
-        feature = shape == (1,)
-        remedy = "; for one feature, pass context[:, None]" if feature and context.ndim == 1 else ""
-        remedy = "; of one number, pass [context]" if context.ndim == 0 and feature else remedy
-        raise DataError(f"context of shape {given}: expected {wanted}{remedy}")
 
 
 class Composition(nn.Module):

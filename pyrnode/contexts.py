@@ -12,6 +12,8 @@ from typing import Self, TypeVar, cast
 import torch
 from torch import Tensor
 
+from pyrnode.errors import DataError
+
 
 @dataclass(frozen=True)
 class Contexts:
@@ -53,6 +55,37 @@ class Contexts:
     def whole(self) -> Tensor:
         """One for each sample, ``(batch, m)`` or ``(batch, *shape)``."""
         return self.values[self.rows]
+
+
+def check_context(context: Tensor | None, shape: tuple[int, ...], batch: int | None) -> None:
+    """Checks the context that a flow is given.
+
+    Args:
+        context: ``(batch, *shape)`` or ``(*shape)``; `None` for an unconditional flow.
+        shape: Shape of one context (`Composition.context_shape`).
+        batch: Number of samples; `None` for any.
+
+    Raises:
+        DataError: It is missing, superfluous, no tensor, or of the wrong shape.
+    """
+    if shape == (0,):
+        if context is not None:
+            raise DataError("this flow is unconditional (it was trained without a context): leave the context out")
+        return
+    each = ", ".join(map(str, shape))
+    wanted = f"{shape} for one that all samples share, or ({'n' if batch is None else batch}, {each}) for each its own"
+    if context is None:
+        on = f"{shape[0]} features" if len(shape) == 1 else f"contexts of shape {shape}"
+        raise DataError(f"this flow is conditional on {on}: pass their values as context, {wanted}")
+    if not isinstance(context, Tensor):
+        raise DataError(f"context of type {type(context).__name__}: expected a torch tensor, {wanted}")
+    given, one = tuple(context.shape), context.ndim == len(shape)
+    own = given[1:] == shape and (batch is None or given[0] == batch)
+    if given != shape if one else not own:
+        feature = shape == (1,)
+        remedy = "; for one feature, pass context[:, None]" if feature and context.ndim == 1 else ""
+        remedy = "; of one number, pass [context]" if context.ndim == 0 and feature else remedy
+        raise DataError(f"context of shape {given}: expected {wanted}{remedy}")
 
 
 C = TypeVar("C", bound=Tensor | Contexts | None)

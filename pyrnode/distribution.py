@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints, register_kl
 
 from pyrnode.bounded import Bounded
-from pyrnode.composition import Composition, check_context
+from pyrnode.composition import Composition
 from pyrnode.config import DivergenceLike, SolverLike
-from pyrnode.contexts import Contexts, chunked
+from pyrnode.contexts import Contexts, check_context, chunked
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.probes import SampleNoise

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pyrnode import seeds, solvers
 from pyrnode.bounded import check_within
-from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
+from pyrnode.contexts import check_context
 from pyrnode.data import Batch, MappedSamples, Samples, Splits, TensorSamples, load, support
 from pyrnode.data.arrays import numbers
 from pyrnode.data.frames import columns_of, is_frame

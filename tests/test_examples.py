@@ -49,8 +49,8 @@ def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "runs/digits/samples.png").stat().st_size > 1000
 
 
-# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below; exported_flow.py is what three share, and
-# embeddings.py what two do.
+# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below; exported_flow.py is what three share,
+# and embeddings.py what two do.
 ELSEWHERE = {
     "julia_engine.py",
     "inside_sbi.py",

@@ -191,7 +191,7 @@ LAYERS = (
     ("composition", "parts", "turns"),
     ("engines",),
     ("probes", "files", "contexts"),
-    ("data", "dynamics", "radial", "edges", "transforms", "bounded"),
+    ("data", "dynamics", "radial", "edges", "transforms", "bounded", "embedding"),
     (
         "config",
         "architecture",

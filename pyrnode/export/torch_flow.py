@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode import solvers
-from pyrnode.composition import Composition, Passage, check_context
+from pyrnode.composition import Composition, Passage
 from pyrnode.config import Divergence, DivergenceLike, SolverConfig, SolverLike
-from pyrnode.contexts import Contexts
+from pyrnode.contexts import Contexts, check_context
 from pyrnode.embedding import Embedding
 from pyrnode.engines import Engine, PlainEngine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, DataError

@@ -33,6 +33,11 @@ _HEAVY = 0.1
 """Nats per dimension that drawing in tails must bring the untrained flow: below it, it is many modes that look like
 tails, which are harder to tell apart when they are drawn together (docs/training.md)."""
 
+UNSAVED = (
+    "the run has no model file: its embedding was given as a module, or by what has no name, or settings that are no "
+    "plain values; give a function or class at the top level of a module (docs/conditional.md)"
+)
+
 
 class Blueprint:
     """What flows for some data have in common.

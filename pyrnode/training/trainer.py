@@ -29,7 +29,7 @@ from pyrnode.flow import Flow
 from pyrnode.objective import Objective
 from pyrnode.optimisation import ENDLESS
 from pyrnode.runs import Record, RunFolder
-from pyrnode.training.blueprint import Blueprint
+from pyrnode.training.blueprint import UNSAVED, Blueprint
 from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
@@ -39,7 +39,7 @@ from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
 from pyrnode.training.step import Order, clip, estimator, learning_rate, loss
-from pyrnode.training.validation import Validation, price
+from pyrnode.training.validation import Validation, price, wrong
 
 _SAVED = 50
 """Steps between checkpoints at least, unless their interval is given."""
@@ -99,16 +99,11 @@ class Trainer:
         self._price = price(estimator(self.flow, config.penalties), self.flow.dim)
         self._snapshot = self.state.capture()
         self._stop, self._enough, self._signals, self._saved = False, False, list[int](), 0.0
-        self._late: list[str] = []
-        if folder is not None and embedding is not None and not self.blueprint.saved:
-            self._late.append(
-                "the run has no model file: its embedding was given as a module, or by what has no name, or settings "
-                "that are no plain values; give a function or class at the top level of a module (docs/conditional.md)"
-            )
+        unsaved = folder is not None and embedding is not None and not self.blueprint.saved
+        self._late: list[str] = [UNSAVED] * unsaved
         self._begun_with: Origin | None = None
         self.say: Callable[[str], None] = lambda note: self._tell(f"note: {note}")
-        for note in self._late:
-            self.say(note)
+        list(map(self.say, self._late))
 
     @property
     def solver(self) -> SolverConfig:
@@ -349,7 +344,7 @@ class Trainer:
             if self.ladder.moves and progress.refinement < self.ladder.highest:
                 progress.refinement, progress.calm = progress.refinement + 1, 0
             elif not self.notes:
-                record["note"] = _wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
+                record["note"] = wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
                 self.say(record["note"])
         self.journal.log(record)
         self.callbacks.tell("on_validation", record)
@@ -439,14 +434,6 @@ class Trainer:
         """A line for whoever watches."""
         if self.world.first:
             tqdm.write(text, file=sys.stderr)
-
-
-def _wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str:
-    return (
-        f"at step {step} the training solver, {solver}, is {disagreement:.2g} nats per dimension from the accurate one "
-        f"(tolerance {tolerance:g}): the loss is no longer the density's. The best model is chosen by the accurate "
-        "solver all the same. Remedies: solver='auto', a smaller step_size, larger penalties (kinetic, jacobian)"
-    )
 
 
 def _check_outputs(config: Config, folder: RunFolder | None, blueprint: Blueprint) -> list[Callback]:

@@ -152,3 +152,12 @@ class Validation:
 def price(divergence: Divergence, dim: int) -> float:
     """What an evaluation with that divergence costs, in evaluations with one probe."""
     return 1 + dim / 2 if divergence.exact(dim) else float(divergence.probes or 1)
+
+
+def wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str:
+    """What is said of a training solver that is not right."""
+    return (
+        f"at step {step} the training solver, {solver}, is {disagreement:.2g} nats per dimension from the accurate one "
+        f"(tolerance {tolerance:g}): the loss is no longer the density's. The best model is chosen by the accurate "
+        "solver all the same. Remedies: solver='auto', a smaller step_size, larger penalties (kinetic, jacobian)"
+    )
