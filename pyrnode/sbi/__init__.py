@@ -23,10 +23,11 @@ from pyrnode.config import Config
 from pyrnode.data.samples import MINIMUM, Samples, Splits, TensorSamples
 from pyrnode.embedding import Given, Recipe
 from pyrnode.errors import ConfigError, DataError
+from pyrnode.sbi.checks import Ranks, ranks
 from pyrnode.settings import flatten
 from pyrnode.training.blueprint import Blueprint
 
-__all__ = ["bounds_of", "likelihood", "rnode", "train"]
+__all__ = ["Ranks", "bounds_of", "likelihood", "ranks", "rnode", "train"]
 
 _PENALTIES = tuple(f"penalties.{name}" for name in ("total_derivative", "hjb", "convention"))
 
