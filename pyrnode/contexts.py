@@ -52,6 +52,10 @@ class Contexts:
         """As `Tensor.repeat`: those of the batch, and again."""
         return Contexts(self.values, self.rows.repeat(times))
 
+    def double(self) -> Contexts:
+        """As `Tensor.double`."""
+        return Contexts(self.values.double(), self.rows)
+
     def whole(self) -> Tensor:
         """One for each sample, ``(batch, m)`` or ``(batch, *shape)``."""
         return self.values[self.rows]

@@ -119,6 +119,8 @@ def test_a_raw_context_is_the_vector_that_the_network_makes_of_it(flow: Flow) ->
     estimate, stated = flow.log_prob(x, c, return_error=True)
     assert error(estimate, expected) < 1e-6
     assert float(stated.max()) < 1e-5
+    one, _ = flow.log_prob(x, c[0], return_error=True)
+    assert error(one, flow.log_prob(x, c[0])) < 1e-6
 
 
 @torch.no_grad()
