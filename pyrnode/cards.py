@@ -69,14 +69,23 @@ def _model(flow: Flow, file: str) -> str:
     what = f"vectors of {shape} {columns}" if len(flow.event_shape) == 1 else f"images {shape}"
     levels = "continuous" if flow.levels is None else f"discrete, {flow.levels} levels"
     given = f", given a context of {flow.context_dim} features" if flow.context_dim else ""
+    if flow.embedding is not None:
+        sizes = "×".join(map(str, flow.context_shape))
+        given = f", given a context of shape {sizes}, from which an embedding network makes {flow.context_dim} features"
     count = sum(p.numel() for p in flow.parameters())
     return _lines(
         f"A continuous normalizing flow (regularised neural ODE, Finlay et al. 2020) on {what}, {levels}{given}: "
         "`log_prob` in nats, `sample`, `encode`, `decode`.",
         f"{len(flow.blocks)} ODE block(s), {count:,} parameters, {flow.config.dtype}.",
-        f"Made by pyrnode {VERSION}; `pyrnode.load({file!r})` reads it. Nothing in the file is executed.",
+        f"Made by pyrnode {VERSION}; `pyrnode.load({file!r}{_named(flow)})` reads it. Nothing in the file is executed.",
         f"Scored and used with {solvers.describe(flow.solver)}.",
     )
+
+
+def _named(flow: Flow) -> str:
+    """What loading takes besides: the name of what makes the embedding, a function's of whoever trained it."""
+    origin = None if flow.embedding is None else flow.embedding.origin
+    return "" if origin is None else f", embedding={origin['factory']!r}"
 
 
 def _data(splits: Splits) -> str:

@@ -14,6 +14,7 @@ from pyrnode import files
 from pyrnode.composition import Composition
 from pyrnode.config import Config
 from pyrnode.dynamics import ModuleDynamics
+from pyrnode.embedding import Given, Recipe
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.settings import shown
 
@@ -27,29 +28,44 @@ def save(flow: Composition, config: Config, path: str | Path) -> None:
             "a flow with dynamics of your own cannot be rebuilt from a file; save flow.state_dict() with torch, "
             "and build the flow with Flow.build(config, event_shape, dynamics=...) to load it"
         )
+    embedding = flow.embedding
+    if embedding is not None and embedding.origin is None:
+        raise ConfigError(
+            "a flow whose embedding was given as a module, by a lambda, or with settings that are no plain values "
+            "cannot be rebuilt from a file: give a function or class at the top level of a module, functools.partial "
+            "for its settings; or save flow.state_dict() with torch, and build the flow with Flow.build(config, "
+            "event_shape, embedding=..., context_shape=...) to load it"
+        )
     description = {
         "config": config.to_dict(),
         "event_shape": flow.event_shape,
         "levels": flow.levels,
         "context_dim": flow.context_dim,
+        "embedding": None if embedding is None else {**(embedding.origin or {}), "shape": embedding.shape},
         "features": flow.features,
         "context_features": flow.context_features,
         "data_dtype": None if flow.data_dtype is None else str(flow.data_dtype).removeprefix("torch."),
     }
-    files.write(path, "flow", flow.state_dict(), description)
+    tensors = flow.state_dict()
+    if embedding is not None:  # whose layers may share their weights
+        tensors = {name: value.detach().clone() for name, value in tensors.items()}
+    files.write(path, "flow", tensors, description)
 
 
-def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = None) -> Built:
+def load(
+    path: str | Path, build: Callable[..., Built], *, engine: str | None = None, embedding: Given | None = None
+) -> Built:
     """Reads what `save` wrote.
 
     Args:
         path: The file, or the folder of a run (its best model on validation is read).
         build: Makes an untrained flow, as `Flow.build` does.
         engine: Engine to compute with; default the stored setting.
+        embedding: What makes the embedding, where the flow has one (`pyrnode.load`).
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged or foreign.
-        ConfigError: There is no such engine.
+        ConfigError: There is no such engine; the embedding is missing, superfluous, or fails.
         EngineUnavailableError: The engine is not installed.
     """
     path = Path(path)
@@ -57,8 +73,11 @@ def load(path: str | Path, build: Callable[..., Built], *, engine: str | None = 
     tensors, description = files.read(path, "flow")
     overrides = {} if engine is None else {"engine": engine}
     Config().override(overrides)  # an unknown engine is not the file's fault
+    recipe = Recipe.stored(embedding, description.get("embedding"), path)
     with files.converted(f"{path} does not describe a flow of this version"):
         config, shape, more = _described(description, overrides)
+        if recipe is not None:
+            more |= {"embedding": recipe, "context_shape": _sizes(description["embedding"]["shape"])}
         _check_counts(config, tensors)
         with torch.device("meta"):  # nothing is allocated before it is known that the file has as much
             expected = build(config, shape, **more).state_dict()
@@ -84,6 +103,13 @@ def _described(
     dtype = {None: None, "float32": torch.float32, "float64": torch.float64}[description["data_dtype"]]
     names = {key: _names(description.get(key)) for key in ("features", "context_features")}
     return config, tuple(shape), {"levels": levels, "context_dim": context_dim, "data_dtype": dtype, **names}
+
+
+def _sizes(given: object) -> tuple[int, ...]:
+    """The shape of a context, as a description has it."""
+    if not isinstance(given, list) or not given or not all(type(size) is int and 1 <= size < 2**31 for size in given):
+        raise CheckpointError(f"the embedding's shape = {shown(given)}: expected sizes")
+    return tuple(given)
 
 
 def _check_counts(config: Config, tensors: dict[str, Tensor]) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pyrnode.config import CHUNK, Divergence, Precision, SolverConfig
-from pyrnode.contexts import Contexts
+from pyrnode.contexts import Contexts, check_context
 from pyrnode.data.arrays import check_spread, numbers
 from pyrnode.data.frames import Names, columns_of
 from pyrnode.devices import upload
+from pyrnode.embedding import Embedding
 from pyrnode.engines import Engine, Solution
 from pyrnode.engines.base import verify
 from pyrnode.errors import ConfigError, DataError
@@ -103,33 +104,6 @@ class Passage:
         return 1 if self.turns is None else len(self.turns)
 
 
-def check_context(context: Tensor | None, dim: int, batch: int | None) -> None:
-    """Checks the context that a flow is given.
-
-    Args:
-        context: ``(batch, dim)`` or ``(dim,)``; `None` for an unconditional flow.
-        dim: Number of features that the flow is conditional on; 0 for none.
-        batch: Number of samples; `None` for any.
-
-    Raises:
-        DataError: It is missing, superfluous, no tensor, or of the wrong shape.
-    """
-    if dim == 0:
-        if context is not None:
-            raise DataError("this flow is unconditional (it was trained without a context): leave the context out")
-        return
-    wanted = f"({dim},) for one that all samples share, or ({'n' if batch is None else batch}, {dim}) for each its own"
-    if context is None:
-        raise DataError(f"this flow is conditional on {dim} features: pass their values as context, {wanted}")
-    if not isinstance(context, Tensor):
-        raise DataError(f"context of type {type(context).__name__}: expected a torch tensor, {wanted}")
-    shape = tuple(context.shape)
-    if context.ndim not in (1, 2) or shape[-1] != dim or (context.ndim == 2 and batch not in (None, shape[0])):
-        remedy = "; for one feature, pass context[:, None]" if dim == 1 and context.ndim == 1 else ""
-        remedy = "; of one number, pass [context]" if context.ndim == 0 and dim == 1 else remedy
-        raise DataError(f"context of shape {shape}: expected {wanted}{remedy}")
-
-
 class Composition(nn.Module):
     """Transform and parts, the gate before them, and the passage through them, both ways.
 
@@ -143,9 +117,10 @@ class Composition(nn.Module):
         levels: Grey levels of discrete data; `None` for continuous.
         context_transform: What the context goes through before it reaches the blocks.
         data_dtype: Type of continuous data and contexts, in which samples are given back; default the flow's own.
+        embedding: The network between contexts and blocks; `None` where a context is a vector that they take as it is.
 
     Raises:
-        ConfigError: The blocks differ in the number of features of their contexts.
+        ConfigError: The blocks differ in the number of features of their contexts, or from what the embedding gives.
     """
 
     chunk = CHUNK
@@ -169,11 +144,13 @@ class Composition(nn.Module):
         levels: int | None = None,
         context_transform: Chain | None = None,
         data_dtype: torch.dtype | None = None,
+        embedding: Embedding | None = None,
     ) -> None:
         super().__init__()
         self.data_dtype = data_dtype
         self.transform = transform
         self.context_transform: Chain = context_transform or Chain([])
+        self.embedding: Embedding | None = embedding
         self.parts: nn.ModuleList = nn.ModuleList(parts)
         self.event_shape: tuple[int, ...] = tuple(event_shape)
         self.levels = levels
@@ -184,6 +161,11 @@ class Composition(nn.Module):
         if len(widths) != 1:
             raise ConfigError(f"the blocks take contexts of {widths} features: expected the same for all")
         self.context_dim: int = widths[0]
+        if embedding is not None and embedding.width != self.context_dim:
+            given, taken = embedding.width, self.context_dim
+            raise ConfigError(f"the embedding gives {given} features, the dynamics take a context of {taken}")
+        self.context_shape: tuple[int, ...] = (self.context_dim,) if embedding is None else embedding.shape
+        """Shape of one context, as it is given; ``(0,)`` for an unconditional flow. The blocks have `context_dim`."""
 
     @property
     def dim(self) -> int:
@@ -213,8 +195,8 @@ class Composition(nn.Module):
         Args:
             x: ``(batch, *event)``. They keep their type until the transform has centred them; integers that are
                 continuous data become float64.
-            context: ``(batch, m)``, ``(m,)`` for one that all samples share, or `Contexts` of which samples share
-                some; `None` for an unconditional flow.
+            context: ``(batch, *context_shape)``, ``(*context_shape)`` for one that all samples share, or `Contexts` of
+                which samples share some; `None` for an unconditional flow.
 
         Returns:
             Samples, and what `condition` makes of the contexts.
@@ -240,17 +222,34 @@ class Composition(nn.Module):
         return None if context is None else numbers(columns_of(context, self.context_features, named), named)
 
     def condition(self, context: Any, batch: int) -> Tensor | Contexts | None:
-        """The contexts of a batch as the blocks see them, ``(batch, m)``: checked, one for each, standardised."""
+        """The contexts of a batch as the passage takes them: checked, one for each; vectors standardised.
+
+        An embedding comes after that, within `solve` and `unsolve`: what is kept here does not age while it is trained.
+        """
         if isinstance(context, Contexts):
             return replace(context, values=cast(Tensor, self.condition(context.values, len(context.values))))
-        context = self.context_tensor(context)
-        check_context(context, self.context_dim, batch)
+        context, shape = self.context_tensor(context), self.context_shape
+        check_context(context, shape, batch)
         if context is None:
             return None
         if not holds(torch.isfinite(context).all()):
             raise DataError("the context has NaN or infinite values")
-        c, _ = self.context_transform(self._converted(context.expand(batch, -1), "the context"))
+        if self.embedding is not None and context.ndim == len(shape):
+            rows = torch.zeros(batch, dtype=torch.int64, device=self.reference.device)
+            return Contexts(self._standardised(context[None]), rows)
+        return self._standardised(context.expand(batch, *shape))
+
+    def _standardised(self, context: Tensor) -> Tensor:
+        c, _ = self.context_transform(self._converted(context, "the context"))
         return cast(Tensor, c.to(self.reference.dtype))
+
+    def _embedded(self, context: Tensor | Contexts | None) -> Tensor | Contexts | None:
+        """The contexts of `condition` as the blocks take them, ``(batch, m)``; differentiable."""
+        if self.embedding is None or context is None:
+            return context
+        if isinstance(context, Contexts):
+            return replace(context, values=self.embedding(context.values))
+        return cast(Tensor, self.embedding(context))
 
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         """`x` as a tensor of samples of that shape, checked and converted."""
@@ -272,6 +271,8 @@ class Composition(nn.Module):
         dtype = torch.promote_types(x.dtype, self.reference.dtype)
         if not x.is_floating_point():
             dtype = x.dtype if self.levels is not None and what == "input" else torch.float64
+        if what == "the context" and len(self.context_shape) > 1:
+            dtype = self.reference.dtype  # which nothing centres
         return upload(x, self.reference.device).to(dtype)
 
     # -- the passage -------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ class Composition(nn.Module):
             DataError: Values outside the grey levels.
             SolverError: A block's solve failed; the message names it.
         """
-        solver = (solver or self.solver).computing_in(precision)
+        solver, context = (solver or self.solver).computing_in(precision), self._embedded(context)
         if (turns := self.transform.turns) > 1:
             draw, context = self._shared(draw, turns), None if context is None else context.repeat(turns, 1)
         y, log_det = self._transformed(self.transform.unwrapped(x), generator)
@@ -364,6 +365,7 @@ class Composition(nn.Module):
     ) -> Tensor:
         """The way back: of latents ``(batch, d)`` the ``y`` of `solve`. `tick` is called after each block."""
         solver, shapes = (solver or self.solver).computing_in("ieee"), self._latent_shapes()
+        context = self._embedded(context)
         sizes = [math.prod(shape) for shape in shapes]
         outs: list[Tensor] = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), shapes, strict=True)]
         state, index, solutions = outs.pop(), len(self.blocks), list[Solution]()
@@ -419,7 +421,7 @@ class Composition(nn.Module):
 
         Args:
             n: How many; of a conditional flow, how many for each context.
-            context: ``(m,)`` or ``(b, m)``, for conditional flows.
+            context: ``(*context_shape)`` or ``(b, *context_shape)``, for conditional flows.
             seed: Seed; `None` draws from torch's global generator.
             temperature: Standard deviation of the base.
 
@@ -435,8 +437,8 @@ class Composition(nn.Module):
             if n * self.dim >= 2**59:
                 raise ConfigError(f"n = {n}: more samples than any memory holds")
         context = self.context_tensor(context)
-        check_context(context, self.context_dim, None)
-        lead = (n,) if context is None or context.ndim == 1 else (len(context), n)
+        check_context(context, self.context_shape, None)
+        lead = (n,) if context is None or context.ndim == len(self.context_shape) else (len(context), n)
         dtype, shape = self.reference.dtype, (*lead, self.dim)
         if seed is None:  # no generator argument: where operations are recorded, n is a symbol
             z = torch.randn(*shape, dtype=dtype, device="cpu")

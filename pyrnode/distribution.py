@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints, register_kl
 
 from pyrnode.bounded import Bounded
-from pyrnode.composition import Composition, check_context
+from pyrnode.composition import Composition
 from pyrnode.config import DivergenceLike, SolverLike
-from pyrnode.contexts import Contexts, chunked
+from pyrnode.contexts import Contexts, check_context, chunked
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.probes import SampleNoise
@@ -77,10 +77,11 @@ class _Bijection:
         self.event_shape = torch.Size(flow.event_shape)
         self.dim = flow.dim
         context = flow.context_tensor(context)
-        rows = context.flatten(0, -2) if context is not None and context.ndim > 2 else context
-        check_context(rows, flow.context_dim, None)
+        shape = flow.context_shape
+        many = context is not None and context.ndim > len(shape) + 1
+        check_context(context.flatten(0, -1 - len(shape)) if context is not None and many else context, shape, None)
         self.context = None if context is None else context.to(self.like.device)
-        self.batch_shape = torch.Size() if context is None else context.shape[:-1]
+        self.batch_shape = torch.Size() if context is None else context.shape[: context.ndim - len(shape)]
 
     @property
     def like(self) -> Tensor:
@@ -122,7 +123,7 @@ class _Bijection:
 
     def _contexts(self, lead: torch.Size) -> Contexts | None:
         """The contexts of values ``(*lead, ...)``, which are flattened."""
-        return None if self.context is None else Contexts.of(self.context, lead)
+        return None if self.context is None else Contexts.of(self.context, lead, self.flow.context_shape)
 
     def support(self) -> constraints.Constraint:
         """The values that have a density."""

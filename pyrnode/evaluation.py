@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pyrnode import seeds, solvers
 from pyrnode.bounded import check_within
-from pyrnode.composition import check_context
 from pyrnode.config import EvaluationConfig, SolverConfig
+from pyrnode.contexts import check_context
 from pyrnode.data import Batch, MappedSamples, Samples, Splits, TensorSamples, load, support
 from pyrnode.data.arrays import numbers
 from pyrnode.data.frames import columns_of, is_frame
@@ -258,14 +258,14 @@ def _samples(flow: Flow, data: Any, context: Any) -> tuple[Samples, Splits | Non
         test: Samples = TensorSamples(numbers(columns_of(data, flow.features, "the data"), "the data").cpu())
         splits = None
         given = flow.context_tensor(context)
-        check_context(given, flow.context_dim, len(test))
+        check_context(given, flow.context_shape, len(test))
         if given is not None:
-            test = test.carrying(context=given.cpu().expand(len(test), -1))
+            test = test.carrying(context=given.cpu().expand(len(test), *flow.context_shape))
     else:
         splits = load(data, config=flow.config.data, context=context)
         splits = splits.ordered(flow.features, flow.context_features)
         test = splits.test
-        check_context(test.context, flow.context_dim, len(test))
+        check_context(test.context, flow.context_shape, len(test))
     if not len(test):
         raise DataError("no test samples to score")
     named = "the data" if splits is None else f"{splits.name} (test split)"

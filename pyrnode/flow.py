@@ -24,6 +24,7 @@ from pyrnode.devices import resolve_device
 from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
 from pyrnode.edges import Edges
+from pyrnode.embedding import Embedding, Given, Recipe
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.export import TorchFlow
 from pyrnode.parts import multi_scale, network
@@ -48,9 +49,10 @@ class Flow(Composition):
         levels: Grey levels of discrete data; `None` for continuous.
         context_transform: What the context goes through before it reaches the blocks.
         data_dtype: Type of continuous data and contexts, in which samples are given back; default the flow's own.
+        embedding: The network between contexts and blocks.
 
     Raises:
-        ConfigError: The blocks differ in the number of features of their contexts.
+        ConfigError: The blocks differ in the number of features of their contexts, or from what the embedding gives.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Flow(Composition):
         levels: int | None = None,
         context_transform: Chain | None = None,
         data_dtype: torch.dtype | None = None,
+        embedding: Embedding | None = None,
     ) -> None:
         super().__init__(
             transform,
@@ -73,6 +76,7 @@ class Flow(Composition):
             levels=levels,
             context_transform=context_transform,
             data_dtype=data_dtype,
+            embedding=embedding,
         )
         self.config = config
         self.chunk: int = config.evaluation.chunk
@@ -92,6 +96,8 @@ class Flow(Composition):
         features: Names | None = None,
         context_features: Names | None = None,
         dynamics: Callable[[tuple[int, ...]], Dynamics] | None = None,
+        embedding: Given | Recipe | None = None,
+        context_shape: tuple[int, ...] | None = None,
     ) -> Flow:
         """An untrained flow, initialised from ``config.seed``: the identity between `transform` and the normal.
 
@@ -103,19 +109,31 @@ class Flow(Composition):
             transform: Fixed bijection between the data and the flow's space; default as ``config.flow`` says, with
                 mean 0, standard deviation 1 and no rotation where it standardises (`Standardize.fit` and `Whiten.fit`
                 take them from data).
-            context_dim: Number of features ``m`` of the context; 0 for an unconditional flow.
+            context_dim: Number of features ``m`` of the context; 0 for an unconditional flow. With an embedding that of
+                what it gives; 0 to find it by a trial.
             context_transform: The same for contexts ``(n, m)``.
             data_dtype: Type of continuous data and contexts, in which samples are given back; default ``config.dtype``.
             features: Names of the columns of vectors: a data frame or file is put in their order, or refused.
             context_features: The same for contexts.
             dynamics: Makes the dynamics of a block from its event shape, and may draw from torch's global generator,
                 which is seeded for it and put back; default as ``config.flow.network`` says.
+            embedding: As in `pyrnode.train`: a network from contexts of any shape to the vectors that the blocks take.
+            context_shape: Shape of one context, for an embedding.
 
         Raises:
-            ConfigError: The settings do not fit the shape.
+            ConfigError: The settings do not fit the shape, or the embedding does not.
         """
         dtype = getattr(torch, config.dtype)
         shape = config.flow.state_shape(event_shape)
+        between: Embedding | None = None
+        given: tuple[int, ...] = (context_dim,)
+        if embedding is not None:
+            if not context_shape or min(context_shape) < 1:
+                raise ConfigError(f"embedding: it needs contexts; context_shape = {context_shape}, the shape of one")
+            recipe = embedding if isinstance(embedding, Recipe) else Recipe.of(embedding)
+            given = tuple(context_shape)
+            between = Embedding.build(recipe, given, dtype, config.seed, width=context_dim or None)
+            context_dim = between.width
         if dynamics is None:
             on_meta = torch.get_default_device().type == "meta"  # whose tensors have no values to be drawn
             generator = None if on_meta else torch.Generator("cpu").manual_seed(config.seed)
@@ -127,12 +145,12 @@ class Flow(Composition):
             begin = outset(config, event_shape, levels, features, context_features)
             transform = Chain([*begin, *_unfitted(config, event_shape, levels)])
         if context_transform is None:
-            standardised = context_dim and config.flow.scales_features
-            context_transform = Chain([Standardize.identity((context_dim,))] if standardised else [])
-        flow = cls(transform, parts, event_shape, config, levels, context_transform, data_dtype)
+            standardised = context_dim and config.flow.scales_features and len(given) == 1
+            context_transform = Chain([Standardize.identity(given)] if standardised else [])
+        flow = cls(transform, parts, event_shape, config, levels, context_transform, data_dtype, between)
         if flow.context_dim != context_dim:
             raise ConfigError(f"the dynamics take a context of {flow.context_dim} features, the data has {context_dim}")
-        for names, shape in ((features, flow.event_shape), (context_features, (context_dim,))):
+        for names, shape in ((features, flow.event_shape), (context_features, given)):
             if names is not None and (len(names),) != shape:
                 raise ConfigError(f"{len(names)} names of features for values of shape {shape}: {names}")
         flow.features, flow.context_features = features, context_features
@@ -186,7 +204,8 @@ class Flow(Composition):
             x: ``(batch, *event)``: an array, a tensor, or a data frame, whose columns are found by their names where
                 the flow was trained on names. For discrete data integers, to which dequantisation noise is added, or
                 floating-point values ``p + u`` in ``[0, levels]``.
-            context: ``(batch, m)``, or ``(m,)`` for one that all samples share; for conditional flows.
+            context: ``(batch, m)``, or ``(m,)`` for one that all samples share; for conditional flows. With an
+                embedding ``m`` stands for the shape of a context (`context_shape`), here and elsewhere.
             solver: Solver; default the accurate one. A name or a mapping changes that one's settings.
             divergence: How the divergence is got, e.g. ``"exact"`` or ``Divergence("hutchinson", probes=4, seed=1)``;
                 default that of the evaluation settings. Its seed seeds probes and dequantisation: the same call gives
@@ -284,7 +303,9 @@ class Flow(Composition):
             raise ConfigError(f"temperature = {temperature!r}: expected a finite number, at least 0")
         z, contexts, lead = self.base_sample(n, context, seed=seed, temperature=temperature)
         solver = self.solver.changed(solver)
-        z, shared = self.admit_latents(z, None if contexts is None else Contexts.repeated(contexts, n))
+        z, shared = self.admit_latents(
+            z, None if contexts is None else Contexts.repeated(contexts, n, self.context_shape)
+        )
         with progress_bar(len(z), "sample", unit="sample", show=progress, delay=SECONDS) as bar:
             return self._decoded(z, shared, solver, bar).reshape(*lead, *self.event_shape)
 
@@ -330,8 +351,8 @@ class Flow(Composition):
         """Writes the flow to one ``.safetensors`` file, atomically; `pyrnode.load` reads it.
 
         Raises:
-            ConfigError: A block has dynamics of the user's own, which a file cannot describe; or the name is one of
-                another kind of file.
+            ConfigError: A block has dynamics of the user's own, or the embedding was given as a module, which a file
+                cannot describe; or the name is one of another kind of file.
             CheckpointError: The file cannot be written.
         """
         if Path(path).suffix in (".pt", ".pth", ".pt2", ".onnx", ".pkl", ".ckpt"):
@@ -342,21 +363,24 @@ class Flow(Composition):
 
 
 @torch.inference_mode(False)
-def load(path: str | Path, *, engine: str | None = None, device: str = "cpu") -> Flow:
+def load(path: str | Path, *, engine: str | None = None, device: str = "cpu", embedding: Given | None = None) -> Flow:
     """Reads a flow that `Flow.save` or a training run wrote.
 
     Args:
         path: The file, or the folder of a run (its best model on validation is read).
         engine: Engine to compute with; default the stored setting.
         device: Device to put it on, or ``"auto"``.
+        embedding: Of a flow with an embedding the function or class that made it, or its name ``"module:function"``,
+            which is imported. It is called with the settings that the file holds, which are plain values; the code is
+            yours, and nothing is imported or called on the file's word.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged or foreign.
-        ConfigError: There is no such engine or device.
+        ConfigError: There is no such engine or device; the embedding is missing, superfluous, or fails.
         EngineUnavailableError: The engine is not installed.
     """
     target = resolve_device(device)
-    return checkpoint.load(path, Flow.build, engine=engine).to(target).eval()
+    return checkpoint.load(path, Flow.build, engine=engine, embedding=embedding).to(target).eval()
 
 
 def outset(

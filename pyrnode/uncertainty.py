@@ -131,7 +131,7 @@ def _each_probe(
     """
     copies = max(k, 1)
     draw: Draw = noise.draw(k, one_each=True) if k else Probes.exact
-    c = None if c is None else c.repeat(copies, 1)
+    c = None if c is None else c.repeat(copies, *[1] * len(flow.context_shape))
     passage = flow.solve(x.repeat(copies, *[1] * (x.ndim - 1)), draw, solver, context=c)
     if passage.turns is None:
         rows = passage.log_prob.reshape(copies, -1)

@@ -33,6 +33,7 @@ from pyrnode.paper.scales import SCALES
 from pyrnode.runs import RunFolder
 from pyrnode.training import TrainingResult
 from pyrnode.training import trainer as loop
+from tests.networks import convolutional
 from tests.small_runs import FULL
 
 Found = dict[str, Any]
@@ -120,6 +121,13 @@ def held_out(out: Path) -> Found:
     given = {"context": random(200, 1, seed=1), "validation": random(47, 2, seed=2)}
     settings = {"batch_size": 31, "max_steps": 20, "validate_every": 10, "step_size": 0.5, "solver": "RK4"}
     return numbers(train(random(200, 2), **given, validation_context=random(47, 1, seed=3), **settings))
+
+
+def embedded(out: Path) -> Found:
+    """Images as contexts, through a network that is trained with the flow."""
+    settings = {"batch_size": 31, "max_steps": 20, "validate_every": 10, "step_size": 0.5, "solver": "RK4"}
+    settings |= {"clip_norm": 0.3, "ema": 0.9, "weight_decay": 0.1, "learning_rate": 0.02}
+    return numbers(train(random(200, 2), context=random(200, 1, 6, 6, seed=1), embedding=convolutional, **settings))
 
 
 def mapped_file(out: Path) -> Found:
@@ -355,6 +363,7 @@ ALIKE: dict[str, Callable[[Path], Found]] = {
     "table": table,
     "pictures": pictures,
     "held out": held_out,
+    "embedded": embedded,
     "mapped file": mapped_file,
     "ladder": ladder,
     "failure": failure,

@@ -376,7 +376,7 @@ def embeddings(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_samples_that_share_a_context_are_those_of_a_copy_for_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow, c = FLOWS[name](), contexts_for(3)
     z = torch.randn(3, 40, flow.dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    shared = Contexts.repeated(c, 40)
+    shared = Contexts.repeated(c, 40, (WIDTH,))
     counts = embeddings(flow, monkeypatch)
     monkeypatch.setattr(flow, "chunk", 50)  # from within the second one's samples to within the third's
     with torch.no_grad():

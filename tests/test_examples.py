@@ -49,7 +49,8 @@ def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "runs/digits/samples.png").stat().st_size > 1000
 
 
-# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below; exported_flow.py is what three share.
+# These are run in test_julia_examples.py, test_sbi.py, test_paper.py and below; exported_flow.py is what three share,
+# and embeddings.py what two do.
 ELSEWHERE = {
     "julia_engine.py",
     "inside_sbi.py",
@@ -58,18 +59,21 @@ ELSEWHERE = {
     "score_with_ray.py",
     "score_with_spark.py",
     "exported_flow.py",
+    "embeddings.py",
     "log_to_tensorboard.py",
     "log_to_wandb.py",
     "log_to_mlflow.py",
 }
 EXAMPLES = {path.name for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE
 WRITING = {"straight_trajectories.py", "anomaly_scores.py", "export_and_use.py", "simulation_based_inference.py"}
+WRITING |= {"image_observation.py", "time_series_observation.py"}
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--quick"] + (["--out", str(tmp_path)] if name in WRITING else [])
     monkeypatch.setattr("sys.argv", [name, *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     module = runpy.run_path(str(ROOT / "examples" / name))
     values = module["main"]()
     if name == "straight_trajectories.py":
@@ -93,6 +97,12 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert gaussian["C2ST"] < 0.65 < moons["C2ST"] < 0.98  # few steps do for a Gaussian, not for crescents
         assert gaussian["calibration p"] > 0.01
         assert (tmp_path / "posteriors.png").stat().st_size > 20_000
+    elif name == "image_observation.py":
+        assert 0 < values["flow"] < 2.5 < 4 < values["prior"]
+        assert values["loaded"] == 0
+    elif name == "time_series_observation.py":
+        assert 0 < values["flow"] < 1 < 2 < values["prior"]
+        assert values["loaded"] == 0
     elif name == "vae_prior.py":
         assert values["untrained"] < -500
         assert -250 < values["standard normal"] < values["RNODE"] < -150

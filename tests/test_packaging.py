@@ -192,7 +192,7 @@ LAYERS = (
     ("composition", "parts", "turns"),
     ("engines",),
     ("probes", "files", "contexts"),
-    ("data", "dynamics", "radial", "edges", "transforms", "bounded"),
+    ("data", "dynamics", "radial", "edges", "transforms", "bounded", "embedding"),
     (
         "config",
         "architecture",

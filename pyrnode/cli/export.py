@@ -10,7 +10,15 @@ import torch
 
 import pyrnode
 from pyrnode import solvers
-from pyrnode.cli.output import device_argument, engine_argument, output_arguments, print_json, talks
+from pyrnode.cli.output import (
+    device_argument,
+    embedding,
+    embedding_argument,
+    engine_argument,
+    output_arguments,
+    print_json,
+    talks,
+)
 from pyrnode.export import TorchFlow, exported
 from pyrnode.flow import Flow
 from pyrnode.progress import SECONDS, progress_bar, stages
@@ -22,7 +30,8 @@ def export(args: argparse.Namespace) -> int:
     divergence = _given({"kind": args.divergence, "probes": args.probes, "seed": args.seed})
     named = [f"export: {stage}" for stage in ("the flow", "writing and checking the file", "the solver's error")]
     with stages(named, show=talks(args)) as done:
-        flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
+        device = args.device or "cpu"
+        flow = pyrnode.load(args.run, engine=args.engine, device=device, embedding=embedding(args))
         module = flow.to_torch(solver, divergence=divergence)
         if args.dtype is not None:
             module = module.to(getattr(torch, args.dtype))
@@ -57,6 +66,7 @@ def _solver_gap(flow: Flow, module: TorchFlow) -> float:
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``pyrnode export`` takes."""
     parser.add_argument("run", help="folder of a run, or a model file")
+    embedding_argument(parser)
     parser.add_argument("--to", required=True, choices=["torch.export", "safetensors", "onnx"], help="kind of file")
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,23 @@ def output_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_argument(parser: argparse.ArgumentParser) -> None:
     """``--engine``."""
     parser.add_argument("--engine", choices=["auto", "torch", "julia"])
+
+
+def embedding_argument(parser: argparse.ArgumentParser) -> None:
+    """``--embedding``, of which `embedding` reads what is meant."""
+    parser.add_argument(
+        "--embedding",
+        metavar="MODULE:FUNCTION",
+        help="what made the flow's embedding: it is imported, from the working folder too, and called",
+    )
+
+
+def embedding(args: argparse.Namespace) -> str | None:
+    """The function that ``--embedding`` names, with the working folder among the places where modules are."""
+    if args.embedding is not None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    name: str | None = args.embedding
+    return name
 
 
 def device_argument(parser: argparse.ArgumentParser) -> None:

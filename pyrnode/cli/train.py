@@ -23,6 +23,8 @@ from pyrnode.cli.output import (
     INTERRUPTED,
     data_dir_argument,
     device_argument,
+    embedding,
+    embedding_argument,
     engine_argument,
     interrupted,
     output_arguments,
@@ -143,7 +145,8 @@ def sample(args: argparse.Namespace) -> int:
             f"--out {out}: expected a .png (images), .npy or .csv (tables) file, or a .gif or .mp4 "
             "(an animation, of one or two columns)"
         )
-    flow = pyrnode.load(args.run, engine=args.engine, device=args.device or "cpu")
+    device = args.device or "cpu"
+    flow = pyrnode.load(args.run, engine=args.engine, device=device, embedding=embedding(args))
     if out.suffix == ".png" and (flow.levels is None or len(flow.event_shape) != 3):
         raise ConfigError(f"--out {out}: this flow's samples are not images; name a .npy or .csv file")
     if out.suffix == ".csv" and len(flow.event_shape) != 1:
@@ -259,6 +262,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, help=".png grid (images), .npy array, .csv table, or .gif or .mp4 animation"
     )
     parser.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
+    embedding_argument(parser)
     parser.add_argument("--context", type=float, nargs="+", help="context of a conditional flow, its features in order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the base (default 1)")

@@ -120,18 +120,17 @@ def _context(context: Any, count: int, source: Source) -> Tensor | None:
         if context is not None:
             raise DataError(f"{_CONTEXT} is given, but no context for {source.name}: give both, or neither")
         return None
-    width = source.context.shape[1]
+    shape = (count, *source.context.shape[1:])
     if context is None:
         raise DataError(
-            f"{source.name} has a context, so pass that of the validation rows, too: {_CONTEXT} of shape "
-            f"({count}, {width})"
+            f"{source.name} has a context, so pass that of the validation rows, too: {_CONTEXT} of shape {shape}"
         )
     names = None
     if is_frame(context):
         context, names = read_frame(context, _CONTEXT)
     values = numbers(context, _CONTEXT).detach().cpu()
-    if tuple(values.shape) != (count, width):
-        raise DataError(f"{_CONTEXT} has shape {tuple(values.shape)}: expected ({count}, {width}), a row for each")
+    if tuple(values.shape) != shape:
+        raise DataError(f"{_CONTEXT} has shape {tuple(values.shape)}: expected {shape}, a row for each")
     if not bool(torch.isfinite(values).all()):
         raise bad_value(values, _CONTEXT, names or source.context_features, 0)
     order = ordering(names, source.context_features, _CONTEXT)

@@ -54,7 +54,7 @@ def load(
         config: Folder of downloaded sets, shares, seed and limits. With ``config.levels``, integers are discrete
             values ``0 .. levels-1``; uint8 images have 256 levels by default.
         context: What the density is conditional on, ``(n, m)`` numbers: an array, tensor or data frame with a row for
-            each sample; divided as the samples are.
+            each sample; divided as the samples are. For an embedding ``(n, *shape)``, images or time series.
         validation: Validation samples of your own, in place of a share of the data: rows of the same shape and kind as
             an array, a tensor, a data frame, the path of a file or folder, or a data set. They come in an order that
             depends on ``config.split_seed``, since of many rows the first ones stand for all.
@@ -156,12 +156,13 @@ def _context(context: Any, source: Source) -> tuple[Tensor, Names | None]:
             f"the context has shape {tuple(values.shape)}: pass context[:, None] for one feature, or "
             "torch.nn.functional.one_hot(context) for classes"
         )
-    if values.ndim != 2 or len(values) != len(source.samples) or not values.shape[1]:
+    if values.ndim < 2 or len(values) != len(source.samples) or not all(values.shape[1:]):
         raise DataError(f"the context has shape {tuple(values.shape)}: expected ({len(source.samples)}, m)")
     if not bool(torch.isfinite(values).all()):
-        row = int((~torch.isfinite(values)).any(1).nonzero()[0])
+        row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
         raise DataError(f"the context has NaN or infinite values, the first in row {row}: remove or fill them")
-    return values if values.dtype in (torch.float32, torch.float64) else values.double(), names
+    kept = values.ndim > 2 or values.dtype in (torch.float32, torch.float64)  # images of bytes stay small
+    return values if kept else values.double(), names
 
 
 def _named(name: str, config: DataConfig) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from abc import ABC, abstractmethod
@@ -31,7 +32,8 @@ class Batch:
 
     Attributes:
         x: ``(batch, *event)``, in the values of the source.
-        context: What they are conditional on, ``(batch, m)``; `None` without one.
+        context: What they are conditional on, ``(batch, m)``, or ``(batch, *shape)`` for an embedding; `None` without
+            one.
         weight: Their weights, ``(batch,)``, float64; `None` where all weigh alike.
         share: Which rows of a batch these are, where other processes have the rest of it; `None` for a whole one.
     """
@@ -63,7 +65,8 @@ class Samples(ABC):
     """A set of samples with random access, in the values of the source: nothing is scaled or dequantised.
 
     Attributes:
-        context: What the samples are conditional on, ``(n, m)``, on the CPU; `None` without one.
+        context: What the samples are conditional on, ``(n, m)``, or ``(n, *shape)`` for an embedding, on the CPU;
+            `None` without one.
         weight: Their weights, ``(n,)``, positive and with mean 1, float64; `None` where all weigh alike.
     """
 
@@ -83,13 +86,13 @@ class Samples(ABC):
         """The samples of `batches`, after its arguments have been checked."""
 
     def carrying(self, *, context: Tensor | None = None, weight: Tensor | None = None) -> Self:
-        """The same samples with contexts ``(n, m)``, and with weights ``(n,)``, which are brought to mean 1.
+        """The same samples with contexts ``(n, *shape)``, and with weights ``(n,)``, which are brought to mean 1.
 
         Raises:
             DataError: They are not one for each sample; a weight is not finite and positive.
         """
         count = len(self)
-        if context is not None and (context.ndim != 2 or len(context) != count or not context.shape[1]):
+        if context is not None and (context.ndim < 2 or len(context) != count or not all(context.shape[1:])):
             raise DataError(f"contexts of shape {tuple(context.shape)}: expected ({count}, m), one for each sample")
         if weight is not None:
             weight = weight.double().cpu()
@@ -359,7 +362,7 @@ class Splits:
             if count == 0:
                 raise DataError(f"{self.name}: the {part} split is empty; give more samples or a larger share")
             context = getattr(self, part).context
-            given, expected = (None if x is None else (count, x.shape[1]) for x in (context, self.train.context))
+            given, expected = (None if x is None else (count, *x.shape[1:]) for x in (context, self.train.context))
             if given != expected:
                 raise DataError(f"{self.name}: contexts of shape {given} in the {part} split: expected {expected}")
 
@@ -381,9 +384,14 @@ class Splits:
         return replace(self, **parts, features=names, context_features=context_names)
 
     @property
+    def context_shape(self) -> tuple[int, ...]:
+        """Shape of one context, ``(m,)`` where it is a vector; ``(0,)`` without one."""
+        return (0,) if self.train.context is None else tuple(self.train.context.shape[1:])
+
+    @property
     def context_dim(self) -> int:
         """Number of features of the context; 0 without one."""
-        return 0 if self.train.context is None else self.train.context.shape[1]
+        return math.prod(self.context_shape)
 
     @property
     def is_image(self) -> bool:
@@ -395,8 +403,8 @@ class Splits:
 class Source:
     """What a reader hands over to be split: the samples, and what is known about them.
 
-    `validation` and `test` are the source's own, where it has them; `context` ``(n, m)`` belongs to the samples, and
-    `context_features` are the names of its columns.
+    `validation` and `test` are the source's own, where it has them; `context` ``(n, *shape)`` belongs to the samples,
+    and `context_features` are the names of its columns.
     """
 
     name: str

@@ -54,7 +54,7 @@ def remarks(splits: Splits) -> list[str]:
         rows = torch.arange(0, len(train), max(1, -(-len(train) // _ROWS)), device="cpu")
         x = next(train.batches(rows, _ROWS)).x
         found += _columns(x.double().numpy(), splits.features, float(np.finfo(str(x.dtype)[6:]).eps), len(train))
-    if train.context is not None:
+    if train.context is not None and train.context.ndim == 2:
         same = [i for i, fixed in enumerate(constant(train.context)) if fixed]
         if same:
             named = _named(same, splits.context_features, splits.context_dim)
@@ -219,7 +219,7 @@ def _repeats(splits: Splits) -> list[str]:
 
 def _hashes(samples: Samples) -> Iterator[Array]:
     """A number of 64 bits for each sample with its context, piece by piece."""
-    x, c = samples.tensor().flatten(1), samples.context
+    x, c = samples.tensor().flatten(1), None if samples.context is None else samples.context.flatten(1)
     rows = max(1, _PIECE // (8 * (x.shape[1] + (0 if c is None else c.shape[1]))))
     for first in range(0, len(x), rows):
         bits = np.concatenate([_words(v[first : first + rows]) for v in (x, c) if v is not None], 1)

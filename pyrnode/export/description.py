@@ -74,8 +74,14 @@ def describe(flow: TorchFlow) -> dict[str, Any]:
     """The structure of a flow, with the names of the tensors that it uses.
 
     Raises:
-        ConfigError: A block has dynamics of the user's own, or there is a transform that no description knows.
+        ConfigError: A block has dynamics of the user's own, there is an embedding, or a transform that no description
+            knows.
     """
+    if flow.embedding is not None:
+        raise ConfigError(
+            "an embedding is code, which a safetensors file cannot hold; export to torch.export or onnx, whose "
+            "programs hold the operations themselves"
+        )
     table = {
         "reading": READING,
         "event_shape": list(flow.event_shape),

@@ -207,17 +207,17 @@ def _examples(flow: TorchFlow, program: str) -> tuple[dict[str, Tensor | int], d
 
 
 def _one_context(flow: TorchFlow) -> dict[str, Tensor]:
-    """The context of a sampler's example, ``(m,)``, where it takes one."""
+    """The context of a sampler's example, ``(*shape)``, where it takes one."""
     contexts = example_contexts(flow)
     return {} if contexts is None else {"context": contexts[0]}
 
 
 def example_contexts(flow: TorchFlow) -> Tensor | None:
-    """Contexts of the examples, ``(4, m)``, such as the flow was trained on: normal once they are standardised."""
+    """Contexts of the examples, ``(4, *shape)``, such as the flow was trained on: normal once they are standardised."""
     if not flow.context_dim:
         return None
     generator = torch.Generator("cpu").manual_seed(_SEED)
-    c = torch.randn(_EXAMPLES, flow.context_dim, generator=generator, dtype=torch.float32, device="cpu")
+    c = torch.randn(_EXAMPLES, *flow.context_shape, generator=generator, dtype=torch.float32, device="cpu")
     return flow.context_transform.inverse(c.to(flow.reference)).to(flow.data_dtype or flow.reference.dtype)
 
 

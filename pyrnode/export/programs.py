@@ -94,7 +94,9 @@ def to_program(flow: TorchFlow, name: str, example: Inputs) -> torch.export.Expo
     from torch.export import Dim
 
     batch: Any = {0: Dim("batch", min=1)}
-    shapes: Any = tuple(Dim.DYNAMIC if isinstance(e, int) else batch if e.ndim > 1 else None for e in example)
+    shapes: Any = (batch,) * len(example)
+    if isinstance(example[0], int):  # a number of samples, all of one context
+        shapes = (Dim.DYNAMIC, *[None] * (len(example) - 1))
     try:
         with torch.no_grad(), _quiet():
             program = PROGRAMS[name](_prepared(flow)).eval()

@@ -6,15 +6,16 @@ import copy
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyrnode import solvers
-from pyrnode.composition import Composition, Passage, check_context
+from pyrnode.composition import Composition, Passage
 from pyrnode.config import Divergence, DivergenceLike, SolverConfig, SolverLike
-from pyrnode.contexts import Contexts
+from pyrnode.contexts import Contexts, check_context
+from pyrnode.embedding import Embedding
 from pyrnode.engines import Engine, PlainEngine, Solution, TorchEngine
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.probes import Draw, Probes
@@ -53,6 +54,7 @@ class TorchFlow(Composition):
         divergence: How the divergence is got.
         context_transform: What the context of a conditional flow goes through before it reaches the blocks.
         data_dtype: Type of the data, which samples may have beside the parameters' own; default that.
+        embedding: The network between contexts and blocks.
 
     Raises:
         ConfigError: The steps of the solver are too many.
@@ -70,6 +72,7 @@ class TorchFlow(Composition):
         divergence: Divergence,
         context_transform: Chain | None = None,
         data_dtype: torch.dtype | None = None,
+        embedding: Embedding | None = None,
     ) -> None:
         engine: Engine = TorchEngine() if solvers.adaptive(solver) else PlainEngine()
         engine.check(solver)
@@ -83,6 +86,7 @@ class TorchFlow(Composition):
             levels=levels,
             context_transform=context_transform,
             data_dtype=data_dtype,
+            embedding=embedding,
         )
         exact = divergence.exact(self.dim)
         self.divergence: Divergence = Divergence("exact") if exact else replace(divergence, kind="hutchinson")
@@ -151,10 +155,11 @@ class TorchFlow(Composition):
             ConfigError: `n` is no whole number, or negative.
             DataError: The context as in `forward`.
         """
-        check_context(context, self.context_dim, None)
-        z, contexts, lead = self.base_sample(n, context, seed=seed)
-        if contexts is not None and len(lead) == 2:
-            contexts = contexts.repeat_interleave(n, 0)
+        check_context(context, self.context_shape, None)
+        z, c, lead = self.base_sample(n, context, seed=seed)
+        contexts: Any = c
+        if c is not None and len(lead) == 2:
+            contexts = c.repeat_interleave(n, 0) if self.embedding is None else Contexts.repeated(c, n, c.shape[1:])
         return self.inverse(z, contexts).reshape(*lead, *self.event_shape)
 
     def extra_repr(self) -> str:
@@ -162,11 +167,17 @@ class TorchFlow(Composition):
         trace = given.kind + (f", probes={self.probes}, seed={given.seed}" if self.probes else "")
         return f"event_shape={self.event_shape}, solver={solvers.describe(self.solver)!r}, divergence={trace}"
 
-    def condition(self, context: Any, batch: int) -> Tensor | None:
+    def condition(self, context: Any, batch: int) -> Tensor | Contexts | None:
         if isinstance(context, Contexts):
-            return self.condition(context.whole(), batch)
-        check_context(context, self.context_dim, batch)  # no lists: what torch makes of them need not fit the module
-        return cast(Tensor | None, super().condition(context, batch))
+            return (
+                self.condition(context.whole(), batch) if self.embedding is None else super().condition(context, batch)
+            )
+        check_context(context, self.context_shape, batch)  # no lists: what torch makes of them need not fit the module
+        return super().condition(context, batch)
+
+    def _embedded(self, context: Tensor | Contexts | None) -> Tensor | None:
+        found = super()._embedded(context)
+        return found.whole() if isinstance(found, Contexts) else found
 
     def _admitted(self, x: Any, shape: tuple[int, ...], what: str) -> Tensor:
         if not isinstance(x, Tensor):
@@ -249,7 +260,8 @@ def to_torch(
     for name, tensor in flow.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{name} is not finite, so this is no density: load an earlier checkpoint, or train again")
-    transform, parts, context = copy.deepcopy((flow.transform, list(flow.parts), flow.context_transform))
+    owned = (flow.transform, list(flow.parts), flow.context_transform, flow.embedding)
+    transform, parts, context, embedding = copy.deepcopy(owned)
     module = TorchFlow(
         transform,
         parts,
@@ -259,6 +271,7 @@ def to_torch(
         divergence=Divergence().changed(divergence),
         context_transform=context,
         data_dtype=flow.data_dtype,
+        embedding=embedding,
     )
     module.features, module.context_features = flow.features, flow.context_features
     return module.eval()

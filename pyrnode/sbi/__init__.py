@@ -21,11 +21,13 @@ from pyrnode import bounded, training
 from pyrnode.columns import Range
 from pyrnode.config import Config
 from pyrnode.data.samples import MINIMUM, Samples, Splits, TensorSamples
+from pyrnode.embedding import Given, Recipe
 from pyrnode.errors import ConfigError, DataError
+from pyrnode.sbi.checks import Ranks, ranks
 from pyrnode.settings import flatten
 from pyrnode.training.blueprint import Blueprint
 
-__all__ = ["bounds_of", "likelihood", "rnode", "train"]
+__all__ = ["Ranks", "bounds_of", "likelihood", "ranks", "rnode", "train"]
 
 _PENALTIES = tuple(f"penalties.{name}" for name in ("total_derivative", "hjb", "convention"))
 
@@ -35,7 +37,13 @@ _IDLE = ("training.", "data.", "solver.precision", *_PENALTIES)
 Builder = Callable[[Tensor, Tensor], Any]
 
 
-def rnode(prior: Any = None, *, bounds: Mapping[Any, Any] | None = None, **settings: Any) -> Builder:
+def rnode(
+    prior: Any = None,
+    *,
+    bounds: Mapping[Any, Any] | None = None,
+    embedding: Given | None = None,
+    **settings: Any,
+) -> Builder:
     """What ``NPE(prior, density_estimator=...)`` takes: builds a conditional flow from simulations.
 
     Settings are those of the preset ``"table"``. sbi trains the flow in its own loop, on the loss of eq. 17, by the
@@ -45,6 +53,8 @@ def rnode(prior: Any = None, *, bounds: Mapping[Any, Any] | None = None, **setti
     Args:
         prior: The prior of the parameters, whose bounds the flow takes over (`bounds_of`).
         bounds: Bounds by the parameters' numbers, from 0, in place of those of the prior; ``{}`` for none.
+        embedding: As in `pyrnode.train`: a network that makes a vector of each observation, which may then have any
+            shape ``(n, *shape)``, and is trained with the flow.
         **settings: Settings by name, as in `pyrnode.train`, ``period`` among them.
 
     Returns:
@@ -60,20 +70,22 @@ def rnode(prior: Any = None, *, bounds: Mapping[Any, Any] | None = None, **setti
         {0: (0.0, 1.0), 1: (0.0, 1.0)}
         >>> builder = rnode(prior, hidden=[32, 32])
     """
-    config = _config(settings)
+    config, recipe = _config(settings), None if embedding is None else Recipe.of(embedding)
 
     def build(theta: Tensor, x: Tensor) -> Any:
-        samples, chosen = _simulated(theta, x, prior, bounds, config)
-        return _untrained("the parameters", samples, config.override({"bounds": chosen}), drawn="seed" not in settings)
+        samples, chosen = _simulated(theta, x, prior, bounds, config, recipe)
+        config_ = config.override({"bounds": chosen})
+        return _untrained("the parameters", samples, config_, recipe, drawn="seed" not in settings)
 
     return build
 
 
-def likelihood(*, bounds: Mapping[Any, Any] | None = None, **settings: Any) -> Builder:
+def likelihood(*, bounds: Mapping[Any, Any] | None = None, embedding: Given | None = None, **settings: Any) -> Builder:
     """What ``NLE(prior, density_estimator=...)`` takes: builds a flow of the observations, ``p(x | θ)``.
 
     Args:
         bounds: Bounds of the observations, by their numbers, from 0.
+        embedding: A network for the parameters, as in `rnode` for the observations.
         **settings: As in `rnode`; ``period`` is of the observations.
 
     Returns:
@@ -86,10 +98,12 @@ def likelihood(*, bounds: Mapping[Any, Any] | None = None, **settings: Any) -> B
         >>> builder = likelihood(hidden=[32, 32], bounds={0: (0, None)})
     """
     config = _config(settings).override({"bounds": bounds or None})
+    recipe = None if embedding is None else Recipe.of(embedding)
 
     def build(theta: Tensor, x: Tensor) -> Any:
         _check_shapes(theta, x)
-        return _untrained("the observations", _carrying(x, theta, config), config, drawn="seed" not in settings)
+        samples = _carrying(x, theta, config)
+        return _untrained("the observations", samples, config, recipe, drawn="seed" not in settings)
 
     return build
 
@@ -108,7 +122,7 @@ def _config(settings: Mapping[str, Any]) -> Config:
     return config
 
 
-def _untrained(name: str, samples: Samples, config: Config, *, drawn: bool) -> Any:
+def _untrained(name: str, samples: Samples, config: Config, recipe: Recipe | None, *, drawn: bool) -> Any:
     """The estimator to be trained by sbi, whose seed is `drawn` from torch's global generator, or given."""
     from pyrnode.sbi.estimator import RNODEEstimator
 
@@ -118,7 +132,7 @@ def _untrained(name: str, samples: Samples, config: Config, *, drawn: bool) -> A
     config = config.override({"penalties": config.penalties.settled(len(samples), dim).to_dict()})
     splits = Splits(name, samples, samples, samples, shape)
     bounded.check_source(config.columns, splits)
-    return RNODEEstimator(Blueprint(splits, None).fitted(config), name, samples.context)
+    return RNODEEstimator(Blueprint(splits, embedding=recipe).fitted(config), name, samples.context)
 
 
 def train(
@@ -127,6 +141,7 @@ def train(
     prior: Any = None,
     *,
     bounds: Mapping[Any, Any] | None = None,
+    embedding: Given | None = None,
     validation: float = 0.1,
     **settings: Any,
 ) -> Any:
@@ -139,9 +154,10 @@ def train(
 
     Args:
         theta: Parameters ``(n, d)``, drawn from the prior.
-        x: Their observations ``(n, m)``.
+        x: Their observations ``(n, m)``, or ``(n, *shape)`` for an embedding.
         prior: As in `rnode`.
         bounds: As in `rnode`.
+        embedding: As in `rnode`.
         validation: Share of the simulations that are held out to choose the best flow on.
         **settings: Settings and arguments of `pyrnode.train`, such as ``minutes``, ``out`` and ``progress``; by default
             those of the preset ``"table"``.
@@ -159,9 +175,10 @@ def train(
     if not 0 < validation < 0.9:
         raise ConfigError(f"validation = {validation!r}: expected a share between 0 and 0.9")
     known: dict[str, Any] = {key: settings[key] for key in ("period", "columns") if key in settings}
-    samples, chosen = _simulated(theta, x, prior, bounds, Config.preset("table").override(known))
+    recipe = None if embedding is None else Recipe.of(embedding)
+    samples, chosen = _simulated(theta, x, prior, bounds, Config.preset("table").override(known), recipe)
     for what, values in (("parameters", theta), ("observations", x)):
-        if bad := int((~torch.isfinite(values)).any(1).sum()):
+        if bad := int((~torch.isfinite(values)).flatten(1).any(1).sum()):
             raise DataError(f"{what}: {bad} of {len(values)} simulations have NaN or infinite values; leave those out")
     held = max(1, round(validation * len(samples)))
     if len(samples) < MINIMUM:
@@ -170,15 +187,20 @@ def train(
     kept = samples.take(order[:held])
     splits = Splits("the parameters", samples.take(order[held:]), kept, kept, tuple(theta.shape[1:]))
     given = {"preset": "table", "engine": "torch", "bounds": chosen, **settings}
-    result = training.train(splits, evaluate=False, **given)
+    result = training.train(splits, embedding=embedding, evaluate=False, **given)
     return RNODEEstimator(result.flow, "the parameters").eval()
 
 
 def _simulated(
-    theta: Tensor, x: Tensor, prior: Any, bounds: Mapping[Any, Any] | None, config: Config
+    theta: Tensor,
+    x: Tensor,
+    prior: Any,
+    bounds: Mapping[Any, Any] | None,
+    config: Config,
+    recipe: Recipe | None,
 ) -> tuple[Samples, Mapping[Any, Any] | None]:
     """Parameters that carry their observations, and their bounds, on which none of them lies."""
-    _check_shapes(theta, x)
+    _check_shapes(theta, x, embedded=recipe is not None)
     chosen = bounds
     if bounds is None and prior is not None:
         periodic = config.columns.period or {}
@@ -186,11 +208,12 @@ def _simulated(
     return _carrying(theta, x, config.override({"bounds": chosen or None})), chosen or None
 
 
-def _check_shapes(theta: Tensor, x: Tensor) -> None:
-    if theta.ndim != 2 or x.ndim != 2 or len(theta) != len(x):
+def _check_shapes(theta: Tensor, x: Tensor, *, embedded: bool = False) -> None:
+    if theta.ndim != 2 or x.ndim < 2 or (x.ndim > 2 and not embedded) or len(theta) != len(x):
+        remedy = ", or pass embedding=, a network that does" if x.ndim > 2 else ""
         raise DataError(
             f"parameters of shape {tuple(theta.shape)} and observations of shape {tuple(x.shape)}: expected (n, d) "
-            "and (n, m); make a vector of each observation"
+            f"and (n, m); make a vector of each observation{remedy}"
         )
 
 

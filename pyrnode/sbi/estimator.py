@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrnode.bounded import from_bounds
 from pyrnode.config import SolverConfig
+from pyrnode.embedding import evaluating
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.flow import Flow
 from pyrnode.training.ladder import EVERY, Ladder
@@ -33,7 +34,7 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
     """
 
     def __init__(self, flow: Flow, name: str, conditions: Tensor | None = None) -> None:
-        super().__init__(flow, torch.Size(flow.event_shape), torch.Size([flow.context_dim]))
+        super().__init__(flow, torch.Size(flow.event_shape), torch.Size(flow.context_shape))
         config = flow.config
         self._ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self._refinement = self._calm = self._losses = 0
@@ -48,7 +49,10 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
         return self._ladder[self._refinement] if self.training else self.net.solver
 
     def log_prob(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
-        """``log q(θ | x)``, ``(s, b)``, of ``(s, b, d)`` and ``(b, m)`` or ``(s, b, m)``; a 1 for s or b fits all."""
+        """``log q(θ | x)``, ``(s, b)``, of ``(s, b, d)`` and ``(b, m)`` or ``(s, b, m)``; a 1 for s or b fits all.
+
+        With an embedding m stands for the shape of a condition.
+        """
         input = input if input.ndim == 3 else input[None]
         density = self.net.distribution(condition, solver=self.solver, validate_args=False)
         log_prob: Tensor = density.log_prob(self._inside(input))
@@ -58,7 +62,8 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
         """Parameters ``(*sample_shape, b, d)``."""
         theta: Tensor = self.net.sample(math.prod(sample_shape), condition)
         theta = theta.transpose(0, 1)
-        return theta.reshape(*sample_shape, *condition.shape[:-1], *self.net.event_shape)
+        lead = condition.shape[: condition.ndim - len(self.condition_shape)]
+        return theta.reshape(*sample_shape, *lead, *self.net.event_shape)
 
     def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
         """``(b,)``: −log q(θ | x), and in training the penalties besides."""
@@ -91,7 +96,9 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
     def _recognise(self, batch: Tensor) -> None:
         """Raises `ConfigError` where the first batch is of what was to be the condition: shapes alone do not tell."""
         known, self._conditions = self._conditions, None
-        if known is None or known.shape[1] != batch.shape[1] or not bool((known.to(batch) == batch[:1]).all(1).any()):
+        if known is None or known.shape[1:] != batch.shape[1:]:
+            return
+        if not bool((known.to(batch) == batch[:1]).flatten(1).all(1).any()):
             return
         posterior = self._name == "the parameters"
         other, remedy = (
@@ -110,7 +117,8 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
 
         def differ(one: SolverConfig, other: SolverConfig) -> float:
             try:
-                first, second = (self.net.log_prob(few, context, solver=solver) for solver in (one, other))
+                with evaluating(self.net.embedding):
+                    first, second = (self.net.log_prob(few, context, solver=solver) for solver in (one, other))
             except SolverError:
                 return math.inf
             mean = float((first - second).abs().mean()) / self.net.dim

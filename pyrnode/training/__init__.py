@@ -20,6 +20,7 @@ from pyrnode.config import Config, SolverConfig, made_for
 from pyrnode.data import load, sources, support
 from pyrnode.data.loading import leaves_files
 from pyrnode.data.synthetic import DENSITIES
+from pyrnode.embedding import Given
 from pyrnode.errors import CheckpointError, ConfigError
 from pyrnode.flow import Flow
 from pyrnode.progress import progress_bar
@@ -64,6 +65,7 @@ def train(
     resume: bool = False,
     dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
     context: Any = None,
+    embedding: Given | None = None,
     validation: Any = None,
     validation_context: Any = None,
     callbacks: Callback | Iterable[Callback] = (),
@@ -94,7 +96,11 @@ def train(
             as ``f(t, z, c)`` where there is a context.
         context: What the density is conditional on, ``(n, m)`` numbers (array, tensor or data frame), a row for each
             sample of `data`, which is then an array, a table or a data set without a test set of its own. The flow is
-            ``p(x | c)``: `log_prob` and `sample` take the context too.
+            ``p(x | c)``: `log_prob` and `sample` take the context too. For an embedding ``(n, *shape)``.
+        embedding: A network that makes a vector ``(n, m)`` of contexts of any shape, such as images or time series, and
+            is trained with the flow: a function or class that makes it, `functools.partial` of either for its settings,
+            or ``"module:function"``; or the module itself, which is copied, and with which no model can be saved. The
+            contexts reach it in the flow's type, and standardised where they are vectors.
         validation: What the best flow is chosen on: a share of the samples (a number, by default 0.1), or samples of
             your own, of the same shape and kind as `data`: an array, a tensor, a data frame, a path, a data set. Those
             are never trained on, and nothing is standardised by them; all of `data` but the test samples is then
@@ -114,7 +120,8 @@ def train(
         The best flow on validation, the history and the report.
 
     Raises:
-        ConfigError: A setting is unknown or does not fit; a callback is none, or has a method that nobody would call.
+        ConfigError: A setting is unknown or does not fit; a callback is none, or has a method that nobody would call;
+            the embedding fails, or does not give each context a vector of its own.
         DataError: The data is missing or unusable, or has values on its columns' bounds, or beyond them.
         CheckpointError: `out` already holds a run and `resume` is false, or its checkpoint is damaged, or of other
             settings or data; or another process trains in `out` now.
@@ -159,7 +166,8 @@ def train(
             print(f"note: {remark}", file=sys.stderr)
     if progress and config.engine == "auto":
         print("engine: {} ({})".format(*engines.choose(config.engine, config.device)), file=sys.stderr)
-    trainer = Trainer(config, splits, folder, dynamics=dynamics, progress=progress, world=world, callbacks=callbacks)
+    own: dict[str, Any] = {"dynamics": dynamics, "embedding": embedding}
+    trainer = Trainer(config, splits, folder, **own, progress=progress, world=world, callbacks=callbacks)
     with ExitStack() as held:
         if folder is not None:
             _start(trainer, folder, resume, held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from pyrnode.data.frames import said
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.edges import Edges
+from pyrnode.embedding import Embedding, Given, Recipe
+from pyrnode.errors import ConfigError, DataError
 from pyrnode.flow import Flow, outset
 from pyrnode.radial import Radial
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
@@ -30,6 +33,11 @@ _HEAVY = 0.1
 """Nats per dimension that drawing in tails must bring the untrained flow: below it, it is many modes that look like
 tails, which are harder to tell apart when they are drawn together (docs/training.md)."""
 
+UNSAVED = (
+    "the run has no model file: its embedding was given as a module, or by what has no name, or settings that are no "
+    "plain values; give a function or class at the top level of a module (docs/conditional.md)"
+)
+
 
 class Blueprint:
     """What flows for some data have in common.
@@ -37,34 +45,71 @@ class Blueprint:
     Args:
         splits: Data.
         dynamics: The user's own dynamics by event shape.
+        embedding: The user's network between contexts and blocks.
 
     Attributes:
-        make: The same, wrapped as `Dynamics`; `None` where the settings say what the dynamics are.
+        saved: Whether a file can describe these flows.
+
+    Raises:
+        ConfigError: The embedding is none, or has no contexts.
+        DataError: There are contexts that only an embedding could take.
     """
 
-    def __init__(self, splits: Splits, dynamics: Callable[[tuple[int, ...]], nn.Module] | None) -> None:
-        self._splits, self._data_dtype = splits, _data_dtype(splits)
-        self.make = None if dynamics is None else _wrapped(dynamics, splits.context_dim)
+    def __init__(
+        self,
+        splits: Splits,
+        dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
+        embedding: Given | Recipe | None = None,
+    ) -> None:
+        self._splits, self._data_dtype, self._dynamics = splits, _data_dtype(splits), dynamics
+        made = embedding is None or isinstance(embedding, Recipe)
+        self._recipe = cast(Recipe | None, embedding) if made else Recipe.of(cast(Given, embedding))
+        self._width: int | None = None
+        self.saved = dynamics is None and (self._recipe is None or self._recipe.described() is not None)
+        shape = splits.context_shape
+        if self._recipe is not None and shape == (0,):
+            raise ConfigError("embedding is given, but no context: it is what the embedding takes")
+        if self._recipe is None and len(shape) > 1:
+            raise DataError(
+                f"contexts of shape {shape}: a flow takes vectors, (n, m); pass embedding=, a network that makes a "
+                "vector of each, or context.reshape(len(context), -1)"
+            )
 
     def fitted(self, config: Config, world: World = alone) -> Flow:
         """An untrained flow, with the transforms of the training samples, which the processes look at together."""
-        return self.build(config, *_standardised(config, self._splits, world))
+        flow = self.build(config, *_standardised(config, self._splits, world))
+        if flow.embedding is not None and self._splits.train.context is not None:
+            few = self._splits.train.context[:2]
+            flow.embedding.check(cast(Tensor, flow.condition(few, len(few))))
+        return flow
 
     def build(self, config: Config, transform: Chain | None = None, context_transform: Chain | None = None) -> Flow:
         """An untrained flow; without transforms, one that weights are loaded into."""
         splits = self._splits
+        if self._width is None:
+            self._width = self._features(config)
         return Flow.build(
             config,
             splits.event_shape,
             levels=splits.levels,
             transform=transform,
-            context_dim=splits.context_dim,
+            context_dim=self._width,
             context_transform=context_transform,
             data_dtype=self._data_dtype,
             features=said(splits.features),
             context_features=said(splits.context_features),
-            dynamics=self.make,
+            dynamics=None if self._dynamics is None else _wrapped(self._dynamics, self._width),
+            embedding=self._recipe,
+            context_shape=splits.context_shape,
         )
+
+    @torch.inference_mode(False)
+    def _features(self, config: Config) -> int:
+        """Number of features that the blocks take of a context."""
+        if self._recipe is None:
+            return self._splits.context_dim
+        dtype = getattr(torch, config.dtype)
+        return Embedding.build(self._recipe, self._splits.context_shape, dtype, config.seed).width
 
 
 def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:
@@ -84,7 +129,7 @@ def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain |
         else:
             found = _to_standard(config, splits, begin)
         transform = Chain([*begin.transforms, *found])
-    if config.flow.scales_features and train.context is not None:
+    if config.flow.scales_features and train.context is not None and train.context.ndim == 2:
         context_transform = Chain([Standardize.fit_context(train.context)])
     return transform, context_transform
 
@@ -178,10 +223,10 @@ def _to_standard_mapped(
 
 
 def _data_dtype(splits: Splits) -> torch.dtype | None:
-    """The type that holds continuous data and contexts; `None` where there are neither."""
+    """The type that holds continuous data and contexts that are vectors; `None` where there are neither."""
     first = splits.train.first(1)
     given = [first.x] if splits.levels is None else []
-    given += [] if first.context is None else [first.context]
+    given += [] if first.context is None or first.context.ndim > 2 else [first.context]
     types = {x.dtype if x.is_floating_point() else torch.float64 for x in given}
     return torch.float64 if torch.float64 in types else next(iter(types), None)
 

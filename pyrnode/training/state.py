@@ -137,6 +137,7 @@ class State:
     def __init__(self, flow: Flow, training: TrainingConfig) -> None:
         self.flow, self._training = flow, training
         self.optimizer = self._new_optimizer()
+        self._before: Weights = {}
         self.average: Weights | None = weights(flow) if training.ema is not None else None
         self.best: Weights = weights(flow)
         self.progress = Progress()
@@ -148,6 +149,22 @@ class State:
         if self._training.optimizer != "soap":
             settings["foreach"] = awaited(self.flow.reference)  # one launch for all; on a CPU that is no gain
         return _OPTIMIZERS[self._training.optimizer](self.flow.parameters(), **settings)
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Notes what a forward pass changes by itself: an embedding's buffers, such as running means of its batches.
+
+        What is captured before `take` has them as they were: a resumed run takes the step, and so the pass, again.
+        """
+        self._before = {
+            name: value.clone() for name, value in self.flow.named_buffers() if name.startswith("embedding.")
+        }
+
+    def take(self) -> None:
+        """The optimiser's step."""
+        self.optimizer.step()
+        self._before = {}
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -187,7 +204,8 @@ class State:
 
     def capture(self) -> Snapshot:
         """A copy of it all."""
-        tensors = {f"flow.{k}": v for k, v in self.flow.state_dict().items()}
+        present = self.flow.state_dict()
+        tensors = {f"flow.{k}": self._before.get(k, v) for k, v in present.items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         tensors |= {f"average.{k}": v for k, v in (self.average or {}).items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
@@ -211,6 +229,7 @@ class State:
         for group in ("flow", "best", *averages):
             files.check_tensors(groups[group], self.flow.state_dict())
         slots = self._slots(groups["optimizer"])
+        self._before = {}
         self.flow.load_state_dict(groups["flow"])
         self.best = groups["best"]
         self.average = groups["average"] if self.average is not None else None

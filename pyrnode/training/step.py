@@ -14,10 +14,11 @@ from pyrnode.composition import Composition, Passage
 from pyrnode.config import Config, Divergence, PenaltyConfig, SolverConfig
 from pyrnode.data import Batch, Samples
 from pyrnode.distributed import World
+from pyrnode.embedding import drawing
 from pyrnode.errors import ConfigError
 from pyrnode.objective import Objective, objective
 from pyrnode.optimisation import TrainingConfig
-from pyrnode.seeds import Share, drawn, generator
+from pyrnode.seeds import Share, derive, drawn, generator
 from pyrnode.training.state import NotFiniteError
 
 
@@ -139,17 +140,19 @@ def loss(flow: Composition, batch: Batch, config: Config, solver: SolverConfig, 
 
         flipped = drawn(uniform, (len(x),), random) < 0.5
         x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-    passage = flow.solve(
-        x,
-        flow.draw(estimator(flow, penalties), random, noise=penalties.noise),
-        solver,
-        context=batch.context,
-        generator=random,
-        total_derivative=penalties.total_derivative > 0,
-        verified=False,
-        hjb=penalties.hjb > 0,
-        precision=solver.numbers,
-    )
+    first = 0 if batch.share is None else batch.share.first
+    with drawing(flow.embedding, x.device, derive(config.seed, "embedding", step, first)):
+        passage = flow.solve(
+            x,
+            flow.draw(estimator(flow, penalties), random, noise=penalties.noise),
+            solver,
+            context=batch.context,
+            generator=random,
+            total_derivative=penalties.total_derivative > 0,
+            verified=False,
+            hjb=penalties.hjb > 0,
+            precision=solver.numbers,
+        )
     return objective(passage, penalties, batch.weight), passage
 
 

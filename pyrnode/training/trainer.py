@@ -22,13 +22,14 @@ from pyrnode.config import Config, SolverConfig
 from pyrnode.data import Batch, Splits
 from pyrnode.devices import resolve_device
 from pyrnode.distributed import World, alone
+from pyrnode.embedding import Given, check_dividable
 from pyrnode.engines.base import check_potential
 from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
 from pyrnode.optimisation import ENDLESS
 from pyrnode.runs import Record, RunFolder
-from pyrnode.training.blueprint import Blueprint
+from pyrnode.training.blueprint import UNSAVED, Blueprint
 from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
 from pyrnode.training.coarse import settled
 from pyrnode.training.feed import Feed
@@ -39,7 +40,7 @@ from pyrnode.training.origin import Origin
 from pyrnode.training.span import Span
 from pyrnode.training.state import NotFiniteError, Snapshot, State, Weights
 from pyrnode.training.step import Order, clip, estimator, learning_rate, loss
-from pyrnode.training.validation import Validation, price
+from pyrnode.training.validation import Validation, price, wrong
 
 _SAVED = 50
 """Steps between states to fall back to at least, unless an interval of checkpoints is given."""
@@ -53,6 +54,7 @@ class Trainer:
         splits: Data.
         folder: Where to write; `None` writes nothing.
         dynamics: The user's own dynamics by event shape.
+        embedding: The user's network between contexts and blocks.
         progress: Show a progress bar.
         world: The processes that train it together; the first of them writes and prints.
         callbacks: What is told how training goes, in the first process.
@@ -65,19 +67,21 @@ class Trainer:
         folder: RunFolder | None,
         *,
         dynamics: Callable[[tuple[int, ...]], nn.Module] | None = None,
+        embedding: Given | None = None,
         progress: bool = True,
         world: World = alone,
         callbacks: Callback | Iterable[Callback] = (),
     ) -> None:
         told = Callbacks(callbacks)
-        boards = _check_outputs(config, folder, dynamics)
+        self.blueprint = Blueprint(splits, dynamics, embedding)
+        boards = _check_outputs(config, folder, self.blueprint)
         self.callbacks = Callbacks((*told, *boards)) if world.first else Callbacks()
         self.config, self.splits, self.folder, self.world = config, splits, folder, world
         self.progress = progress and world.first
         self.device = resolve_device(config.device)
-        self.blueprint = Blueprint(splits, dynamics)
         self.flow = self.blueprint.fitted(config, world).to(self.device)
         if world.size > 1:  # dynamics of the user's own, and another machine's algebra, may begin otherwise
+            check_dividable(self.flow.embedding)
             self.flow.load_state_dict(world.once(lambda: {k: v.cpu() for k, v in self.flow.state_dict().items()}))
         self.state = State(self.flow, config.training)
         self.order = Order.of(len(splits.train), config.training.batch_size, config.seed, world)
@@ -96,9 +100,11 @@ class Trainer:
         self._price = price(estimator(self.flow, config.penalties), self.flow.dim)
         self._snapshot = self.state.capture()
         self._stop, self._enough, self._signals, self._saved = False, False, list[int](), 0.0
-        self._late: list[str] = []
+        unsaved = folder is not None and embedding is not None and not self.blueprint.saved
+        self._late: list[str] = [UNSAVED] * unsaved
         self._begun_with: Origin | None = None
         self.say: Callable[[str], None] = lambda note: self._tell(f"note: {note}")
+        list(map(self.say, self._late))
 
     @property
     def solver(self) -> SolverConfig:
@@ -230,6 +236,8 @@ class Trainer:
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
 
+        state.begin()
+
         def compute() -> tuple[Objective, Passage]:
             return loss(self.flow, batch, self._settled, self.solver, step)
 
@@ -251,7 +259,7 @@ class Trainer:
                 self._snapshot = self._good()
             if ends:
                 return None
-        state.optimizer.step()
+        state.take()
         state.progress.step = step + 1
         state.progress.work += batch.total * self._price * (taken.nfe + 2 * taken.nfe_backward)
         state.add_to_average(step)
@@ -346,7 +354,7 @@ class Trainer:
             if self.ladder.moves and progress.refinement < self.ladder.highest:
                 progress.refinement, progress.calm = progress.refinement + 1, 0
             elif not self.notes:
-                record["note"] = _wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
+                record["note"] = wrong(solvers.describe(self.solver), found.disagreement, progress.step, tolerance)
                 self.say(record["note"])
         self.journal.log(record)
         self.callbacks.tell("on_validation", record)
@@ -371,7 +379,7 @@ class Trainer:
 
     def _write_to(self, folder: RunFolder, snapshot: Snapshot) -> None:
         self.journal.flush()
-        if self.blueprint.make is None:
+        if self.blueprint.saved:
             self.best_flow().save(folder.model)
         snapshot.write(folder.checkpoint, self._origin())
 
@@ -442,22 +450,15 @@ class Trainer:
             tqdm.write(text, file=sys.stderr)
 
 
-def _wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str:
-    return (
-        f"at step {step} the training solver, {solver}, is {disagreement:.2g} nats per dimension from the accurate one "
-        f"(tolerance {tolerance:g}): the loss is no longer the density's. The best model is chosen by the accurate "
-        "solver all the same. Remedies: solver='auto', a smaller step_size, larger penalties (kinetic, jacobian)"
-    )
-
-
-def _check_outputs(config: Config, folder: RunFolder | None, dynamics: object) -> list[Callback]:
+def _check_outputs(config: Config, folder: RunFolder | None, blueprint: Blueprint) -> list[Callback]:
     """The callbacks that settings ask for; a `ConfigError` where what is to be written has no place, or cannot be."""
     boards = list[Callback]()
     if config.training.tensorboard:
         if folder is None:
             raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
         boards.append(TensorBoard(folder.path / "tensorboard"))
-    if config.training.snapshots and (folder is None or dynamics is not None):
-        need = "out=, the folder to write to" if folder is None else "pyrnode's own dynamics: others are not saved"
+    if config.training.snapshots and (folder is None or not blueprint.saved):
+        need = "pyrnode's own dynamics, and embeddings with a name: others are not saved"
+        need = "out=, the folder to write to" if folder is None else need
         raise ConfigError(f"training.snapshots = true needs {need}")
     return boards

@@ -14,6 +14,7 @@ from pyrnode.composition import Composition, Passage
 from pyrnode.config import Config, Divergence, SolverConfig
 from pyrnode.data import Batch, Samples
 from pyrnode.distributed import World, alone
+from pyrnode.embedding import evaluating
 from pyrnode.errors import SolverError
 from pyrnode.seeds import generator
 from pyrnode.training.step import estimator
@@ -133,7 +134,8 @@ class Validation:
         if not len(batch):
             return torch.zeros(0, dtype=torch.float64, device="cpu"), 0.0
         try:
-            passage = self._passage(batch, number, solver, divergence)
+            with evaluating(self._flow.embedding):
+                passage = self._passage(batch, number, solver, divergence)
         except SolverError:
             return torch.full((len(batch),), -math.inf, dtype=torch.float64, device="cpu"), 0.0
         cost = passage.nfe * len(batch) * price(divergence, self._flow.dim)
@@ -150,3 +152,12 @@ class Validation:
 def price(divergence: Divergence, dim: int) -> float:
     """What an evaluation with that divergence costs, in evaluations with one probe."""
     return 1 + dim / 2 if divergence.exact(dim) else float(divergence.probes or 1)
+
+
+def wrong(solver: str, disagreement: float, step: int, tolerance: float) -> str:
+    """What is said of a training solver that is not right."""
+    return (
+        f"at step {step} the training solver, {solver}, is {disagreement:.2g} nats per dimension from the accurate one "
+        f"(tolerance {tolerance:g}): the loss is no longer the density's. The best model is chosen by the accurate "
+        "solver all the same. Remedies: solver='auto', a smaller step_size, larger penalties (kinetic, jacobian)"
+    )
