@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-OBSERVATIONS, SAMPLES = 5, 1000
+OBSERVATIONS, SAMPLES, FRESH = 5, 1000, 2000
 SIDES = ("nsf", "pyrnode", "trainer")
 
 
@@ -140,7 +140,32 @@ def slcp() -> Task:
     return Task(BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5)), simulate, posterior)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"two-moons": two_moons, "linear": linear, "slcp": slcp}
+# -- a decay with noise: an amplitude and a rate in a box, ten readings ------------------------------------------------
+
+
+def decay() -> Task:
+    from sbi.utils import BoxUniform
+
+    times, noise = torch.linspace(0.2, 4, 10), 0.15
+    low, high = torch.tensor([0.2, 0.05]), torch.tensor([2.0, 3.0])
+
+    def curve(theta: Tensor) -> Tensor:
+        return theta[:, :1] * (-theta[:, 1:] * times.to(theta)).exp()
+
+    def simulate(theta: Tensor) -> Tensor:
+        return curve(theta) + noise * torch.randn(len(theta), len(times))
+
+    def posterior(x: Tensor, n: int) -> Tensor:
+        """Draws from the prior, taken by their weights."""
+        theta = low + (high - low) * torch.rand(1_000_000, 2)
+        log_weight = -0.5 * ((x - curve(theta)) / noise).square().sum(1)
+        weight = (log_weight - log_weight.max()).exp()
+        return theta[(weight > torch.rand(len(weight))).nonzero()[:n, 0]]
+
+    return Task(BoxUniform(low, high), simulate, posterior)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"two-moons": two_moons, "linear": linear, "slcp": slcp, "decay": decay}
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -212,6 +237,9 @@ def measure(
     found = trained(task, side, simulations, seed, seconds, settings)
     torch.manual_seed(1234)
     observed = task.simulate(task.prior.sample((OBSERVATIONS,)))
+    fresh = task.prior.sample((FRESH,))
+    with torch.no_grad():
+        log_prob = found.posterior.posterior_estimator.log_prob(fresh[None], task.simulate(fresh))
     scores, drawing = list[float](), 0.0
     for x in observed:
         exact = task.posterior(x, SAMPLES)
@@ -222,6 +250,7 @@ def measure(
     return {
         "c2st": statistics.mean(scores),
         "each": scores,
+        "nll": -float(log_prob.mean()),
         "epochs": found.epochs,
         "seconds": found.seconds,
         "drawing": drawing,
