@@ -22,7 +22,6 @@ from pyrnode.errors import SolverError
 from pyrnode.solvers import Method, Tableau
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0  # of the step-size controller, as in Hairer and in SciPy
-_CHANGE = 0.25  # of the state in the first step, relatively: with 1, four attempts in ten fail in sharp posteriors
 
 
 class Rate(NamedTuple):
@@ -317,7 +316,7 @@ def _factor(size: Tensor, order: int, grow: Tensor) -> Tensor:
 
 
 def _start(system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], norm: ErrorNorm) -> _Front:
-    """All samples at the start, with a first step in which the state would change by a quarter of itself.
+    """All samples at the start, with a first step in which the state would change by as much as itself.
 
     Hairer's rule (Solving ODEs I, II.4) costs one more evaluation, and its step is as much too short at order 5 as the
     tolerance is tight, whatever the dynamics; one that is too long costs the state's evaluations alone.
@@ -328,7 +327,7 @@ def _start(system: System, y: Tensor, q: Tensor, t_span: tuple[float, float], no
     if bad := not_finite(rate.y, rate.q):
         raise not_finite_at_start(t0, bad, len(y))
     size, speed = (norm.mean(norm.state(x, y, y), y) for x in (y, rate.y))
-    h = (_CHANGE * size.clamp(min=1) / speed).clamp(max=abs(t1 - t0)).nan_to_num(abs(t1 - t0) * 1e-6)
+    h = (size.clamp(min=1) / speed).clamp(max=abs(t1 - t0)).nan_to_num(abs(t1 - t0) * 1e-6)
     t = torch.full_like(h, t0)
     return _Front(index, t, h * math.copysign(1.0, t1 - t0), y, q, rate, torch.full_like(h, _GROW))
 

@@ -62,7 +62,7 @@ static void NAME(rate)(struct work *w, vec *rate, vec *q_rate, int probed) {
 }
 
 /* For threads.c: the rates at the start and the first steps' lengths of blocks `first` to `last`: the state would change by
-   a quarter of itself, or of a standard deviation. */
+   as much as itself. */
 int NAME(start)(const struct job *job, long first, long last) {
     struct work w;
     if (NAME(open)(&w, job)) return 1;
@@ -81,7 +81,7 @@ int NAME(start)(const struct job *job, long first, long last) {
         NAME(norm)(&w, size, total[0]);
         NAME(norm)(&w, speed, total[1]);
         for (int64_t i = 0; i < count; i++) {
-            double next = 0.25 * (size[i] < 1 ? 1 : size[i]) / speed[i]; /* a NaN stays one */
+            double next = (size[i] < 1 ? 1 : size[i]) / speed[i]; /* a NaN stays one */
             next = isnan(next) ? span * 1e-6 : fmin(next, span);
             job->first[start + i] = copysign(next, job->t1 - job->t0);
             NAME(take)(w.rates, i, (REAL *)job->rate + (start + i) * d, d);
