@@ -44,7 +44,8 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
     def train(self, mode: bool = True) -> Self:
         """Puts the weights that are trained in place, or, for use and validation, their average."""
         (self._pace.resume if mode else self._pace.use)(self.net)
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def _inside(self, theta: Tensor) -> Tensor:
         return from_bounds(theta, self.net.transform.transforms)
