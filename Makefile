@@ -4,7 +4,7 @@ PYTHON ?= python3.11 python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint types wheel-smoke release bench gpu docs format clean
+.PHONY: venv demo test sbi-test lint types wheel-smoke release bench gpu docs format clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := venv
 
@@ -43,6 +43,18 @@ demo: .venv/installed-base
 # One process a core, each with the tests of whole files. ARGS are passed on: make test ARGS="tests/test_packaging.py -x"
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# sbi has an environment of its own on top of .venv, so that what it needs moves no version of the others' tests.
+.venv/installed-sbi: .venv/installed-test
+	@echo "Installing sbi into .venv/sbi"
+	$(BIN)/python -m venv --clear .venv/sbi
+	@where='import sysconfig; print(sysconfig.get_path("purelib"))'; outer="$$($(BIN)/python -c "$$where")"; \
+	echo "import site; site.addsitedir('$$outer')" >"$$(.venv/sbi/bin/python -c "$$where")/outer.pth"
+	.venv/sbi/bin/python -m pip install --quiet --constraint constraints.txt 'sbi>=0.27,<0.28'
+	@touch $@
+
+sbi-test: .venv/installed-sbi
+	.venv/sbi/bin/python -m pytest tests/test_sbi.py tests/test_sbi_pace.py $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

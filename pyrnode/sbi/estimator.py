@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
@@ -14,6 +14,7 @@ from pyrnode.config import SolverConfig
 from pyrnode.embedding import evaluating
 from pyrnode.errors import ConfigError, SolverError
 from pyrnode.flow import Flow
+from pyrnode.sbi.pace import Pace
 from pyrnode.training.ladder import EVERY, Ladder
 from pyrnode.training.step import estimator
 
@@ -39,6 +40,13 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
         self._ladder = Ladder(config.solver, config.flow.end_time, config.training.tolerance)
         self._refinement = self._calm = self._losses = 0
         self._name, self._conditions = name, conditions
+        self._pace = Pace()
+
+    def train(self, mode: bool = True) -> Self:
+        """Puts the weights that are trained in place, or, for use and validation, their average."""
+        (self._pace.resume if mode else self._pace.use)(self.net)
+        super().train(mode)
+        return self
 
     def _inside(self, theta: Tensor) -> Tensor:
         return from_bounds(theta, self.net.transform.transforms)
@@ -53,6 +61,8 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
 
         With an embedding m stands for the shape of a condition.
         """
+        if self.training and torch.is_grad_enabled():  # sbi's losses of later rounds are made of it
+            self._pace.follow(self.net)
         input = input if input.ndim == 3 else input[None]
         density = self.net.distribution(condition, solver=self.solver, validate_args=False)
         log_prob: Tensor = density.log_prob(self._inside(input))
@@ -66,14 +76,30 @@ class RNODEEstimator(ConditionalDensityEstimator):  # type: ignore[misc]
         return theta.reshape(*sample_shape, *lead, *self.net.event_shape)
 
     def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
-        """``(b,)``: −log q(θ | x), and in training the penalties besides."""
+        """``(b,)``: −log q(θ | x), and in training the penalties besides.
+
+        Raises:
+            SolverError: A solve failed, and at half the rate, from the averaged weights, another one.
+        """
         if not self.training:
-            return -self.log_prob(input, condition)[0]
+            losses = -self.log_prob(input, condition)[0]
+            self._pace.validated(losses)
+            return losses
+        self._pace.follow(self.net)
         theta, context = self.net.admit(self._inside(input), condition)
         self._recognise(theta)
         if self._losses % EVERY == 0:
             self._adjust(theta, condition)
         self._losses += 1
+        try:
+            return self._penalised(theta, context)
+        except SolverError:
+            self._pace.retreat(self.net)
+            self._adjust(theta, condition)
+            return self._penalised(theta, context)
+
+    def _penalised(self, theta: Tensor, context: Tensor) -> Tensor:
+        """The integrand of eq. 17, ``(b,)``, of what `Flow.admit` gives."""
         penalties = self.net.config.penalties
         divergence = estimator(self.net, penalties)
         draw = self.net.draw(divergence, torch.default_generator, noise=penalties.noise)
