@@ -6,6 +6,7 @@ Each command is a function of its parsed arguments that returns an exit code, an
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from pyrnode.cli.output import (
     print_table,
     talks,
 )
-from pyrnode.errors import PyrnodeError
+from pyrnode.errors import PyrnodeError, unknown_name
 from pyrnode.progress import SECONDS, progress_bar
 
 
@@ -233,8 +234,27 @@ _COMMANDS: dict[str, _Command] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which command or option may be meant; what may be abbreviated stays so."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            kind = action.metavar.lower() if isinstance(action.metavar, str) else "value"
+            raise argparse.ArgumentError(action, unknown_name(kind, value, map(str, action.choices)))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            (options,) = (action.choices[found.command] for action in self._actions if action.dest == "command")
+            asked = next((name for name in rest if name.startswith("-")), rest[0])
+            close = difflib.get_close_matches(asked, options._option_string_actions, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else f"; pyrnode {found.command} --help lists them"
+            options.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pyrnode", description="Densities from regularised neural ODEs (Finlay et al. 2020)."
     )
     parser.add_argument("--version", action="version", version=f"pyrnode {pyrnode.__version__}")
