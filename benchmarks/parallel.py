@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import pyrnode
+from benchmarks import records
 from pyrnode import distributed
 from pyrnode.config import Config
 from pyrnode.data import load
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default 3)")
     parser.add_argument("--scaling", action="store_true", help="the larger batch instead")
     parser.add_argument("--quick", action="store_true", help="few steps of the larger batch")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    records.json_argument(parser)
     parser.add_argument("--steps-of", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps_of is not None:
@@ -180,8 +180,7 @@ def main() -> None:
                 "|", " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), "|", flush=True
             )
         rows += found
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    records.leave(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.potential import check_settings, check_shape
 from pyrnode.errors import ConfigError, SolverError
 
-
 _OBJECTS = 2**15
 """Bytes that a block has beside its weights: Python's objects, counted of MLPs (28 kB)."""
 

@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
 from pyrnode.data import files, images, maf, mapped, synthetic
-from pyrnode.data.arrays import array_tensor, bad_value, check_array, check_not_scaled_pixels, check_varies, computable, numbers
+from pyrnode.data.arrays import (
+    array_tensor,
+    bad_value,
+    check_array,
+    check_not_scaled_pixels,
+    check_varies,
+    computable,
+    numbers,
+)
 from pyrnode.data.frames import Names, is_frame, read_frame
 from pyrnode.data.held_out import with_validation
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples

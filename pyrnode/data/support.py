@@ -34,7 +34,7 @@ _AWAY = 1000.0
 """Interquartile ranges that a value is away from the median which is said of its column."""
 
 _COUNTED = 10
-"""Samples of one weight that the training samples must be worth, or half of them: ``(Σw)²/Σw²``, Kish's effective size."""
+"""Samples of one weight that the training samples are to be worth, or half of them: ``(Σw)²/Σw²``."""
 
 _PIECE = 2**22
 """Bytes of rows that are hashed at a time."""
@@ -194,7 +194,9 @@ def _dependent(x: Array, eps: float) -> list[tuple[int, list[int]]]:
 
 def _heavy(train: Samples) -> list[str]:
     """Weights of which a few samples have so much that the others hardly count."""
-    if train.weight is None or (counted := len(train) / float(train.weight.square().mean())) >= min(_COUNTED, len(train) / 2):
+    if train.weight is None or (counted := len(train) / float(train.weight.square().mean())) >= min(
+        _COUNTED, len(train) / 2
+    ):
         return []
     return [
         f"weights: the largest is {float(train.weight.max()):.3g} times their mean, so that {len(train)} training samples count as "
