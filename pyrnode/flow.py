@@ -165,8 +165,8 @@ class Flow(Composition):
                 raise
             row = int(far.nonzero()[0])
             raise DataError(
-                f"sample {before + row} holds {float(x[row].abs().max()):g}, which is infinite in {self.config.dtype} where the "
-                "flow computes: leave it out; its density is zero, as far as numbers go"
+                f"sample {before + row} holds {float(x[row].abs().max()):g}, which is infinite in {self.config.dtype} "
+                "where the flow computes: leave it out; its density is zero, as far as numbers go"
             ) from error
 
     @overload

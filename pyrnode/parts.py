@@ -172,8 +172,8 @@ def check_memory(config: Config, event_shape: tuple[int, ...], context_dim: int,
     if needed > most:
         what = "the weights" if copies == 1 else "the weights, their gradient and what the optimiser keeps of them"
         raise ConfigError(
-            f"blocks = {flow.blocks}, hidden = {list(widths)}: {what} take about {needed / 2**30:.3g} GiB, and this machine has "
-            f"{most / 2**30:.3g}: take fewer blocks (1 to 10 are usual), or narrower layers"
+            f"blocks = {flow.blocks}, hidden = {list(widths)}: {what} take about {needed / 2**30:.3g} GiB, and this "
+            f"machine has {most / 2**30:.3g}: take fewer blocks (1 to 10 are usual), or narrower layers"
         )
 
 

@@ -122,8 +122,8 @@ def _curve(history: History, key: str) -> tuple[Array, Array]:
 def smooth(values: Array, window: int) -> Array:
     """Lines fitted to `window` values (an odd number) around each: in between, that is their mean.
 
-    Near an end, where a window about the value would leave the curve, it is the line of the last whole window: a window that
-    narrows would show the curve's noise there, and a mean that does not its slope.
+    Near an end, where a window about the value would leave the curve, it is the line of the last whole window: a window
+    that narrows would show the curve's noise there, and a mean that does not would lose its slope.
     """
     if window < 1 or window % 2 == 0:
         raise ConfigError(f"window = {window!r}: expected an odd positive number")

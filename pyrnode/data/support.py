@@ -194,12 +194,11 @@ def _dependent(x: Array, eps: float) -> list[tuple[int, list[int]]]:
 
 def _heavy(train: Samples) -> list[str]:
     """Weights of which a few samples have so much that the others hardly count."""
-    if train.weight is None or (counted := len(train) / float(train.weight.square().mean())) >= min(
-        _COUNTED, len(train) / 2
-    ):
+    weight, n = train.weight, len(train)
+    if weight is None or (counted := n / float(weight.square().mean())) >= min(_COUNTED, n / 2):
         return []
     return [
-        f"weights: the largest is {float(train.weight.max()):.3g} times their mean, so that {len(train)} training samples count as "
+        f"weights: the largest is {float(weight.max()):.3g} times their mean, so that {n} training samples count as "
         f"{counted:.3g} of one weight: if it is a mistake, leave that sample out"
     ]
 
