@@ -165,8 +165,9 @@ def check_memory(config: Config, event_shape: tuple[int, ...], context_dim: int,
         return
     with torch.device("meta"):
         block = network(config, event_shape, context_dim)(event_shape)
-    scales = _count_scales(event_shape) if flow.scales == "auto" else flow.scales
-    blocks = flow.blocks * (2 * scales - 1 if len(event_shape) == 3 else 1)
+    blocks = flow.blocks
+    if len(event_shape) == 3:
+        blocks *= 2 * (_count_scales(event_shape) if flow.scales == "auto" else flow.scales) - 1
     numbers = sum(parameter.numel() for parameter in block.parameters())
     needed = blocks * (_OBJECTS + copies * numbers * getattr(torch, config.dtype).itemsize)
     if needed > most:

@@ -71,6 +71,18 @@ def test_nothing_is_said_of_ordinary_data(dtype: Any) -> None:
         assert [text for text in remarks(load(name)) if "no density" in text] == []
 
 
+@pytest.mark.parametrize(("heaviest", "count"), [(1e30, "1 of"), (1e3, "1.9"), (30.0, None)])
+def test_weights_of_which_one_is_all(heaviest: float, count: str | None) -> None:
+    weight = torch.ones(400)
+    weight[5] = heaviest
+    splits = split(torch.randn(400, 2, generator=torch.Generator().manual_seed(0)))
+    splits.train = TensorSamples(splits.train.tensor()).carrying(weight=weight[:300])
+    found = [text for text in remarks(splits) if text.startswith("weights")]
+    assert len(found) == (count is not None)
+    if count is not None:
+        assert re.search(rf"times their mean, so that 300 training samples count as {count}", found[0]), found
+
+
 def split(x: Tensor, c: Tensor | None = None) -> Splits:
     """Parts of 300, 50 and 50."""
     parts = TensorSamples(x).carrying(context=c)
