@@ -405,8 +405,8 @@ def test_a_flow_that_no_memory_holds_is_refused() -> None:
 
 
 def test_training_needs_more_room_than_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {"hidden": [2000, 2000]}  # 16 MB of weights
-    monkeypatch.setattr("pyrnode.parts.memory", lambda: 2**25)
+    settings: dict[str, Any] = {"hidden": [3000, 3000]}  # 36 MB of weights
+    monkeypatch.setattr("pyrnode.parts.memory", lambda: 2**26)
     Flow.build(Config().override(settings), (2,))
     with pytest.raises(ConfigError, match="their gradient and what the optimiser keeps"):
         pyrnode.train(table(), **settings, max_steps=1, progress=False, evaluate=False)
