@@ -52,7 +52,8 @@ def animate(
     Args:
         flow: An unconditional flow on vectors of one or two dimensions.
         x: Data or samples, ``(n, d)``: one particle each.
-        path: File to write, atomically: ``.gif``, or ``.mp4`` where the program ffmpeg is, or the package imageio-ffmpeg.
+        path: File to write, atomically: ``.gif``, or ``.mp4`` where the program ffmpeg or the package
+            imageio-ffmpeg is.
         frames: Times, evenly spaced from T to 0; twelve are shown a second.
         resolution: Cells of the density along each side; for each frame one solve is made of all.
         progress: Show a progress bar, if it takes more than two seconds.
