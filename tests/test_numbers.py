@@ -168,12 +168,12 @@ def uncovered(text: str, statements: list[str]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("statement", measured(), ids=lambda text: text[:40])
+@pytest.mark.parametrize("statement", list(measured()), ids=lambda text: text[:40])
 def test_what_readme_says_is_what_was_measured(statement: str) -> None:
     assert flat(statement) in said(ROOT / "README.md")
 
 
-@pytest.mark.parametrize("statement", SETTINGS)
+@pytest.mark.parametrize("statement", list(SETTINGS))
 def test_what_readme_says_is_set_so(statement: str) -> None:
     assert flat(statement) in said(ROOT / "README.md")
     check = SETTINGS[statement]
