@@ -206,7 +206,7 @@ def ffmpeg() -> str | None:
     """The program that MP4s are written by: matplotlib's (``ffmpeg`` on the path), else imageio-ffmpeg's, if any."""
     import matplotlib
 
-    program = shutil.which(matplotlib.rcParams["animation.ffmpeg_path"])
+    program: str | None = shutil.which(matplotlib.rcParams["animation.ffmpeg_path"])
     if program is None and util.find_spec("imageio_ffmpeg") is not None:
         with suppress(RuntimeError):  # that package without its program
             program = str(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
