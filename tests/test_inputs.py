@@ -374,6 +374,8 @@ def test_a_value_without_a_square_is_named_where_it_stands(tmp_path: Path) -> No
     with pytest.raises(DataError, match=said.format("1")):
         load(table(60), validation=x)
     load(with_value(1e149))
+    classes = torch.eye(3, dtype=torch.int64).repeat(20, 1)
+    load(table(60), context=classes, validation=table(60) + 1, validation_context=classes)
 
 
 @pytest.mark.parametrize("standardize", ["none", "auto"])

@@ -221,6 +221,8 @@ LARGEST = 1e150
 
 def computable(values: Tensor) -> bool:
     """Whether all of some numbers are finite, and their squares too in double precision."""
+    if not values.is_floating_point():
+        return True
     return bool((values.abs() <= min(LARGEST, torch.finfo(values.dtype).max)).all())  # NaN is below nothing
 
 
