@@ -16,11 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import records
 from pyrnode import native
 from pyrnode.config import Config, Divergence
 from pyrnode.flow import Flow
@@ -95,6 +96,19 @@ def measure(step: Callable[[], None], loops: int, threads: list[int], repeats: i
     return rows
 
 
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as README.md has them: a row for each load, the numbers of threads beside one another."""
+    words = {1: "one thread", 2: "two threads"}
+    threads = list(dict.fromkeys(r["threads"] for r in results))
+    rows = []
+    for loops in dict.fromkeys(r["loops"] for r in results):
+        found = {r["threads"]: r for r in results if r["loops"] == loops}
+        times = [f"{found[n]['wall']:.0f}, {found[n]['cpu']:.0f} ms" for n in threads]
+        rows.append([str(loops), *times, f"{found[threads[-1]]['ratio']:.2f}"])
+    heads = [f"{words.get(n, f'{n} threads')}: clock, processor" for n in threads]
+    return records.markdown(["busy loops more", *heads, "ratio"], rows)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,14 +118,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="channels of the hidden layers (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=28, help="of the images (default %(default)s)")
+    records.json_argument(parser)
     args = parser.parse_args()
     step = make(args.width, args.batch, size=args.size)
     print(f"torch {torch.__version__}; {native.compiler()}; width {args.width}, batch {args.batch}, {args.size} pixels")
     print(f"{'loops':>6}{'threads':>9}{'wall':>12}{'processor':>12}{'ratio':>8}")
+    results = list[dict[str, Any]]()
     for loops in args.loops:
         for row in measure(step, loops, args.threads, args.repeats):
             times = f"{row.wall:>10.0f}ms{row.cpu:>10.0f}ms"
             print(f"{row.loops:>6}{row.threads:>9}{times}{row.ratio:>8.2f}", flush=True)
+            results.append(row._asdict())
+    print(f"\n{table(results)}")
+    records.leave(args.json, results)
 
 
 if __name__ == "__main__":

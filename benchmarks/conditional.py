@@ -24,12 +24,12 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks import records
 from benchmarks.inference import TASKS, Task, Trained, trained
 
 OBSERVATIONS, DRAWS, SIMULATIONS = 200, 100, 2000
@@ -72,17 +72,35 @@ def compared(sides: dict[str, dict[str, Callable[[], object]]], repeats: int) ->
     return rows
 
 
+NAMES = {"two-moons": "two moons", "linear": "linear Gaussian, 5-D", "slcp": "SLCP"}
+OPERATIONS = {
+    "sample": f"`sample`, {OBSERVATIONS} × {DRAWS}",
+    "log_prob": "`log_prob` of them",
+    "grid": f"grid of {DRAWS} parameters × {OBSERVATIONS} observations",
+    "posterior": "`posterior.sample_batched`",
+}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as README.md has them."""
+    rows = []
+    for r in results:
+        task = NAMES.get(r["task"], r["task"]) if r["operation"] == "sample" else ""
+        ratio = f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f})"
+        rows.append([task, OPERATIONS[r["operation"]], f"{r['pyrnode']:.2f}", f"{r['nsf']:.2f}", ratio])
+    return records.markdown(["task", "operation", "pyrnode, s", "NSF, s", "ratio (min–max)"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["two-moons", "linear"], choices=TASKS)
     parser.add_argument("--seconds", type=float, default=30.0, help="processor time of a training")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours", default="{}", metavar="JSON", help="settings of `rnode`")
-    parser.add_argument("--json", type=Path)
+    records.json_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = list[dict[str, Any]]()
-    print("| task | operation | pyrnode, s | NSF, s | ratio | over the pairs |\n|---|---|---|---|---|---|")
     for name in args.tasks:
         task, sides = TASKS[name](), dict[str, dict[str, Callable[[], object]]]()
         with tempfile.TemporaryDirectory() as logs, contextlib.chdir(logs), warnings.catch_warnings():
@@ -94,12 +112,10 @@ def main() -> None:
                 rows = compared(sides, args.repeats)
         for row in rows:
             results.append({"task": name, **row})
-            times = (
-                f"{row['pyrnode']:.2f} | {row['nsf']:.2f} | {row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f}"
-            )
-            print(f"| {name} | {row['operation']} | {times} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2))
+            times = f"{row['pyrnode']:.2f} s beside {row['nsf']:.2f} s, {row['ratio']:.2f} times"
+            print(f"{name}, {row['operation']}: {times}", flush=True)
+    print(f"\n{table(results)}")
+    records.leave(args.json, results)
 
 
 if __name__ == "__main__":

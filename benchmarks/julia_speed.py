@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import records
 from benchmarks.clock import Step, milliseconds
 from benchmarks.speed import CPU, _perturb
 from pyrnode import julia_setup
@@ -34,7 +35,6 @@ from pyrnode.config import Config, Divergence
 from pyrnode.engines import Engine
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
-from pyrnode.runs import versions
 
 CASES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "mlp-512": (512, (2,), (64, 64, 64)),
@@ -201,7 +201,7 @@ def peer(name: str, pairs: int, limit: float) -> dict[str, Any]:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    records.json_argument(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="beside whom (default: all)")
     parser.add_argument("--pairs", type=int, help="turns of each side (default: by case)")
@@ -237,9 +237,7 @@ def main() -> None:
             for side, ms in found["milliseconds"].items():
                 print(f"{name:<16}{side:<44}{ms:>11.1f} ms{found['bytes'][side]:>16,} bytes a step")
             print(f"RNODE allocates {found['bytes per evaluation']:,} bytes per evaluation")
-    if args.json:
-        document = {"versions": versions(Config().override({"engine": "julia"})), "results": results}
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    records.leave(args.json, results)
 
 
 if __name__ == "__main__":

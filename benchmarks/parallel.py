@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import pyrnode
+from benchmarks import records
 from pyrnode import distributed
 from pyrnode.config import Config
 from pyrnode.data import load
@@ -247,9 +248,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default 3)")
     parser.add_argument("--scaling", action="store_true", help="the larger batch instead")
     parser.add_argument("--quick", action="store_true", help="few steps of the larger batch")
-    parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--memory", action="store_true", help="what each process holds of a large table")
     parser.add_argument("--rows", type=int, default=ROWS, help="of that table (default 5 million)")
+    records.json_argument(parser)
     parser.add_argument("--steps-of", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -272,8 +273,7 @@ def main() -> None:
                 "|", " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), "|", flush=True
             )
         rows += found
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    records.leave(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ docs/gpu.md has the table. It says nothing of time: a CPU takes longer to imitat
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import records
 from pyrnode.config import Config, Precision
 from pyrnode.data import Splits, load
 from pyrnode.training.step import differentiate, loss
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--hidden", type=int, nargs="+", default=[16, 16, 16])
     parser.add_argument("--validation", type=int, default=100, help="validation images")
-    parser.add_argument("--json", type=Path)
+    records.json_argument(parser)
     args = parser.parse_args()
     splits = load(None, config=settings(args, "ieee").data)
     results: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items()}, "curves": {}}
@@ -110,8 +110,7 @@ def main() -> None:
         runs[precision], results["curves"][precision] = curve(args, precision, splits)
         print(f"{precision}: {time.perf_counter() - begun:.0f} s", flush=True)
     results["differences"] = differences(runs["ieee"])
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    records.leave(args.json, results)
     steps = [int(point["step"]) for point in results["curves"]["ieee"]]
     print("| precision | bias of log p | its spread | gradient |", " | ".join(f"{n} steps" for n in steps), "|")
     print("|---" * (4 + len(steps)) + "|")

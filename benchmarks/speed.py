@@ -14,18 +14,18 @@ what the numbers mean.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import records
 from benchmarks.clock import Step, device_mib, milliseconds, peak_mib
 from benchmarks.reference import ReferenceImageFlow, ReferenceMLPFlow
 from pyrnode.config import Config, Divergence
@@ -33,7 +33,6 @@ from pyrnode.devices import resolve_device
 from pyrnode.flow import Flow
 from pyrnode.objective import objective
 from pyrnode.precision import own_precision
-from pyrnode.runs import versions
 
 CASES = {"mlp-512": 512, "mnist-8": 8, "mnist-32": 32, "mnist-200": 200}
 PAIRS = {"mlp-512": 60, "mnist-8": 7, "mnist-32": 3, "mnist-200": 3}
@@ -176,13 +175,35 @@ def _in_fresh_process(case: str, side: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+NAMES = {
+    "mlp-512": "2-D MLP 64-64-64, batch 512",
+    "mnist-8": "MNIST, width 64, 10 blocks, batch 8",
+    "mnist-32": "the same, batch 32",
+    "mnist-200": "the same, batch 200",
+}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as README.md has them."""
+    rows = []
+    for r in results:
+        first = r["reference"] == SIDES[1]
+        ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})"
+        attained = "" if r["attained"] is None else f"{r['attained']:.0%}".replace("%", " %")
+        times = [f"{r[key]:.{1 if r[key] < 100 else 0}f} ms" for key in ("pyrnode_ms", "reference_ms")]
+        mib = f"{r['pyrnode_mib']:.0f} vs {r['reference_mib']:.0f}"
+        rows.append([NAMES[r["case"]] if first else "", r["reference"], *times, ratio, mib, attained])
+    head = ["case", "against", "pyrnode", "theirs", "ratio (min–max)", "peak memory, MiB", "attained"]
+    return records.markdown(head, rows)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: on a CPU all but mnist-200")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument("--pairs", type=int, help="steps of each side (default: by case)")
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    records.json_argument(parser)
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
@@ -205,9 +226,9 @@ def main() -> None:
             mib = f"{r.pyrnode_mib:.0f} vs {r.reference_mib:.0f}"
             times = f"{r.pyrnode_ms:>8.1f}ms{r.reference_ms:>8.1f}ms"
             print(f"{r.case:<10}{r.reference:<10}{times}{ratio:>20}{mib:>22}{attained:>10}", flush=True)
-    if args.json:
-        document = {"device": where, "versions": versions(Config()), "results": [asdict(r) for r in results]}
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    rows = [asdict(r) | {"device": device.type} for r in results]
+    print(f"\n{table(rows)}")
+    records.leave(args.json, rows)
     assert all(math.isfinite(r.ratio) for r in results)
 
 

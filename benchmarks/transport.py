@@ -18,7 +18,6 @@ they fill the space evenly. ``--points drawn`` takes independent samples.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import records
 from pyrnode.composition import base_log_prob
 from pyrnode.config import Config
 from pyrnode.flow import Flow
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--step-size", type=float, default=0.5, help="of RK4 in training")
     parser.add_argument("--points", choices=["sobol", "drawn"], default="sobol", help="what is trained on")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--json", help="file to write the numbers to")
+    records.json_argument(parser)
     given = parser.parse_args()
     rows = []
     print("| d | model | map | cost | energy | nats | evaluations | seconds |\n|---|---|---|---|---|---|---|---|")
@@ -205,9 +205,7 @@ def main() -> None:
             rows.append({"d": d, "model": name, "seconds": seconds, **asdict(found)})
             errors = " | ".join(f"{100 * x:.2f} %" for x in (found.map, found.cost, found.energy))
             print(f"| {d} | {name} | {errors} | {found.nats:.4f} | {found.nfe:.0f} | {seconds:.0f} |", flush=True)
-    if given.json:
-        with open(given.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    records.leave(given.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +52,8 @@ def animate(
     Args:
         flow: An unconditional flow on vectors of one or two dimensions.
         x: Data or samples, ``(n, d)``: one particle each.
-        path: File to write, atomically: ``.gif``, or ``.mp4`` where the program ffmpeg is.
+        path: File to write, atomically: ``.gif``, or ``.mp4`` where the program ffmpeg or the package
+            imageio-ffmpeg is.
         frames: Times, evenly spaced from T to 0; twelve are shown a second.
         resolution: Cells of the density along each side; for each frame one solve is made of all.
         progress: Show a progress bar, if it takes more than two seconds.
@@ -88,10 +92,11 @@ def check_animation(flow: Flow, path: Path) -> None:
     """Raises the errors of `animate` that can be told before anything is computed."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"path = {str(path)!r}: end the animation's name in {' or '.join(SUFFIXES)}")
-    if path.suffix.lower() == ".mp4" and not _ffmpeg().isAvailable():
+    if path.suffix.lower() == ".mp4" and ffmpeg() is None:
         raise ConfigError(
             f"path = {str(path)!r}: an MP4 is written by the program ffmpeg, and there is none on the path; install it "
-            "(Debian: apt install ffmpeg; conda: conda install ffmpeg), or end the name in .gif, which needs nothing"
+            "(pip install imageio-ffmpeg; Debian: apt install ffmpeg; conda: conda install ffmpeg), or end the name in "
+            ".gif, which needs nothing"
         )
     if flow.context_dim:
         raise DataError("a conditional flow: animations are drawn of flows without a context")
@@ -197,10 +202,29 @@ def _told(times: Array, index: int) -> str:
     return f"$t$ = {times[index]:.2f}{end}"
 
 
-def _ffmpeg() -> Any:
+def ffmpeg() -> str | None:
+    """The program that MP4s are written by: matplotlib's (``ffmpeg`` on the path), else imageio-ffmpeg's, if any."""
+    import matplotlib
+
+    program: str | None = shutil.which(matplotlib.rcParams["animation.ffmpeg_path"])
+    if program is None and util.find_spec("imageio_ffmpeg") is not None:
+        with suppress(RuntimeError):  # that package without its program
+            program = str(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
+    return program
+
+
+def _mp4_writer() -> Any:
+    """Matplotlib's writer, with that program, and without a word to its settings, which are everyone's."""
     from matplotlib.animation import FFMpegWriter
 
-    return FFMpegWriter
+    program = ffmpeg()
+
+    class Writer(FFMpegWriter):
+        @classmethod
+        def bin_path(cls) -> str:
+            return str(program)
+
+    return Writer(fps=_RATE, codec="h264")
 
 
 @contextmanager
@@ -214,7 +238,7 @@ def _grabbing(figure: Figure, path: Path) -> Iterator[Callable[[], None]]:
     if path.suffix == ".gif":
         writer: Any = PillowWriter(fps=_RATE)
     else:
-        writer = _ffmpeg()(fps=_RATE, codec="h264")
+        writer = _mp4_writer()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,9 +26,9 @@ from pyrnode.distribution import FlowDistribution
 from pyrnode.dynamics import Dynamics
 from pyrnode.edges import Edges
 from pyrnode.embedding import Embedding, Given, Recipe
-from pyrnode.errors import ConfigError, DataError
+from pyrnode.errors import ConfigError, DataError, SolverError
 from pyrnode.export import TorchFlow
-from pyrnode.parts import multi_scale, network
+from pyrnode.parts import check_memory, multi_scale, network
 from pyrnode.probes import SampleNoise
 from pyrnode.progress import SECONDS, parts, progress_bar
 from pyrnode.radial import Radial
@@ -121,7 +122,8 @@ class Flow(Composition):
             context_shape: Shape of one context, for an embedding.
 
         Raises:
-            ConfigError: The settings do not fit the shape, or the embedding does not.
+            ConfigError: The settings do not fit the shape, the embedding does not, or the flow does not fit the
+                machine's memory.
         """
         dtype = getattr(torch, config.dtype)
         shape = config.flow.state_shape(event_shape)
@@ -135,6 +137,7 @@ class Flow(Composition):
             between = Embedding.build(recipe, given, dtype, config.seed, width=context_dim or None)
             context_dim = between.width
         if dynamics is None:
+            check_memory(config, shape, context_dim, copies=1)
             on_meta = torch.get_default_device().type == "meta"  # whose tensors have no values to be drawn
             generator = None if on_meta else torch.Generator("cpu").manual_seed(config.seed)
             parts = list(multi_scale(config, shape, network(config, shape, context_dim, generator)))
@@ -164,6 +167,26 @@ class Flow(Composition):
         for piece, c in chunked(x, context, self.chunk):
             noise = SampleNoise(piece, seed, self.reference.dtype)
             yield noise.spread(piece), noise, c
+
+    @contextmanager
+    def _near_enough(self, x: Tensor, before: int) -> Iterator[None]:
+        """Where a solve of samples fails that are infinite in the flow's space: a `DataError`, which names the first.
+
+        Args:
+            x: ``(batch, *event)``, dequantised.
+            before: Samples before these.
+        """
+        try:
+            yield
+        except SolverError as error:
+            far = (~torch.isfinite(self.transformed(x)[0])).flatten(1).any(1)
+            if not bool(far.any()):
+                raise
+            row = int(far.nonzero()[0])
+            raise DataError(
+                f"sample {before + row} holds {float(x[row].abs().max()):g}, which is infinite in {self.config.dtype} "
+                "where the flow computes: leave it out; its density is zero, as far as numbers go"
+            ) from error
 
     @overload
     def log_prob(
@@ -228,7 +251,8 @@ class Flow(Composition):
             return uncertainty.log_prob_with_error(self, x, context, solver=solver, divergence=divergence)
         parts = [self.reference.new_zeros(0)]
         for piece, noise, c in self._pieces(x, context, divergence.seed):
-            parts.append(self.solve(piece, self.draw(divergence, noise), solver, context=c).log_prob)
+            with self._near_enough(piece, sum(map(len, parts))):
+                parts.append(self.solve(piece, self.draw(divergence, noise), solver, context=c).log_prob)
         return torch.cat(parts)
 
     def encode(self, x: Any, context: Any = None, *, solver: SolverLike = None, seed: int | None = None) -> Tensor:
@@ -243,7 +267,8 @@ class Flow(Composition):
         solver, seed = self.solver.changed(solver), self.divergence.seed if seed is None else seed
         parts = [self.reference.new_zeros(0, self.dim)]
         for piece, _, c in self._pieces(x, context, seed):
-            passage = self.solve(piece, solver=solver, context=c)
+            with self._near_enough(piece, sum(map(len, parts))):
+                passage = self.solve(piece, solver=solver, context=c)
             if self.config.columns.bounds and not bool(torch.isfinite(passage.transform_log_det).all()):
                 row = sum(map(len, parts)) + int((~torch.isfinite(passage.transform_log_det)).nonzero()[0])
                 raise DataError(f"sample {row} is on a bound or beyond it (config.columns.bounds): it has no latent")

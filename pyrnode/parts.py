@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,12 @@ from pyrnode.config import Config
 from pyrnode.dynamics import MLP, ConvNet, Dynamics, Potential
 from pyrnode.dynamics.potential import check_settings, check_shape
 from pyrnode.errors import ConfigError, SolverError
+
+_OBJECTS = 2**15
+"""Bytes that a block has beside its weights: Python's objects, counted of MLPs (28 kB)."""
+
+_SMALL = 10**7
+"""Numbers, roughly, up to which nobody asks whether there is room for them."""
 
 
 class Block(nn.Module):
@@ -141,6 +148,42 @@ def multi_scale(
         yield from blocks(shape)
         shape = FactorOut.shape(shape)
         yield FactorOut()
+
+
+def check_memory(config: Config, event_shape: tuple[int, ...], context_dim: int, *, copies: int) -> None:
+    """Raises `ConfigError` where the blocks of the settings do not fit into the machine's memory.
+
+    Args:
+        config: Settings.
+        event_shape: Shape of the states.
+        context_dim: Features of the context.
+        copies: How often each weight is kept.
+    """
+    flow, most = config.flow, memory()
+    widths = flow.network.hidden
+    if most is None or flow.blocks * max(widths) ** 2 * len(widths) < _SMALL:
+        return
+    with torch.device("meta"):
+        block = network(config, event_shape, context_dim)(event_shape)
+    blocks = flow.blocks
+    if len(event_shape) == 3:
+        blocks *= 2 * (_count_scales(event_shape) if flow.scales == "auto" else flow.scales) - 1
+    numbers = sum(parameter.numel() for parameter in block.parameters())
+    needed = blocks * (_OBJECTS + copies * numbers * getattr(torch, config.dtype).itemsize)
+    if needed > most:
+        what = "the weights" if copies == 1 else "the weights, their gradient and what the optimiser keeps of them"
+        raise ConfigError(
+            f"blocks = {flow.blocks}, hidden = {list(widths)}: {what} take about {needed / 2**30:.3g} GiB, and this "
+            f"machine has {most / 2**30:.3g}: take fewer blocks (1 to 10 are usual), or narrower layers"
+        )
+
+
+def memory() -> int | None:
+    """Bytes of this machine's memory; `None` where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _count_scales(shape: tuple[int, ...]) -> int:

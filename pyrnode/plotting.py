@@ -120,13 +120,24 @@ def _curve(history: History, key: str) -> tuple[Array, Array]:
 
 
 def smooth(values: Array, window: int) -> Array:
-    """Centred running mean over `window` values (an odd number), which narrows evenly towards the ends."""
+    """Lines fitted to `window` values (an odd number) around each: in between, that is their mean.
+
+    Near an end, where a window about the value would leave the curve, it is the line of the last whole window: a window
+    that narrows would show the curve's noise there, and a mean that does not would lose its slope.
+    """
     if window < 1 or window % 2 == 0:
         raise ConfigError(f"window = {window!r}: expected an odd positive number")
-    index = np.arange(len(values))
-    half = np.minimum(window // 2, np.minimum(index, index[::-1]))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray((total[index + half + 1] - total[index - half]) / (2 * half + 1))
+    window = min(window, len(values) - (len(values) + 1) % 2)
+    if window < 3:
+        return np.array(values, dtype=np.float64)
+    half, total = window // 2, np.concatenate([[0.0], np.cumsum(values)])
+    smoothed = np.empty(len(values))
+    smoothed[half : len(values) - half] = (total[window:] - total[:-window]) / window
+    away = np.arange(-half, half + 1)
+    for middle, ends in ((half, away[:half]), (len(values) - 1 - half, away[half + 1 :])):
+        slope = away @ values[middle - half : middle + half + 1] / (away @ away)
+        smoothed[middle + ends] = smoothed[middle] + slope * ends
+    return smoothed
 
 
 def _likelihood_panel(axes: Axes, train: tuple[Array, Array], validation: tuple[Array, Array], unit: str) -> None:

@@ -68,11 +68,11 @@ def _draw_density(folder: RunFolder, flow: Flow, splits: Splits) -> None:
     x, density = splits.test.tensor(), splits.density
     truth = density.log_prob if density is not None and density.exact else None
     if splits.event_shape == (2,):
-        bounds = density.bounds if density is not None else _bounds(x)
         samples = flow.sample(2000, seed=flow.config.seed)
+        bounds = density.bounds if density is not None else _window(x, samples)
         figure = plotting.density_2d(flow.log_prob, bounds, truth=truth, samples=samples, title=splits.name)
     else:
-        bounds = density.bounds if density is not None else (float(x.min()), float(x.max()))
+        bounds = density.bounds if density is not None else _window(x, flow.sample(2000, seed=flow.config.seed))
         figure = plotting.density_1d(flow.log_prob, bounds, truth=truth, title=splits.name)
     plotting.save(figure, folder.path / "density.png")
     plotting.save(particles.trajectories(flow, x[:100]), folder.path / "trajectories.png")
@@ -116,8 +116,14 @@ def _draw_solvers(folder: RunFolder, flow: Flow, splits: Splits) -> None:
     plotting.save(figure, folder.path / "solvers.png")
 
 
-def _bounds(x: Tensor) -> tuple[float, float, float, float]:
-    low, high = x.quantile(0.001, 0), x.quantile(0.999, 0)
-    margin = 0.1 * (high - low)
-    low, high = low - margin, high + margin
-    return float(low[0]), float(high[0]), float(low[1]), float(high[1])
+def _window(x: Tensor, samples: Tensor) -> tuple[float, ...]:
+    """``(min, max)`` of each column of held-out rows, with a margin; of too few rows to say, of the flow's samples too.
+
+    In the plane the outermost thousandths are left out; on the line everything is seen.
+    """
+    if bool((x.amin(0) == x.amax(0)).any()):
+        x = torch.cat([x, samples.to(x)])
+    out, margin = (0.001, 0.1) if x.shape[1] == 2 else (0.0, 0.0)
+    low, high = x.quantile(out, 0), x.quantile(1 - out, 0)
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    return tuple(torch.stack([low, high], 1).flatten().tolist())

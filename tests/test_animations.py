@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,20 +160,58 @@ def test_an_mp4_that_ffmpeg_cannot_write_is_an_error_and_no_file(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [tmp_path / "ffmpeg"]
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed: no MP4 can be written")
+@pytest.mark.skipif(animations.ffmpeg() is None, reason="no ffmpeg, nor imageio-ffmpeg: no MP4 can be written")
 def test_a_real_mp4_can_be_read_again(tmp_path: Path) -> None:
     animations.animate(growing(2), torch.ones(2, 2), tmp_path / "x.mp4", frames=5, resolution=5)
-    read = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "x.mp4"), "-f", "rawvideo", "-pix_fmt", "gray", "-"]
-    raw = subprocess.run(read, capture_output=True, check=True).stdout
-    assert len(raw) == (5 + 12) * 900 * 450
+    read = ["-v", "error", "-i", str(tmp_path / "x.mp4"), "-f", "rawvideo", "-pix_fmt", "gray", "-"]
+    raw = subprocess.run([str(animations.ffmpeg()), *read], capture_output=True, check=True).stdout
+    frames = np.frombuffer(raw, np.uint8).reshape(5 + 12, 450, 900)
+    assert frames.std((1, 2)).min() > 10  # none is empty
+    assert [bool((abs(a.astype(int) - b) > 60).any()) for a, b in itertools.pairwise(frames)] == [True] * 4 + [
+        False
+    ] * 12
+
+
+class Package:
+    """imageio-ffmpeg, which brings a program, or cannot find its own."""
+
+    def __init__(self, found: str | None) -> None:
+        self._found = found
+
+    def get_ffmpeg_exe(self) -> str:
+        if self._found is None:
+            raise RuntimeError("No ffmpeg exe could be found.")
+        return self._found
+
+
+def test_the_ffmpeg_of_a_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = program(tmp_path / "of the package", 'for last; do :; done; wc -c > "$last"')
+    monkeypatch.setattr(animations.util, "find_spec", lambda name: name == "imageio_ffmpeg" or None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", Package(fake))
+    with matplotlib.rc_context({"animation.ffmpeg_path": str(tmp_path / "nowhere")}):
+        assert animations.ffmpeg() == fake
+        animations.animate(growing(1), torch.ones(2, 1), tmp_path / "x.mp4", frames=3, resolution=5)
+        assert int((tmp_path / "x.mp4").read_text()) == (3 + 12) * 900 * 450 * 4
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", Package(None))
+        assert animations.ffmpeg() is None
+    own = program(tmp_path / "ffmpeg", "exit")
+    with matplotlib.rc_context({"animation.ffmpeg_path": own}):  # the path's goes first
+        assert animations.ffmpeg() == own
 
 
 def test_without_ffmpeg_the_error_names_it_and_nothing_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(animations, "particle_paths", None)
+    monkeypatch.setattr(animations.util, "find_spec", lambda name: None)
     missing = matplotlib.rc_context({"animation.ffmpeg_path": str(tmp_path / "nowhere")})
-    with missing, pytest.raises(ConfigError, match=r"program ffmpeg.*apt install ffmpeg.*end the name in \.gif"):
+    with (
+        missing,
+        pytest.raises(
+            ConfigError,
+            match=r"program ffmpeg.*pip install imageio-ffmpeg; .*apt install ffmpeg.*end the name in \.gif",
+        ),
+    ):
         animations.animate(growing(1), torch.ones(2, 1), tmp_path / "x.mp4")
 
 

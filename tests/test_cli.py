@@ -85,7 +85,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         ([], "required: COMMAND"),
-        (["trane"], "invalid choice: 'trane'"),
+        (["trian"], "unknown command 'trian' (did you mean 'train'?); known: demo, "),
+        (["x"], "unknown command 'x'; known: demo, doctor"),
+        (["train", "digits", "--out", "x", "--presett", "toy"], "--presett toy (did you mean --preset?)"),
+        (["train", "digits", "--out", "x", "--minutse=5"], "--minutse=5 (did you mean --minutes?)"),
+        (["train", "digits", "--out", "x", "17"], "arguments: 17; pyrnode train --help lists what there is"),
+        (["export", "x", "--to", "onxn"], "unknown value 'onxn' (did you mean 'onnx'?)"),
         (["train", "digits"], "required: --out"),
         (["train", "digits", "--out", "x", "--step-size", "big"], "invalid step size value: 'big'"),
         (["train", "digits", "--out", "x", "--epochs", "1.5"], "invalid int value: '1.5'"),

@@ -111,6 +111,16 @@ def test_the_contents_list_every_page() -> None:
     assert sorted(listed) == sorted(there | {julia_page.PAGE})
 
 
+def test_the_site_is_light_or_dark_as_the_reader_has_it_and_asks_nobody_for_fonts() -> None:
+    """Looked at in a browser in November 2026: until then it was light always, and asked Google."""
+    theme = re.search(r"^theme:\n((?:  .*\n)+)", text_of(ROOT / "mkdocs.yml"), re.MULTILINE)
+    assert theme is not None
+    settings = yaml.safe_load(theme[1])
+    assert settings["font"] is False
+    assert [entry.get("scheme") for entry in settings["palette"]] == [None, "default", "slate"]
+    assert all(entry["media"].startswith("(prefers-color-scheme") for entry in settings["palette"])
+
+
 # -- Julia -----------------------------------------------------------------------------------------------------------
 
 

@@ -348,3 +348,69 @@ def test_a_step_that_is_still_to_be_found_says_what_to_do() -> None:
                 ConfigError, match=r"train with it, or give a number, e.g. {'name': .*'step_size': 0.25}"
             ):
                 use(solver)
+
+
+# -- what is too large to compute with --------------------------------------------------------------------------------
+
+
+def with_value(value: float, n: int = 60) -> Array:
+    x = table(n)
+    x[37, 1] = value
+    return x
+
+
+def test_a_value_without_a_square_is_named_where_it_stands(tmp_path: Path) -> None:
+    said = r"has 1 values beyond 1e\+150, whose squares are no numbers, the first in row 37, column {} \(1e\+300\)"
+    x = with_value(1e300)
+    with pytest.raises(DataError, match=said.format("1")):
+        load(x)
+    with pytest.raises(DataError, match=said.format("'b'")):
+        load(pd.DataFrame(x, columns=["a", "b"]))
+    with pytest.raises(DataError, match=said.format("1")):
+        load(table(60), context=x)
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(DataError, match=said.format("1")):
+        load(tmp_path / "x.npy")
+    with pytest.raises(DataError, match=said.format("1")):
+        load(table(60), validation=x)
+    load(with_value(1e149))
+    classes = torch.eye(3, dtype=torch.int64).repeat(20, 1)
+    load(table(60), context=classes, validation=table(60) + 1, validation_context=classes)
+
+
+@pytest.mark.parametrize("standardize", ["none", "auto"])
+def test_a_value_that_the_flow_cannot_square_is_named_before_training(standardize: str) -> None:
+    settings: dict[str, Any] = {"hidden": [4], "max_steps": 1, "progress": False, "evaluate": False}
+    if standardize == "none":
+        with pytest.raises(DataError, match=r"has 1e\+30 in column 1, which is 1e\+30 where the flow computes"):
+            pyrnode.train(with_value(1e30), standardize=standardize, **settings)
+    else:  # it sets the scale, and can be computed with
+        pyrnode.train(with_value(1e30), standardize=standardize, **settings)
+
+
+def test_a_sample_that_the_flow_cannot_hold_is_named() -> None:
+    flow = Flow.build(Config().override({"hidden": [4]}), (2,))
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    x[3, 0] = -1e300
+    flow.chunk = 2
+    for use in (flow.log_prob, flow.encode):
+        with pytest.raises(DataError, match=r"sample 3 holds 1e\+300, which is infinite in float32"):
+            use(x)
+
+
+def test_a_flow_that_no_memory_holds_is_refused() -> None:
+    for settings in ({"blocks": 10**9}, {"hidden": [10**7, 10**7]}):
+        with pytest.raises(ConfigError, match=r"take about [\d.e+]+ GiB, and this machine has .*: take fewer blocks"):
+            flow_of(**settings)
+    with pytest.raises(ConfigError, match="this machine has"):
+        Flow.build(Config().override({"blocks": 10**7}), (1, 8, 8), levels=17)
+
+
+def test_training_needs_more_room_than_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"hidden": [3000, 3000]}  # 36 MB of weights
+    monkeypatch.setattr("pyrnode.parts.memory", lambda: 2**26)
+    Flow.build(Config().override(settings), (2,))
+    with pytest.raises(ConfigError, match="their gradient and what the optimiser keeps"):
+        pyrnode.train(table(), **settings, max_steps=1, progress=False, evaluate=False)
+    monkeypatch.setattr("pyrnode.parts.memory", lambda: None)  # a system that does not say
+    Flow.build(Config().override(settings), (2,))

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pyrnode
-from pyrnode import pages
+from pyrnode import pages, plotting
 from pyrnode.pages import live
 from tests.page_runs import HOSTILE, write_run
 
@@ -150,6 +151,7 @@ def test_controls_change_what_is_drawn(browser: Any, single: str) -> None:
     opened.page.fill("#smooth", "2")
     smooth = opened("report.charts.get('gradient').curves[0].y")
     assert smooth[10] == pytest.approx(sum(rough[8:13]) / 5)
+    assert smooth == pytest.approx(plotting.smooth(np.array(rough), 5).tolist())  # to the ends
     assert opened.wrong == []
 
 

@@ -62,6 +62,21 @@ def test_the_recipe_has_pyprojects_python_version_command_and_licence() -> None:
     assert RECIPE["source"]["url"].endswith("/p/pyrnode/pyrnode-${{ version }}.tar.gz")
 
 
+def test_rattler_build_reads_the_recipe(tmp_path: Path) -> None:
+    """The parser and the renderer of the program that conda-forge builds with."""
+    rattler = pytest.importorskip("rattler_build", reason="py-rattler-build is not installed (pip install it)")
+    (tmp_path / "sdist").write_bytes(b"the files")
+    (tmp_path / "recipe.yaml").write_text(release()["recipe"](RECIPE_TEXT, tmp_path / "sdist"), encoding="utf-8")
+    (variant,) = rattler.Stage0Recipe.from_file(tmp_path / "recipe.yaml").render(rattler.VariantConfig())
+    rendered = variant.recipe.to_dict()
+    assert rendered["package"] == {"name": PROJECT["name"], "version": PROJECT["version"]}
+    assert rendered["build"]["noarch"] == "python"
+    assert rendered["source"][0]["url"].endswith(f"/pyrnode-{PROJECT['version']}.tar.gz")
+    assert f"python {PROJECT['requires-python']}" in rendered["requirements"]["run"]
+    assert of_recipe(rendered["requirements"]["run"]) == bounds(PROJECT["dependencies"])
+    assert "${{" not in str({key: value for key, value in rendered.items() if key != "build"})
+
+
 def test_the_recipe_of_a_release_has_the_digest_of_its_sdist(tmp_path: Path) -> None:
     (tmp_path / "sdist").write_bytes(b"the files")
     filled = release()["recipe"](RECIPE_TEXT, tmp_path / "sdist")

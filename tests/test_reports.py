@@ -44,6 +44,8 @@ def test_a_handful_of_rows_is_a_result(n: int, d: int, tmp_path: Path) -> None:
     assert result.report.samples == 1
     assert result.report.baselines == {}
     assert result.report.notes[0] == "the baselines: left out (validation has 1 samples: expected at least 2)"
+    assert [note for note in result.report.notes if "picture" in note] == []  # one row has no window: the samples have
+    assert (tmp_path / "density.png").exists() == (d < 3)
     assert result.notes == []
     stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert stored["notes"] == result.report.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def problem(*widths: int, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequen
     """A small network, and the loss of a batch that a number determines."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after, dtype=dtype), nn.Tanh()]
     network = nn.Sequential(*layers[:-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_nothing_is_said_of_ordinary_data(dtype: Any) -> None:
         assert of(columns, dtype) == []
     for name in ("8gaussians", "two-bumps", "moons", "digits"):
         assert [text for text in remarks(load(name)) if "no density" in text] == []
+
+
+@pytest.mark.parametrize(("heaviest", "count"), [(1e30, "1 of"), (1e3, "1.69 of"), (30.0, None)])
+def test_weights_of_which_one_is_all(heaviest: float, count: str | None) -> None:
+    weight = torch.ones(400)
+    weight[5] = heaviest
+    splits = split(torch.randn(400, 2, generator=torch.Generator().manual_seed(0)))
+    splits = replace(splits, train=splits.train.carrying(weight=weight[:300]))
+    found = [text for text in remarks(splits) if text.startswith("weights")]
+    assert len(found) == (count is not None)
+    if count is not None:
+        assert re.search(rf"times their mean, so that 300 training samples count as {count}", found[0]), found
 
 
 def split(x: Tensor, c: Tensor | None = None) -> Splits:

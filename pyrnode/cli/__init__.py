@@ -6,7 +6,9 @@ Each command is a function of its parsed arguments that returns an exit code, an
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +30,7 @@ from pyrnode.cli.output import (
     print_table,
     talks,
 )
-from pyrnode.errors import PyrnodeError
+from pyrnode.errors import PyrnodeError, unknown_name
 from pyrnode.progress import SECONDS, progress_bar
 from pyrnode.solvers import USES
 
@@ -138,6 +140,12 @@ class _Command:
     example: str
     arguments: Callable[[argparse.ArgumentParser], None]
 
+    def options(self, name: str) -> list[str]:
+        """Its options' names, as its usage has them."""
+        parser = argparse.ArgumentParser(name)
+        self.arguments(parser)
+        return re.findall(r"--[\w-]+", parser.format_help())
+
 
 def _presets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="show this preset in full")
@@ -243,10 +251,30 @@ _COMMANDS: dict[str, _Command] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which command or option may be meant; what may be abbreviated stays so."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            kind = action.metavar.lower() if isinstance(action.metavar, str) else "value"
+            raise argparse.ArgumentError(action, unknown_name(kind, value, map(str, action.choices)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments; of those that no option takes, an error that names the nearest."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        options = _COMMANDS[args.command].options(args.command)
+        asked = next((name for name in rest if name.startswith("-")), rest[0])
+        close = difflib.get_close_matches(asked.partition("=")[0], options, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else f"; pyrnode {args.command} --help lists what there is"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pyrnode", description="Densities from regularised neural ODEs (Finlay et al. 2020)."
-    )
+    parser = _Parser(prog="pyrnode", description="Densities from regularised neural ODEs (Finlay et al. 2020).")
     parser.add_argument("--version", action="version", version=f"pyrnode {pyrnode.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
@@ -259,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (1: an error of ours, 2: wrong usage, 130: interrupted)."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return _COMMANDS[args.command].run(args)
     except PyrnodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -201,7 +202,7 @@ def check_channels(shape: tuple[int, ...], what: str) -> None:
 
 
 def _check_continuous(values: Tensor, what: str, levels: int | None, features: tuple[str, ...] | None) -> None:
-    if not bool(torch.isfinite(values).all()):
+    if not computable(values):
         raise bad_value(values, what, features, 0)
     if levels is not None:
         raise DataError(
@@ -214,13 +215,29 @@ def _check_continuous(values: Tensor, what: str, levels: int | None, features: t
         check_not_scaled_pixels(values[:100], what)
 
 
+LARGEST = 1e150
+"""Numbers beyond it have squares that float64 does not hold: no variance, no distance."""
+
+
+def computable(values: Tensor) -> bool:
+    """Whether all of some numbers are finite, and their squares too in double precision."""
+    if not values.is_floating_point():
+        return True
+    return bool((values.abs() <= min(LARGEST, torch.finfo(values.dtype).max)).all())  # NaN is below nothing
+
+
 def bad_value(values: Tensor, what: str, features: tuple[str, ...] | None, row: int) -> DataError:
-    """The error of samples, from that row on, of which some are not finite."""
-    bad = ~torch.isfinite(values)
+    """The error of samples, from that row on, of which some are not finite, or too large to compute with."""
+    bad, problem, remedy = ~torch.isfinite(values), "NaN or infinite values", "remove or fill them"
+    if not bool(bad.any()):
+        bad, problem = values.abs() > LARGEST, f"values beyond {LARGEST:g}, whose squares are no numbers"
+        remedy = "leave out what is a mistake or a code, or take other units"
     first = bad.nonzero()[0].tolist()
     at = row + first[0]
     place = f"row {at}, column {column(first[1], features)}" if values.ndim == 2 else f"image {at}"
-    return DataError(f"{what} has {int(bad.sum())} NaN or infinite values, the first in {place}: remove or fill them")
+    value = float(values[tuple(first)])
+    said = f" ({value:g})" if math.isfinite(value) else ""
+    return DataError(f"{what} has {int(bad.sum())} {problem}, the first in {place}{said}: {remedy}")
 
 
 def check_varies(values: Tensor, what: str, features: tuple[str, ...] | None) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
 from pyrnode.data import images
-from pyrnode.data.arrays import array_tensor, bad_value, check_channels, check_levels, numbers
+from pyrnode.data.arrays import array_tensor, bad_value, check_channels, check_levels, computable, numbers
 from pyrnode.data.files import SUFFIXES
 from pyrnode.data.frames import Names, is_frame, ordering, read_frame
 from pyrnode.data.readers import SUFFIXES as READ
@@ -94,7 +94,7 @@ def _checked(values: Tensor, names: Names | None, source: Source) -> Tensor:
     """Values of the right shape in the source's kind: integers of its levels, or floating-point numbers."""
     if source.levels is None:
         values = values if values.is_floating_point() else values.double()
-        if not bool(torch.isfinite(values).all()):
+        if not computable(values):
             raise bad_value(values, _WHAT, names or source.features, 0)
         return values
     if values.is_floating_point():
@@ -131,7 +131,7 @@ def _context(context: Any, count: int, source: Source) -> Tensor | None:
     values = numbers(context, _CONTEXT).detach().cpu()
     if tuple(values.shape) != shape:
         raise DataError(f"{_CONTEXT} has shape {tuple(values.shape)}: expected {shape}, a row for each")
-    if not bool(torch.isfinite(values).all()):
+    if not computable(values):
         raise bad_value(values, _CONTEXT, names or source.context_features, 0)
     order = ordering(names, source.context_features, _CONTEXT)
     values = values if order is None else values[:, order]

@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 
 from pyrnode.config import DataConfig
 from pyrnode.data import files, images, maf, mapped, synthetic
-from pyrnode.data.arrays import array_tensor, check_array, check_not_scaled_pixels, check_varies, numbers
+from pyrnode.data.arrays import (
+    array_tensor,
+    bad_value,
+    check_array,
+    check_not_scaled_pixels,
+    check_varies,
+    computable,
+    numbers,
+)
 from pyrnode.data.frames import Names, is_frame, read_frame
 from pyrnode.data.held_out import with_validation
 from pyrnode.data.samples import DatasetSamples, Source, Splits, TensorSamples
@@ -158,11 +166,11 @@ def _context(context: Any, source: Source) -> tuple[Tensor, Names | None]:
         )
     if values.ndim < 2 or len(values) != len(source.samples) or not all(values.shape[1:]):
         raise DataError(f"the context has shape {tuple(values.shape)}: expected ({len(source.samples)}, m)")
-    if not bool(torch.isfinite(values).all()):
-        row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
-        raise DataError(f"the context has NaN or infinite values, the first in row {row}: remove or fill them")
     kept = values.ndim > 2 or values.dtype in (torch.float32, torch.float64)  # images of bytes stay small
-    return values if kept else values.double(), names
+    values = values if kept else values.double()
+    if not computable(values):
+        raise bad_value(values, "the context", names, 0)
+    return values, names
 
 
 def _named(name: str, config: DataConfig) -> Source:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyrnode.config import DataConfig
-from pyrnode.data.arrays import array_tensor, bad_value, check_channels, check_levels, constant_column
+from pyrnode.data.arrays import array_tensor, bad_value, check_channels, check_levels, computable, constant_column
 from pyrnode.data.frames import Names, said
 from pyrnode.data.readers import NumpyReader, Reader
 from pyrnode.data.samples import Batch, Samples
@@ -115,7 +115,7 @@ def _check(values: Tensor, what: str, levels: int | None, names: Names | None) -
         if part.dtype == torch.uint8:
             check_levels(part, what, levels or 256)
             continue
-        if not bool(torch.isfinite(part).all()):
+        if not computable(part):
             raise bad_value(part, what, names, first)
         varies |= (part != values[0]).any(0)
     if values.ndim == 2 and values.is_floating_point() and not bool(varies.all()):

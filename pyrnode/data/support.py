@@ -33,6 +33,9 @@ _DISTINCT, _SHARE = 100, 0.1
 _AWAY = 1000.0
 """Interquartile ranges that a value is away from the median which is said of its column."""
 
+_COUNTED = 10
+"""Samples of one weight that the training samples are to be worth, or half of them: ``(Σw)²/Σw²``."""
+
 _PIECE = 2**22
 """Bytes of rows that are hashed at a time."""
 
@@ -59,7 +62,7 @@ def remarks(splits: Splits) -> list[str]:
         if same:
             named = _named(same, splits.context_features, splits.context_dim)
             found.append(f"context: {named} the same value in all training samples, so nothing can be learned of it")
-    return found + _repeats(splits)
+    return found + _heavy(train) + _repeats(splits)
 
 
 def constant(values: Tensor) -> list[bool]:
@@ -187,6 +190,17 @@ def _dependent(x: Array, eps: float) -> list[tuple[int, list[int]]]:
         shares = np.linalg.lstsq(z[:, basis], z[:, i], rcond=None)[0]
         found.append((int(varies[i]), [int(varies[j]) for j in basis[np.abs(shares) > 1e-3]]))
     return found
+
+
+def _heavy(train: Samples) -> list[str]:
+    """Weights of which a few samples have so much that the others hardly count."""
+    weight, n = train.weight, len(train)
+    if weight is None or (counted := n / float(weight.square().mean())) >= min(_COUNTED, n / 2):
+        return []
+    return [
+        f"weights: the largest is {float(weight.max()):.3g} times their mean, so that {n} training samples count as "
+        f"{counted:.3g} of one weight: if it is a mistake, leave that sample out"
+    ]
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from pyrnode.bounded import centred, check_near
 from pyrnode.config import Config
 from pyrnode.data import MappedSamples, Splits
+from pyrnode.data.arrays import column
 from pyrnode.data.frames import said
+from pyrnode.data.samples import TensorSamples
 from pyrnode.distributed import World, alone
 from pyrnode.dynamics import Dynamics, ModuleDynamics
 from pyrnode.edges import Edges
 from pyrnode.embedding import Embedding, Given, Recipe
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.flow import Flow, outset
+from pyrnode.parts import check_memory
 from pyrnode.radial import Radial
 from pyrnode.transforms import CHOSEN_ON, Chain, Standardize, Transform, Whiten
 
@@ -28,6 +31,12 @@ _DRAWN = 20_000
 
 _NUMBERS = 2**26
 """Numbers of all draws together, at most: half a gigabyte."""
+
+_COPIES = 4
+"""How often training keeps each weight, at least: itself, its gradient, and Adam's two means."""
+
+_PIECE = 2**16
+"""Samples that are looked at at a time."""
 
 _HEAVY = 0.1
 """Nats per dimension that drawing in tails must bring the untrained flow: below it, it is many modes that look like
@@ -76,11 +85,23 @@ class Blueprint:
             )
 
     def fitted(self, config: Config, world: World = alone) -> Flow:
-        """An untrained flow, with the transforms of the training samples, which the processes look at together."""
-        flow = self.build(config, *_standardised(config, self._splits, world))
-        if flow.embedding is not None and self._splits.train.context is not None:
-            few = self._splits.train.context[:2]
+        """An untrained flow, with the transforms of the training samples, which the processes look at together.
+
+        Raises:
+            ConfigError: There is no room for its training.
+            DataError: A sample is too far away to compute with.
+        """
+        splits = self._splits
+        if self._dynamics is None:
+            shape = config.flow.state_shape(splits.event_shape)
+            check_memory(config, shape, self._features(config), copies=_COPIES)
+        flow = self.build(config, *_standardised(config, splits, world))
+        if flow.embedding is not None and splits.train.context is not None:
+            few = splits.train.context[:2]
             flow.embedding.check(cast(Tensor, flow.condition(few, len(few))))
+        for part in (splits.train, splits.validation):
+            if splits.levels is None and isinstance(part, TensorSamples):
+                _check_near_enough(flow, part, splits.name)
         return flow
 
     def build(self, config: Config, transform: Chain | None = None, context_transform: Chain | None = None) -> Flow:
@@ -110,6 +131,24 @@ class Blueprint:
             return self._splits.context_dim
         dtype = getattr(torch, config.dtype)
         return Embedding.build(self._recipe, self._splits.context_shape, dtype, config.seed).width
+
+
+def _check_near_enough(flow: Flow, samples: TensorSamples, name: str) -> None:
+    """Raises `DataError` where a sample is so far from zero that its square is none in the flow's numbers."""
+    most = math.sqrt(torch.finfo(flow.reference.dtype).max / flow.dim)
+    with torch.no_grad():
+        for x in samples.tensor().split(_PIECE):
+            y = flow.transformed(x)[0].flatten(1).abs().amax(1)
+            if not bool((y < most).all()):
+                row = int((~(y < most)).nonzero()[0])
+                value = x[row].flatten()
+                worst = int(value.abs().argmax())
+                where = f"in column {column(worst, flow.features)}" if x.ndim == 2 else "in an image"
+                raise DataError(
+                    f"{name} has {float(value[worst]):g} {where}, which is {float(y[row]):.2g} where the flow computes "
+                    f"(standardize = {flow.config.flow.standardize!r}), and its square is no number in "
+                    f"{flow.config.dtype}: leave such rows out, or take standardize = 'auto'"
+                )
 
 
 def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:

@@ -34,14 +34,13 @@ window.report = (() => {
 
   // -- the numbers ---------------------------------------------------------------------------------------------------
 
-  function smoothed(values, width) { // a running mean over 2 width + 1 points, which narrows towards the ends
-    if (!width) return values;
-    return values.map((value, i) => {
-      if (value === null) return null;
-      const reach = Math.min(width, i, values.length - 1 - i);
-      let sum = 0, count = 0;
-      for (let j = i - reach; j <= i + reach; j++) if (values[j] !== null) { sum += values[j]; count++; }
-      return sum / count;
+  function smoothed(values, width) { // lines through 2 width + 1 points: their mean, and at an end the last whole window's line
+    const half = Math.min(width, (values.length - 1) >> 1);
+    return half < 1 ? values : values.map((_, i) => {
+      const middle = Math.min(Math.max(i, half), values.length - 1 - half);
+      let sum = 0, slope = 0, squares = 0;
+      for (let j = -half; j <= half; j++) { sum += values[middle + j]; slope += j * values[middle + j]; squares += j * j; }
+      return sum / (2 * half + 1) + (i - middle) * slope / squares;
     });
   }
 
