@@ -207,7 +207,7 @@ def main() -> dict[str, dict[str, float]]:
         torch.manual_seed(0)
         theta = simulator.prior(2000 if args.quick else simulator.simulations)
         x = simulator.simulate(theta)
-        flow = train(theta, x, 40 if args.quick else simulator.steps)
+        flow = train(theta, x, 150 if args.quick else simulator.steps)
         untrained = pyrnode.Flow.build(
             flow.config,
             flow.event_shape,

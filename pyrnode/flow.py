@@ -137,8 +137,9 @@ class Flow(Composition):
             between = Embedding.build(recipe, given, dtype, config.seed, width=context_dim or None)
             context_dim = between.width
         if dynamics is None:
-            check_memory(config, shape, context_dim, copies=1)
-            on_meta = torch.get_default_device().type == "meta"  # whose tensors have no values to be drawn
+            on_meta = torch.get_default_device().type == "meta"  # whose tensors have no values, and take no memory
+            if not on_meta:
+                check_memory(config, shape, context_dim, copies=1)
             generator = None if on_meta else torch.Generator("cpu").manual_seed(config.seed)
             parts = list(multi_scale(config, shape, network(config, shape, context_dim, generator)))
         else:

@@ -160,7 +160,8 @@ def test_busy_has_a_row_for_every_load_and_number_of_threads(
     assert torch.get_num_threads() == before
     _, head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["loops", "threads", "wall", "processor", "ratio"]
-    found = [row.split() for row in rows]
+    found = [row.split() for row in rows[: rows.index("")]]
+    assert len(rows) == len(found) + 1 + 4  # and the same as a table, a line for each load
     assert [row[:2] for row in found] == [["0", "1"], ["0", "2"], ["1", "1"], ["1", "2"]]
     assert all(float(wall.removesuffix("ms")) >= 0 and float(ratio) > 0 for *_, wall, _, ratio in found)
     assert [row[-1] for row in found[::2]] == ["1.00", "1.00"]

@@ -60,7 +60,7 @@ BAD = [
     ("maxiters", 0, "at least 1"),
     ("memory", "disk", "checkpoint"),
     ("clip_norm", "no", "expected float or none"),
-    ("precision", "fp8", "bf16, ieee, tf32"),
+    ("precision", "fp8", "expected 'ieee' or 'tf32' or 'bf16' or 'auto'"),
     ("graphs", True, "known: False, auto"),
     ("options", 3, "expected dict"),
     ("kinetic", -0.01, "at least 0"),

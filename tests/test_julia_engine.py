@@ -309,7 +309,7 @@ from pyrnode.training import trainer
 original = trainer.loss
 def loss(flow, batch, config, solver, at):
     if at == 2:  # two steps are done
-        solver = replace(solver, step_size=1e-8)
+        solver = replace(solver, step_size=1e-6)
         for seconds in (1.0, 2.0):
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
     return original(flow, batch, config, solver, at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,18 @@ def test_it_is_descended_when_the_cheaper_has_long_been_right_with_a_margin() ->
 
 def test_auto_is_a_word_for_a_solver() -> None:
     preset = Config.preset("finlay2020-mnist")
-    assert preset.override({"solver": "auto"}).solver == SolverConfig(name="auto", step_size="auto")
-    assert preset.override({"solver": "auto", "step_size": 0.1}).solver == SolverConfig(name="RK4", step_size=0.1)
+    kept = partial(SolverConfig, precision="auto")  # the preset has it
+    assert preset.override({"solver": "auto"}).solver == kept(name="auto", step_size="auto")
+    assert preset.override({"solver": "auto", "step_size": 0.1}).solver == kept(
+        name="RK4", step_size=0.1, precision="auto"
+    )
     assert Config().override({"solver": "DP5"}).solver.adaptive
-    assert preset.override({"solver": "Midpoint"}).solver == SolverConfig(name="Midpoint", step_size=0.25)
+    assert preset.override({"solver": "Midpoint"}).solver == kept(
+        name="Midpoint", step_size=0.25, precision="auto"
+    )
     assert Config.from_toml('solver = "auto"').solver == Config().solver
     for name in ("finlay2020-mnist", "finlay2020-cifar10"):
-        assert Config.preset(name).solver == SolverConfig(name="RK4", step_size=0.25)
+        assert Config.preset(name).solver == kept(name="RK4", step_size=0.25)
 
 
 # -- what training reports and what it hands back ---------------------------------------------------------------------

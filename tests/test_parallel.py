@@ -281,6 +281,7 @@ def test_an_order_divides_every_batch() -> None:
 def test_of_images_in_a_folder_each_reads_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
+    monkeypatch.setattr("pyrnode.data.images._IN_MEMORY_BYTES", 0)
     for number in range(40):
         pixels = torch.randint(0, 256, (4, 4), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{number:02}.png")

@@ -61,8 +61,8 @@ def exercise(engine: Engine) -> None:
     for case in cases():
         dynamics = case.dynamics.to(case.dtype)
         dim = math.prod(dynamics.event_shape)
-        z0 = torch.linspace(-1, 1, 3 * dim, dtype=case.dtype).reshape(3, *dynamics.event_shape)
-        c = torch.ones(3, dynamics.context_dim, dtype=case.dtype) if dynamics.context_dim else None
+        z0 = torch.linspace(-1, 1, 3 * dim, dtype=case.dtype, device="cpu").reshape(3, *dynamics.event_shape)
+        c = torch.ones(3, dynamics.context_dim, dtype=case.dtype, device="cpu") if dynamics.context_dim else None
         probes = Probes.exact(z0) if case.exact else Probes.draw(z0, generator=torch.Generator().manual_seed(0))
         found = engine.integrate(dynamics, z0.requires_grad_(), probes, (0.0, 1.0), case.solver, context=c)
         (found.z.sum() + found.l.sum() + found.E.sum() + found.n.sum()).backward()

@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "solver.name": "DP5",
         "solver.rtol": 1e-5,
         "solver.atol": 1e-5,
+        "solver.precision": "ieee",
         "penalties.kinetic": 0.0,
         "penalties.jacobian": 0.0,
     },

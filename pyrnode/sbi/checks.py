@@ -50,7 +50,7 @@ class Ranks:
         Of right ones it is below ``sqrt(log(2/α)/(2n))`` with a probability of at least 1 − α: 0.078 for 300 and 5 %.
         """
         ordered, n = self.values.double().sort(0).values, len(self.values)
-        above = torch.arange(1, n + 1, dtype=torch.float64)[:, None] / n
+        above = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")[:, None] / n
         found = torch.maximum((above - ordered).abs(), (ordered - above + 1 / n).abs()).amax(0)
         return dict(zip(self.names, found.tolist(), strict=True))
 
@@ -86,12 +86,12 @@ def ranks(
     drawn, log_true, log_drawn = _drawn(posterior, theta, x, count, seed)
     random = generator(seed, "ranks")
     low, high = theta.amin(0), theta.amax(0)
-    points = low + (high - low) * torch.rand(n, d, generator=random, dtype=theta.dtype)
+    points = low + (high - low) * torch.rand(n, d, generator=random, dtype=theta.dtype, device="cpu")
     scale = theta.std(0).clamp(min=torch.finfo(theta.dtype).tiny)
     away, farther = (((values - points) / scale).norm(dim=-1) for values in (drawn, theta))
     below = [drawn < theta, (log_drawn < log_true)[..., None], (away < farther)[..., None]]
     found = torch.cat(below, 2).sum(0)
-    spread = torch.rand(found.shape, generator=random, dtype=torch.float64)
+    spread = torch.rand(found.shape, generator=random, dtype=torch.float64, device="cpu")
     columns = (*[f"SBC {label}" for label in labels], "coverage", "TARP")
     return Ranks((found + spread) / (count + 1), columns, log_true)
 

@@ -11,7 +11,7 @@ from typing import Any
 from pyrnode.config import Config
 from pyrnode.errors import ConfigError
 from pyrnode.flow import Flow
-from pyrnode.runs import Record
+from pyrnode.runs import Record, RunFolder
 
 ASKED = 1
 """Says, where the number of a signal would stand, that a callback asked for the end; SIGINT and SIGTERM are greater."""
@@ -235,3 +235,17 @@ def _summary_writer() -> Any:
             f"pyrnode.TensorBoard (and training.tensorboard = true) needs: pip install tensorboard ({error})"
         ) from None
     return SummaryWriter
+
+
+def boards_of(config: Config, folder: RunFolder | None, *, saved: bool) -> list[Callback]:
+    """The callbacks that settings ask for; a `ConfigError` where what is to be written has no place, or cannot be."""
+    boards = list[Callback]()
+    if config.training.tensorboard:
+        if folder is None:
+            raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
+        boards.append(TensorBoard(folder.path / "tensorboard"))
+    if config.training.snapshots and (folder is None or not saved):
+        need = "pyrnode's own dynamics, and embeddings with a name: others are not saved"
+        need = "out=, the folder to write to" if folder is None else need
+        raise ConfigError(f"training.snapshots = true needs {need}")
+    return boards

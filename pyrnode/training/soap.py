@@ -104,7 +104,7 @@ def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: d
     for side in _sides(parameter):
         state[f"{side}_factor"].lerp_(g @ g.mT if side == "left" else g.mT @ g, 1 - _FACTOR_DECAY)
         if count == 1 or count % _EVERY == 0:
-            _refresh(state, side, variance)
+            _refresh(state, side, variance, group["eps"])
 
 
 def _rotated(value: Tensor, state: dict[str, Any], *, back: bool = False) -> Tensor:
@@ -116,10 +116,14 @@ def _rotated(value: Tensor, state: dict[str, Any], *, back: bool = False) -> Ten
     return value
 
 
-def _refresh(state: dict[str, Any], side: str, variance: Tensor) -> None:
-    """One step of orthogonal iteration, directions in falling order; the squares' average moves with its directions."""
+def _refresh(state: dict[str, Any], side: str, variance: Tensor, eps: float) -> None:
+    """One step of orthogonal iteration, directions in falling order; the squares' average moves with its directions.
+
+    A gradient of entries below `eps` is rounding, as before the last layer has left zero: it turns nothing.
+    """
     factor, basis = state[f"{side}_factor"], state[f"{side}_basis"]
-    image = factor @ basis + basis * (_DAMPING * factor.trace() / len(factor))
+    shift = _DAMPING * factor.trace() / len(factor) + eps**2 * variance.numel() / len(factor)
+    image = factor @ basis + basis * shift
     order = (basis * image).sum(0).argsort(descending=True)
     variance.copy_(variance[order] if side == "left" else variance[:, order])
-    state[f"{side}_basis"] = torch.linalg.qr(image[:, order])[0]
+    basis.copy_(torch.linalg.qr(image[:, order])[0])  # in place: a file keeps the order of its memory

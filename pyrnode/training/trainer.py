@@ -24,13 +24,13 @@ from pyrnode.devices import resolve_device
 from pyrnode.distributed import World, alone
 from pyrnode.embedding import Given, check_dividable
 from pyrnode.engines.base import check_potential
-from pyrnode.errors import ConfigError, DataError, ProcessError, SolverError, TrainingDivergedError
+from pyrnode.errors import DataError, ProcessError, SolverError, TrainingDivergedError
 from pyrnode.flow import Flow
 from pyrnode.objective import Objective
 from pyrnode.optimisation import ENDLESS
 from pyrnode.runs import Record, RunFolder
 from pyrnode.training.blueprint import UNSAVED, Blueprint
-from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TensorBoard, TrainingRun
+from pyrnode.training.callbacks import ASKED, Callback, Callbacks, TrainingRun, boards_of
 from pyrnode.training.coarse import settled
 from pyrnode.training.feed import Feed
 from pyrnode.training.gradient import gradient
@@ -74,7 +74,7 @@ class Trainer:
     ) -> None:
         told = Callbacks(callbacks)
         self.blueprint = Blueprint(splits, dynamics, embedding)
-        boards = _check_outputs(config, folder, self.blueprint)
+        boards = boards_of(config, folder, saved=self.blueprint.saved)
         self.callbacks = Callbacks((*told, *boards)) if world.first else Callbacks()
         self.config, self.splits, self.folder, self.world = config, splits, folder, world
         self.progress = progress and world.first
@@ -448,17 +448,3 @@ class Trainer:
         """A line for whoever watches."""
         if self.world.first:
             tqdm.write(text, file=sys.stderr)
-
-
-def _check_outputs(config: Config, folder: RunFolder | None, blueprint: Blueprint) -> list[Callback]:
-    """The callbacks that settings ask for; a `ConfigError` where what is to be written has no place, or cannot be."""
-    boards = list[Callback]()
-    if config.training.tensorboard:
-        if folder is None:
-            raise ConfigError("training.tensorboard = true needs out=, the folder to write to")
-        boards.append(TensorBoard(folder.path / "tensorboard"))
-    if config.training.snapshots and (folder is None or not blueprint.saved):
-        need = "pyrnode's own dynamics, and embeddings with a name: others are not saved"
-        need = "out=, the folder to write to" if folder is None else need
-        raise ConfigError(f"training.snapshots = true needs {need}")
-    return boards
