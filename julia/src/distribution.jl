@@ -138,7 +138,9 @@ function Distributions.fit(
         state, θ = Optimisers.update!(state, θ, loss_gradient(dynamics, θ, x, Probes(rng, x, probes), solver, kinetic, jacobian))
         (step == steps || step % cld(steps, 20) == 0) || continue
         score = judge(θ)
-        score > found && (best, found = copy(θ), score)
+        if score > found
+            best, found = copy(θ), score
+        end
     end
     return RNODEDistribution([RNODELayer(dynamics; solver=accurate)], [best], [affine])
 end
