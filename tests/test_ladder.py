@@ -104,9 +104,7 @@ def test_auto_is_a_word_for_a_solver() -> None:
         name="RK4", step_size=0.1, precision="auto"
     )
     assert Config().override({"solver": "DP5"}).solver.adaptive
-    assert preset.override({"solver": "Midpoint"}).solver == kept(
-        name="Midpoint", step_size=0.25, precision="auto"
-    )
+    assert preset.override({"solver": "Midpoint"}).solver == kept(name="Midpoint", step_size=0.25, precision="auto")
     assert Config.from_toml('solver = "auto"').solver == Config().solver
     for name in ("finlay2020-mnist", "finlay2020-cifar10"):
         assert Config.preset(name).solver == kept(name="RK4", step_size=0.25)
