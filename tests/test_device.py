@@ -34,6 +34,7 @@ IMAGES = {**SMALL, "flow.network.hidden": (4, 4), "flow.scales": 2}
 
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "table": ({**SMALL, "clip_norm": 0.1, "ema": 0.9}, (2,)),
+    "soap": ({**SMALL, "optimizer": "soap", "learning_rate": 0.01}, (2,)),
     "gates": ({**SMALL, "time": "concatsquash", "activation": "gelu", "optimizer": "adamw"}, (3,)),
     "context": ({**SMALL, "time": "concatsquash", "activation": "tanh", "solver.memory": "checkpoint"}, (3,)),
     "adaptive": ({**SMALL, "solver.name": "DP5", "solver.rtol": 1e-2, "solver.atol": 1e-2, "dtype": "float64"}, (2,)),
@@ -234,7 +235,7 @@ def last_step(name: str, device: Device, **more: Any) -> Counts:
     return device.reset()
 
 
-@pytest.mark.parametrize("name", ["table", "gates", "context", "backsolve", "nested", "images", "theirs"])
+@pytest.mark.parametrize("name", ["table", "soap", "gates", "context", "backsolve", "nested", "images", "theirs"])
 def test_a_training_step_waits_once_and_sends_nothing(name: str, device: Device) -> None:
     counts = last_step(name, device)
     assert total(counts.waits) == 1, counts.report()
