@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import busy, density, small_tables, tables
+from benchmarks import busy, density, optimisers, small_tables, tables
 from pyrnode import Config, Flow
 from pyrnode.dynamics import ModuleDynamics
 
@@ -171,3 +172,22 @@ def test_busy_loops_end_with_what_they_run_beside() -> None:
     with busy.busy(2) as processes:
         assert [process.poll() for process in processes] == [None, None]
     assert [process.poll() for process in processes] == [-9, -9]
+
+
+def test_optimisers_are_timed_in_turns_of_the_same_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, before = tmp_path / "found.json", torch.get_num_threads()
+    monkeypatch.setattr("sys.argv", ["optimisers", "--cases", "table", "--repeats", "1", "--json", str(path)])
+    try:
+        optimisers.main()
+    finally:
+        torch.set_num_threads(before)
+    (row,) = json.loads(path.read_text())["results"]
+    assert capsys.readouterr().out.splitlines()[2].split(" | ")[0] == "| table"
+    assert row["ratio"] == pytest.approx(row["soap_ms"] / row["adam_ms"])  # of one turn
+    shapes = [tuple(p.shape) for p in optimisers.trainer("table", "adam").flow.parameters()]
+    means = sum(4 + 2 * 4 * math.prod(shape) for shape in shapes)  # beside the number of steps
+    sides = sum(4 * 2 * length**2 for shape in shapes if len(shape) == 2 for length in shape if length > 1)
+    assert row["adam_mib"] == pytest.approx(means / 2**20)
+    assert row["soap_mib"] == pytest.approx((means + sides) / 2**20)

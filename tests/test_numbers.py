@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adaptive, busy, conditional, records, speed
+from benchmarks import adaptive, busy, conditional, optimisers, records, speed
 from pyrnode import Config, Flow
 from pyrnode.data import load
 from pyrnode.version import VERSION
@@ -188,7 +188,7 @@ def test_a_number_from_nowhere_is_found() -> None:
     assert list(uncovered(text, [*measured(), *SETTINGS])) == ["7.5", "1,234", "−2.8", "1e-7"]
 
 
-TABLES = {f"speed-{case}": speed.table for case in (*CASES, "no-compiler")}
+TABLES = {f"speed-{case}": speed.table for case in (*CASES, "no-compiler")} | {"optimisers": optimisers.table}
 """The tables of benchmarks/README.md that are of this version, marked there; the others are dated readings."""
 
 
