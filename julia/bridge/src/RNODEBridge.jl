@@ -5,8 +5,9 @@ solve, and writes its results into it.
 """
 module RNODEBridge
 
-# It is small, and precompiling it would start a Python of its own.
-__precompile__(false)
+# It is small, and precompiling it would start a Python of its own. Within a system image it is compiled all the same.
+const IN_IMAGE = ccall(:jl_generating_output, Cint, ()) == 1 && Base.JLOptions().incremental == 0
+IN_IMAGE || __precompile__(false)
 
 """
 Tells PythonCall of the Python that it is in, where it starts with Julia itself, out of a system image: before juliacall can tell it.
