@@ -22,6 +22,7 @@ from pyrnode.data.readers import open_file
 from pyrnode.errors import ConfigError, DataError
 from pyrnode.estimator import RNODEDensity
 from pyrnode.flow import Flow
+from pyrnode.parts import check_memory, network
 from pyrnode.transforms import Chain, Standardize
 
 Array = np.ndarray[Any, Any]
@@ -388,6 +389,48 @@ def test_a_value_that_the_flow_cannot_square_is_named_before_training(standardiz
         pyrnode.train(with_value(1e30), standardize=standardize, **settings)
 
 
+def test_of_a_sample_far_away_the_column_is_named_that_takes_it_there() -> None:
+    """Not the one of the largest numbers: its unit may be small, and principal axes mix them all."""
+    x, held_out = table(400), table(60)
+    for values in (x, held_out):
+        values[:, 0] = 1e25 + 1e20 * values[:, 0]
+    held_out[41, 1] = -1e24
+    settings: dict[str, Any] = {"hidden": [4], "max_steps": 1, "progress": False, "evaluate": False}
+    for standardize in ("auto", "scale"):
+        said = rf"has -1e\+24 in column 1, .*standardize = '{standardize}'.*: leave such rows out$"
+        with pytest.raises(DataError, match=said):
+            pyrnode.train(x, validation=held_out, standardize=standardize, **settings)
+    x[:, 0] = held_out[:, 0] = 0
+    x[::2, 0] = 1
+    held_out[:, 1] = 1.0
+    most = (torch.finfo(torch.float32).max / 2) ** 0.5
+    for factor, sign in ((1.01, -1), (1.01, 1), (0.99, 1)):
+        x[5, 1] = sign * factor * most
+        if factor < 1:
+            flow = Flow.build(Config().override({"hidden": [4], "standardize": "none"}), (2,))
+            assert bool(torch.isfinite(flow.log_prob(torch.as_tensor(x[5:6]))).all())
+        else:
+            with pytest.raises(DataError, match=r"in column 1, .*or take standardize = 'auto'$"):
+                pyrnode.train(x, validation=held_out, standardize="none", **settings)
+
+
+def test_the_error_of_values_without_a_square_counts_them_all() -> None:
+    x = with_value(-1e151)
+    x[50, 0] = 1e151
+    with pytest.raises(DataError, match=r"has 2 values beyond 1e\+150, .*row 37, column 1 \(-1e\+151\)"):
+        load(x)
+    x[51] = np.nan, -np.inf
+    with pytest.raises(DataError, match=r"has 2 NaN or infinite values, the first in row 51, column 0: remove"):
+        load(x)
+    x = np.random.default_rng(0).normal(size=(20, 1, 3, 3))
+    x[12, 0, 1, 1] = np.nan
+    with pytest.raises(DataError, match=r"has 1 NaN or infinite values, the first in image 12: remove"):
+        load(x)
+    x[12, 0, 1, 1] = 2e150
+    with pytest.raises(DataError, match=r"the first in image 12 \(2e\+150\)"):
+        load(x)
+
+
 def test_a_sample_that_the_flow_cannot_hold_is_named() -> None:
     flow = Flow.build(Config().override({"hidden": [4]}), (2,))
     x = torch.zeros(5, 2, dtype=torch.float64)
@@ -404,6 +447,31 @@ def test_a_flow_that_no_memory_holds_is_refused() -> None:
             flow_of(**settings)
     with pytest.raises(ConfigError, match="this machine has"):
         Flow.build(Config().override({"blocks": 10**7}), (1, 8, 8), levels=17)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "scales", "factor"), [((3,), "auto", 1), ((1, 16, 16), 2, 3), ((1, 32, 32), "auto", 7)]
+)
+def test_the_memory_that_a_flow_needs_is_counted(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], scales: Any, factor: int, dtype: str
+) -> None:
+    """Its weights, within what the scales of an image differ in; and of many small blocks Python's objects."""
+    hidden = [2500, 2500] if len(shape) == 1 else [1700, 1700]
+    config = Config().override({"hidden": hidden, "dtype": dtype, "blocks": 2, "scales": scales})
+    with torch.device("meta"):
+        block = network(config, shape, 0)(shape)
+    size = 2 * factor * sum(p.numel() for p in block.parameters()) * getattr(torch, dtype).itemsize
+    for copies in (1, 4):
+        monkeypatch.setattr("pyrnode.parts.memory", lambda copies=copies: int(1.01 * copies * size))
+        check_memory(config, shape, 0, copies=copies)
+        monkeypatch.setattr("pyrnode.parts.memory", lambda copies=copies: int(0.99 * copies * size))
+        with pytest.raises(ConfigError, match="the weights take" if copies == 1 else "what the optimiser keeps"):
+            check_memory(config, shape, 0, copies=copies)
+    many = config.override({"hidden": [4], "blocks": 10**7})
+    monkeypatch.setattr("pyrnode.parts.memory", lambda: 2**37)  # their weights would fit
+    with pytest.raises(ConfigError, match="take fewer blocks"):
+        check_memory(many, (3,), 0, copies=1)
 
 
 def test_training_needs_more_room_than_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:

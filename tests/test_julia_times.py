@@ -45,6 +45,12 @@ def test_what_cannot_be_written_is_not_measured(tmp_path: Path) -> None:
     assert times.usual("start") is None
 
 
+def test_what_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "times.json").mkdir()
+    Times(tmp_path).add("start", 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["times.json"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(None, "not measured before"), (7.4, "usually 7 s"), (99.4, "usually 99 s"), (160.0, "usually 3 min")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from pyrnode.dynamics import coarse
 from pyrnode.paper import study
 from pyrnode.paper.scales import SCALES
 from pyrnode.runs import RunFolder
+from pyrnode.training import coarse as settling
 from pyrnode.training import trainer as loop
 from pyrnode.training.trainer import Trainer
 from tests.pretend import pretended
@@ -59,6 +61,32 @@ def test_the_device_and_its_memory_choose(gpu: Any, share: float, expected: str)
     assert found.ladder[2].precision == expected
     assert found.best_flow().config.solver.precision == expected
     assert found.config.solver.precision == "auto"  # on another device it is chosen again
+
+
+def test_what_is_stored_grows_with_times_turns_and_probes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(2**40)
+    seen: list[int] = []
+
+    def limit(like: Any, size: int, *, taken: int) -> float:
+        seen.append(taken)
+        return math.inf
+
+    monkeypatch.setattr(settling, "store_limit", limit)
+
+    def stored(turns: int = 1, **settings: Any) -> int:
+        """Bytes of the first of two blocks: what is taken when the second is looked at."""
+        found = trainer(**settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(found.flow.transform), "turns", turns)
+            settling.settled(found.flow, found.config, BATCH)
+        return seen[-1]
+
+    probed = {"penalties.divergence": "hutchinson"}
+    one = stored(**probed)
+    assert one > 0
+    assert stored(**probed, end_time=2.0) == 2 * one
+    assert stored(2, **probed) == 2 * one
+    assert stored(**probed, probes=3) == stored(**{"penalties.divergence": "exact"}) > one  # three dimensions
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import pyrnode
 import pyrnode.cli
+from pyrnode import files
 from pyrnode.config import Config
 from pyrnode.data import load
 from pyrnode.errors import (
@@ -278,6 +280,40 @@ def test_a_checkpoint_of_another_network_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoint.safetensors").write_bytes((tmp_path / "b" / "checkpoint.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="is not a checkpoint of this run"):
         train(tmp_path / "a", resume=True)
+
+
+IMPOSSIBLE: dict[str, tuple[str, float]] = {
+    "NaN in a basis": ("left_basis", math.nan),
+    "a basis of zeros": ("right_basis", 0.0),
+    "a basis of one direction": ("left_basis", 0.5),
+    "no step": ("step", 0.0),
+    "a step and a half": ("step", 1.5),
+    "steps that the run has not done": ("step", 11.0),
+    "steps that are none": ("step", math.nan),
+    "negative squares": ("exp_avg_sq", -1.0),
+    "an infinite mean": ("exp_avg", math.inf),
+}
+
+
+@pytest.fixture(scope="module")
+def by_soap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "soap"
+    train(folder, optimizer="soap")
+    return folder
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_a_memory_that_no_optimiser_has_is_an_error(tmp_path: Path, by_soap: Path, what: str) -> None:
+    """Not a run that goes another way, or fails later for what would pass for the solver's reasons."""
+    shutil.copytree(by_soap, tmp_path / "run")
+    file, (name, value) = tmp_path / "run" / "checkpoint.safetensors", IMPOSSIBLE[what]
+    tensors, description = files.read(file, "checkpoint")
+    tensors[f"optimizer.0.{name}"].fill_(value)
+    files.write(file, "checkpoint", tensors, description)
+    content = file.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"is not a checkpoint of this run: .*optimizer\.0\.{name} is n"):
+        train(tmp_path / "run", resume=True, optimizer="soap", max_steps=12)
+    assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize("out", ["a file", "a file/below"])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,15 +56,8 @@ def usable(activation: str, weights: list[Tensor], z: Tensor, probes: int) -> bo
 
 @functools.cache
 def _checked(activation: str, device: torch.device) -> bool:
-    try:
-        wrong = _wrong(activation, device)
-    except Exception as error:  # whatever a compiler that has never been tried raises
-        wrong = f"{type(error).__name__}: {error}"
-    if not wrong:
-        return True
-    told = wrong.strip().splitlines()[0]
-    warnings.warn(f"small networks of {activation} on {device} are solved step by step, slower: {told}", stacklevel=2)
-    return False
+    without = f"small networks of {activation} on {device} are solved step by step"
+    return pointwise.agree(lambda: _wrong(activation, device), without)
 
 
 @torch.no_grad()
@@ -152,13 +144,7 @@ class Solve:
         self.record: Tensor | None = None
 
     def forward(self, z0: Tensor, directions: Directions | None, *, record: bool) -> tuple[Tensor, Tensor]:
-        """The state at the end time ``(batch, d)``, and l, E, n and 0 ``(batch, 4)`` (no columns without probes).
-
-        Args:
-            z0: State at the start, ``(batch, d)``.
-            directions: Probes.
-            record: Keep the stages' states, which `backward` starts from.
-        """
+        """As `native.mlp.Solve.forward`."""
         z0 = z0.contiguous()
         z1, q = torch.empty_like(z0), z0.new_zeros(len(z0), 4 if directions else 0)
         self.record = z0.new_empty(self._grid.stages, *z0.shape) if record else None

@@ -62,15 +62,25 @@ def kernels(activation: str, device: torch.device) -> Kernels | None:
 @functools.cache
 def _checked(activation: str, device: torch.device) -> Kernels | None:
     found = Kernels(activation)
+    without = f"{activation} on {device} is computed without kernels of Triton"
+    return found if agree(lambda: _wrong(found, device), without) else None
+
+
+def agree(compare: Callable[[], str | None], without: str) -> bool:
+    """Whether kernels that this machine has just compiled compute what they should; if not, that is said.
+
+    Args:
+        compare: Says how they differ from torch's operations, if they do.
+        without: What is the case if they are not used.
+    """
     try:
-        wrong = _wrong(found, device)
+        wrong = compare()
     except Exception as error:  # whatever a compiler that has never been tried raises
         wrong = f"{type(error).__name__}: {error}"
     if not wrong:
-        return found
-    told = wrong.strip().splitlines()[0]
-    warnings.warn(f"{activation} on {device} is computed without kernels of Triton, slower: {told}", stacklevel=2)
-    return None
+        return True
+    warnings.warn(f"{without}, slower: {wrong.strip().splitlines()[0]}", stacklevel=3)
+    return False
 
 
 @torch.inference_mode(False)  # in which no gradient could be compared with

@@ -135,19 +135,28 @@ class Blueprint:
 
 def _check_near_enough(flow: Flow, samples: TensorSamples, name: str) -> None:
     """Raises `DataError` where a sample is so far from zero that its square is none in the flow's numbers."""
-    most = math.sqrt(torch.finfo(flow.reference.dtype).max / flow.dim)
+    most, chosen = math.sqrt(torch.finfo(flow.reference.dtype).max / flow.dim), flow.config.flow.standardize
+
+    def away(x: Tensor) -> Tensor:
+        return flow.transformed(x)[0].flatten(1).abs().amax(1)
+
     with torch.no_grad():
         for x in samples.tensor().split(_PIECE):
-            y = flow.transformed(x)[0].flatten(1).abs().amax(1)
+            y = away(x)
             if not bool((y < most).all()):
                 row = int((~(y < most)).nonzero()[0])
-                value = x[row].flatten()
+                value, where = x[row].flatten(), "in an image"
                 worst = int(value.abs().argmax())
-                where = f"in column {column(worst, flow.features)}" if x.ndim == 2 else "in an image"
+                if x.ndim == 2:  # the column without whose value it were nearest, wherever the transforms take it
+                    without = value.repeat(len(value), 1)
+                    without.diagonal().copy_(x.median(0).values)
+                    worst = int(away(without).nan_to_num(nan=math.inf).argmin())
+                    where = f"in column {column(worst, flow.features)}"
+                remedy = ", or take standardize = 'auto'" if chosen == "none" else ""
                 raise DataError(
                     f"{name} has {float(value[worst]):g} {where}, which is {float(y[row]):.2g} where the flow computes "
-                    f"(standardize = {flow.config.flow.standardize!r}), and its square is no number in "
-                    f"{flow.config.dtype}: leave such rows out, or take standardize = 'auto'"
+                    f"(standardize = {chosen!r}), and its square is no number in {flow.config.dtype}: leave such rows "
+                    f"out{remedy}"
                 )
 
 

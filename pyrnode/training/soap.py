@@ -77,6 +77,14 @@ def memory(parameter: Tensor) -> dict[str, Tensor]:
     return kept
 
 
+def orthonormal(basis: Tensor) -> bool:
+    """Whether a matrix is a basis, but for rounding: by another one steps would have wrong lengths and directions."""
+    with own_precision(basis):
+        return bool(
+            (basis.mT @ basis - torch.eye(len(basis), dtype=basis.dtype, device=basis.device)).abs().max() < 1e-3
+        )
+
+
 def _matrix(value: Tensor) -> Tensor:
     return value.flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
 

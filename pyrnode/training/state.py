@@ -228,7 +228,7 @@ class State:
         averages = [] if self.average is None else ["average"]
         for group in ("flow", "best", *averages):
             files.check_tensors(groups[group], self.flow.state_dict())
-        slots = self._slots(groups["optimizer"])
+        slots = self._slots(groups["optimizer"], snapshot.progress.step)
         self._before = {}
         self.flow.load_state_dict(groups["flow"])
         self.best = groups["best"]
@@ -237,8 +237,13 @@ class State:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.progress = replace(snapshot.progress)
 
-    def _slots(self, stored: Weights) -> dict[int, Weights]:
-        """The optimiser's memory by parameter: of each parameter everything that this optimiser keeps, or nothing."""
+    def _slots(self, stored: Weights, done: int) -> dict[int, Weights]:
+        """The optimiser's memory by parameter: of each parameter everything that this optimiser keeps, or nothing.
+
+        Args:
+            stored: The memory by number of the parameter and name.
+            done: Steps of the run.
+        """
         slots: dict[int, Weights] = {}
         for name, value in stored.items():
             index, _, key = name.partition(".")
@@ -251,4 +256,16 @@ class State:
             steps = {name: value for name, value in found.items() if name == "step"}
             files.check_tensors(steps, {"step": torch.zeros((), dtype=torch.float32, device="cpu")}, types=False)
             files.check_tensors({name: value for name, value in found.items() if name != "step"}, alike)
+            for name, value in found.items():
+                if not _possible(name, value, done):
+                    raise CheckpointError(f"optimizer.{number}.{name} is nothing that an optimiser could have kept")
         return slots
+
+
+def _possible(name: str, value: Tensor, done: int) -> bool:
+    """Whether an optimiser's memory may have that value after so many steps of a run."""
+    if name == "step":
+        return 1 <= float(value) <= done and float(value).is_integer()
+    if name == "exp_avg_sq":
+        return bool((value >= 0).all())
+    return not name.endswith("_basis") or soap.orthonormal(value)

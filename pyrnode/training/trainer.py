@@ -399,6 +399,7 @@ class Trainer:
         here = self._origin()
         with files.converted(f"{path} is not a checkpoint of this run"):
             here.check(origin)
+            snapshot.check()
             self.state.restore(snapshot)
         step, self._saved = self.state.progress.step, self.state.progress.elapsed
         self.journal.history = self.world.once(lambda: folder.rewind(step))
