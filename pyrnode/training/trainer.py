@@ -235,7 +235,6 @@ class Trainer:
         to, or resumes from, is never a state that has already failed.
         """
         step, training, state = self.state.progress.step, self.config.training, self.state
-
         state.begin()
 
         def compute() -> tuple[Objective, Passage]:
