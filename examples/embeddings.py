@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pyrnode import Flow
+
 
 def convolutional(channels: int = 16, features: int = 16) -> nn.Module:
     """Of images ``(1, 12, 12)``, whose pixels are of the order of 1."""
@@ -64,3 +66,16 @@ def gap(log_p: Tensor, log_q: Tensor) -> tuple[float, float]:
     """Mean of log p − log q over samples of p, the Kullback-Leibler divergence, and its standard error, in nats."""
     difference = log_p - log_q
     return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
+
+
+@torch.no_grad()
+def gaps(
+    flow: Flow, observed: Tensor, exact: list[tuple[Tensor, Tensor]], low: Tensor, high: Tensor
+) -> dict[str, float]:
+    """How far flow and prior are from exact posteriors, in nats: the mean over the observations, each with its own."""
+    prior = -(high - low).log().sum()
+    return {
+        "flow": sum(gap(p, flow.log_prob(theta, x))[0] for x, (theta, p) in zip(observed, exact, strict=True))
+        / len(exact),
+        "prior": sum(gap(p, prior)[0] for _, p in exact) / len(exact),
+    }

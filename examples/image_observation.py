@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from embeddings import convolutional, exact_posterior, gap
+from embeddings import convolutional, exact_posterior, gaps
 from torch import Tensor
 
 import pyrnode
@@ -74,12 +74,9 @@ def main() -> dict[str, float]:
     )
     flow = result.flow
 
-    observed, values = simulate(prior(5)), {"flow": 0.0, "prior": 0.0}
-    for image in observed:
-        exact, log_p = posterior(image, 400, 40 if args.quick else 60)
-        with torch.no_grad():
-            values["flow"] += gap(log_p, flow.log_prob(exact, image))[0] / 5
-        values["prior"] += gap(log_p, -(HIGH - LOW).log().sum())[0] / 5
+    observed = simulate(prior(5))
+    exact = [posterior(image, 400, 40 if args.quick else 60) for image in observed]
+    values = gaps(flow, observed, exact, LOW, HIGH)
     print(f"from the exact posterior, nats: the prior {values['prior']:.2f}, the flow {values['flow']:.2f}")
 
     samples = flow.sample(1000, observed[0], seed=0)

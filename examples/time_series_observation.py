@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from embeddings import Recurrent, exact_posterior, gap
+from embeddings import Recurrent, exact_posterior, gaps
 from torch import Tensor
 
 import pyrnode
@@ -71,12 +71,8 @@ def main() -> dict[str, float]:
     )
     flow = result.flow
 
-    observed, values = simulate(prior(5)), {"flow": 0.0, "prior": 0.0}
-    for each in observed:
-        exact, log_p = posterior(each, 400)
-        with torch.no_grad():
-            values["flow"] += gap(log_p, flow.log_prob(exact, each))[0] / 5
-        values["prior"] += gap(log_p, -(HIGH - LOW).log().sum())[0] / 5
+    observed = simulate(prior(5))
+    values = gaps(flow, observed, [posterior(each, 400) for each in observed], LOW, HIGH)
     print(f"from the exact posterior, nats: the prior {values['prior']:.2f}, the flow {values['flow']:.2f}")
 
     samples = flow.sample(1000, observed, seed=0)

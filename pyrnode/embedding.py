@@ -172,10 +172,15 @@ class Embedding(nn.Module):
         return cls(network, shape, width, recipe.described())
 
     def forward(self, context: Tensor) -> Tensor:
-        vectors = self.network(context)
+        vectors = self.network(context.clone())  # it may write to its input, which may be the user's own memory
         if not isinstance(vectors, Tensor) or tuple(vectors.shape[1:]) != (self.width,):
             given = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
             raise ConfigError(f"the embedding gave {given}: expected {self.width} features for each context, as before")
+        if vectors.dtype != context.dtype:
+            raise ConfigError(
+                f"the embedding gave {vectors.dtype} for contexts of {context.dtype}: it must compute in the type of "
+                "its input (of constants, torch.zeros(..., dtype=c.dtype))"
+            )
         return vectors
 
     @torch.no_grad()

@@ -51,6 +51,26 @@ class Tied(nn.Module):
         return vectors
 
 
+class Centred(Tied):
+    """Subtracts the mean of the batch, of whatever contexts stand beside."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def forward(self, c: Tensor) -> Tensor:
+        return super().forward(c - c.mean(0))
+
+
+class Unbounded(Tied):
+    """Of some contexts the features are infinite."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def forward(self, c: Tensor) -> Tensor:
+        return super().forward(c) / (c == c.amin()).logical_not()
+
+
 def failing(features: int = 3) -> nn.Module:
     raise OSError(f"no weights for {features} features")
 

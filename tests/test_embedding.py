@@ -488,6 +488,90 @@ def test_what_cannot_be_an_embedding(embedding: Any, context: tuple[int, ...] | 
         pyrnode.train(x, context=c, embedding=embedding, **SETTINGS, **QUIET)
 
 
+def test_dropout_is_drawn_anew_in_each_step() -> None:
+    drawn = list[float]()
+
+    class Noted(Rectified):
+        def forward(self, c: Tensor) -> Tensor:
+            if self.training:
+                drawn.append(float(torch.rand(())))
+            return super().forward(c)
+
+    x, c = images(60)
+    pyrnode.train(x, context=c, embedding=Noted, **SETTINGS, **QUIET)
+    assert len(set(drawn)) == len(drawn) >= 12
+
+
+@torch.no_grad()
+def test_a_vector_that_all_samples_share_is_standardised_too() -> None:
+    x, c = images(60)
+    flow = pyrnode.train(x, context=7 + 3 * c.flatten(1)[:, :3], embedding=networks.Tied, **SETTINGS, **QUIET).flow
+    one = 7 + c.flatten(1)[0, :3]
+    assert error(flow.log_prob(x, one), flow.log_prob(x, one.expand(60, 3))) < 1e-5
+
+
+class Rectified(nn.Module):
+    """Writes to its input, as ``nn.ReLU(inplace=True)`` in the first place does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 3)
+
+    def forward(self, c: Tensor) -> Tensor:
+        vectors: Tensor = self.linear(c.relu_().sub_(1).flatten(1))
+        return vectors
+
+
+def test_what_writes_to_its_input_does_not_write_to_the_users_data() -> None:
+    x, c = images(60)
+    kept = c.clone()
+    flow = pyrnode.train(x, context=c, embedding=Rectified, **SETTINGS, **QUIET).flow
+    one, other = (flow.log_prob(x, c) for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(flow.log_prob(x[:1], c[0]), one[:1])
+    assert torch.equal(c, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_features_of_another_type_are_refused(dtype: torch.dtype) -> None:
+    class Other(Rectified):
+        def forward(self, c: Tensor) -> Tensor:
+            return super().forward(c).to(dtype)
+
+    x, c = images(60)
+    with pytest.raises(ConfigError, match=f"gave {dtype} for contexts of torch.float32: it must compute in the type"):
+        pyrnode.train(x, context=c, embedding=Other, **SETTINGS, **QUIET)
+
+
+@pytest.mark.parametrize("embedding", [networks.Centred, networks.Unbounded])
+def test_an_embedding_is_tried_on_more_than_two_contexts(embedding: Any) -> None:
+    """The first two of which may be the same, and hide that rows are mixed."""
+    contexts = torch.zeros(6, 4)
+    contexts[3:] = 1
+    made = Embedding.build(Recipe.of(embedding), (4,), torch.float32, 0)
+    with pytest.raises(ConfigError, match=r"beside others than alone|NaN or infinite features"):
+        made.check(contexts)
+    x, c = images(60)
+    c[:] = c[:1]
+    c[::3] = 1
+    flags = r"beside others than alone|NaN or infinite features"
+    with pytest.raises(ConfigError, match=flags):
+        pyrnode.train(x, context=c.flatten(1)[:, :4], embedding=embedding, **SETTINGS, **QUIET)
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(1e9, torch.float64), (1e6, torch.float32), (1e3, torch.float64)])
+def test_images_that_only_rounding_tells_apart_are_refused(offset: float, dtype: torch.dtype) -> None:
+    x, c = images(60)
+    c = c.to(dtype) * (1e-4 if offset == 1e3 else 1.0) + offset
+    with pytest.raises(DataError, match=r"the contexts differ by .* which is rounding in float32: subtract their mean"):
+        pyrnode.train(x, context=c, embedding=convolutional, **SETTINGS, **QUIET)
+    settings = {**SETTINGS, "dtype": "float64", "max_steps": 2}
+    if dtype == torch.float64:
+        pyrnode.train(x, context=c, embedding=convolutional, **settings, **QUIET)
+    same = pyrnode.train(x, context=torch.full_like(c, offset), embedding=convolutional, **settings, **QUIET)
+    assert "context: all training samples have the same one, so nothing can be learned of it" in same.notes
+
+
 def test_what_depends_on_how_a_batch_is_divided_is_for_one_process() -> None:
     check_dividable(build().embedding)
     check_dividable(None)

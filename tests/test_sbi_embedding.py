@@ -100,6 +100,25 @@ def test_every_loss_in_sbi_has_a_gradient_for_it_and_its_dropout_ends_with_train
 
 
 @needs_sbi
+def test_the_training_solver_is_chosen_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be taken for the solver's error."""
+    theta, x = simulations(60)
+    estimator = rnode(PRIOR, embedding=functools.partial(convolutional, dropout=0.5), hidden=[8])(theta, x).train()
+    modes, log_prob = list[bool](), estimator.net.log_prob
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        modes.append(any(part.training for part in estimator.net.embedding.modules()))
+        value: Tensor = log_prob(*args, **kwargs)
+        return value
+
+    monkeypatch.setattr(estimator.net, "log_prob", noted)
+    estimator._adjust(theta, x)
+    assert modes
+    assert not any(modes)
+    assert all(part.training for part in estimator.net.embedding.modules())
+
+
+@needs_sbi
 def test_time_series_and_parameters_have_networks_too() -> None:
     theta = PRIOR.sample((50,))
     x = theta[:, None] + torch.randn(50, 5, 2)

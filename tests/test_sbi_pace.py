@@ -130,6 +130,99 @@ def test_a_retreat_is_to_the_average_at_half_the_rate() -> None:
     assert (pace.share, torch.equal(weights(module), average)) == (0.5, True)
 
 
+def test_a_retreat_goes_on_from_the_average_by_steps_of_half_the_length() -> None:
+    """What the weights were counts no more, nor a step that was not followed yet."""
+    module, pace = paced(80)
+    step(module)
+    pace.retreat(module)
+    average = weights(module)
+    assert pace.steps == 81
+    step(module)
+    pace.follow(module)
+    assert torch.allclose(weights(module) - average, torch.full_like(average, 0.5 * 1e-4 * PEAK / USUAL), rtol=1e-6)
+
+
+def step(module: nn.Module, length: float = 1e-4) -> None:
+    with torch.no_grad():
+        for p in module.parameters():
+            p += length
+
+
+def test_the_average_is_of_a_thousand_steps_at_most() -> None:
+    module, pace = nn.Linear(1, 1, bias=False).double(), Pace()
+    pace.follow(module)
+    for _ in range(20_000):
+        step(module, 1e-3)
+        pace.follow(module)
+    last = float(module.weight.detach())
+    pace.use(module)
+    assert last - float(module.weight.detach()) == pytest.approx(0.999, rel=0.02)
+
+
+def test_validation_is_of_all_its_batches() -> None:
+    module, pace = paced(10)
+    for first in (1.0, 2.0, 3.0, 4.0):  # the first is the best, whatever the last batch says
+        pace.use(module)
+        pace.validated(torch.full((9,), first))
+        pace.validated(torch.full((1,), -first))
+        pace.resume(module)
+    assert pace.share == 0.5
+
+
+@pytest.mark.parametrize(("first", "second", "length"), [(USUAL, 2e-3, 2e-3), (2e-3, USUAL, PEAK)])
+def test_another_rate_in_a_later_round_is_found_out(first: float, second: float, length: float) -> None:
+    module, pace = paced(80, first)
+    for rate in (second, first, second):
+        pace.use(module)
+        pace.resume(module)
+        before = weights(module)
+        optimizer = torch.optim.Adam(module.parameters(), lr=rate)
+        optimizer.zero_grad()
+        loss(module).backward()
+        optimizer.step()
+        pace.follow(module)
+    assert float((weights(module) - before).abs().max()) == pytest.approx(length, rel=1e-3)
+
+
+def test_the_rate_of_an_optimiser_that_goes_on_is_not_asked_again() -> None:
+    """Of full batches the gradient hardly changes, and many a step is about as long as the first."""
+    module, pace = network(), Pace()
+    optimizer = torch.optim.Adam(module.parameters(), lr=USUAL)
+    for _ in range(60):
+        pace.use(module)
+        pace.resume(module)
+        pace.follow(module)
+        optimizer.zero_grad()
+        loss(module).backward()
+        optimizer.step()
+        pace.follow(module)
+        assert pace.factor == PEAK / USUAL
+
+
+def test_weights_of_thousands_do_not_hide_the_rate() -> None:
+    """float32 rounds their steps to some other length."""
+    module, pace = network().float(), Pace()
+    module.register_parameter("scale", nn.Parameter(torch.tensor([2.0**14])))
+    optimizer = torch.optim.Adam(module.parameters(), lr=USUAL)
+    pace.follow(module)
+    ((module(X) - X).square().mean() * module.get_parameter("scale").sum()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        module.get_parameter("scale").add_(2.0**-9)
+    pace.follow(module)
+    assert pace.factor == PEAK / USUAL
+
+
+def test_weights_that_are_frozen_between_rounds_begin_again() -> None:
+    module, pace = paced(80)
+    pace.use(module)
+    next(module.parameters()).requires_grad_(False)
+    used = weights(module)
+    pace.resume(module)
+    pace.follow(module)
+    assert (pace.steps, torch.equal(weights(module), used)) == (0, True)
+
+
 # -- with sbi --------------------------------------------------------------------------------------------------------
 
 

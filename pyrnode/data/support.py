@@ -57,9 +57,12 @@ def remarks(splits: Splits) -> list[str]:
         rows = torch.arange(0, len(train), max(1, -(-len(train) // _ROWS)), device="cpu")
         x = next(train.batches(rows, _ROWS)).x
         found += _columns(x.double().numpy(), splits.features, float(np.finfo(str(x.dtype)[6:]).eps), len(train))
-    if train.context is not None and train.context.ndim == 2:
-        same = [i for i, fixed in enumerate(constant(train.context)) if fixed]
-        if same:
+    if train.context is not None:
+        same = [i for i, fixed in enumerate(constant(train.context.flatten(1))) if fixed]
+        if train.context.ndim > 2:
+            if len(same) == train.context[0].numel():
+                found.append("context: all training samples have the same one, so nothing can be learned of it")
+        elif same:
             named = _named(same, splits.context_features, splits.context_dim)
             found.append(f"context: {named} the same value in all training samples, so nothing can be learned of it")
     return found + _heavy(train) + _repeats(splits)

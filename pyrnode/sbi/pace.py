@@ -9,6 +9,7 @@ has the average of its weights in their place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ _PATIENCE, _DECAY, _LOWEST = 3, 0.5, 0.01
 """After so many epochs without a better validation the rate is halved, down to that share. sbi ends after 20."""
 
 
+_ROUNDED, _OTHER = 1e-3, 0.2
+"""Lengths of first steps differ by less, for weights are rounded. Another rate differs by more: where a gradient hardly
+changes, the next steps are nearly as long as the first."""
+
+
 class Pace:
     """Rate and average of the weights of one module, which an optimiser steps that knows nothing of it.
 
@@ -39,7 +45,9 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.factor: float | None = None
+        self.factor = 1.0
+        self._rate: float | None = None
+        self._asked = True  # whether the next step may be the first of an optimiser, of whichever rate
         self._begin()
 
     def _begin(self) -> None:
@@ -59,13 +67,22 @@ class Pace:
         steps = torch._foreach_sub(weights, self._trained)
         if not (longest := float(torch.stack(torch._foreach_norm(steps, math.inf)).max())):
             return
-        if self.factor is None:  # Adam's first step is the rate itself, wherever there is a gradient
-            self.factor = PEAK / USUAL if math.isclose(longest, USUAL, rel_tol=0.02) else 1.0
+        if self._asked:
+            self._recognise(_rate(steps), longest)
         self.steps += 1
         length = self.factor * self.share * min(1.0, self.steps / _WARMUP)
         torch._foreach_add_(self._trained, steps, alpha=length)
         torch._foreach_copy_(weights, self._trained)
         torch._foreach_lerp_(self._average, weights, 1 / min(_LONGEST, 1 + self.steps / _SHARE))
+
+    def _recognise(self, rate: float | None, longest: float) -> None:
+        """Takes note of the optimiser's rate: at its first step, and at that of one that a later round has made."""
+        self._asked = False
+        if self._rate is None:
+            self._rate = rate or longest
+        elif rate is not None and not math.isclose(rate, self._rate, rel_tol=_OTHER):
+            self._rate = rate
+        self.factor = PEAK / USUAL if math.isclose(self._rate, USUAL, rel_tol=0.02) else 1.0
 
     @torch.no_grad()
     def retreat(self, module: nn.Module) -> None:
@@ -91,6 +108,7 @@ class Pace:
     @torch.no_grad()
     def resume(self, module: nn.Module) -> None:
         """Puts the weights back; if others were loaded meanwhile, everything begins again, with those."""
+        self._asked = True
         if not self._averaged:
             return
         weights, self._averaged = _weights(module), False
@@ -113,5 +131,15 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether they are of the same device and type."""
-    return all((one.device, one.dtype) == (two.device, two.dtype) for one, two in zip(some, others, strict=True))
+    """Whether they are as many, each of the same shape, device and type: somebody may freeze some between rounds."""
+    one, other = ([(w.shape, w.device, w.dtype) for w in weights] for weights in (some, others))
+    return one == other
+
+
+def _rate(steps: Sequence[Tensor]) -> float | None:
+    """The rate, where steps are the first of an Adam: then all are as long as it, but for those without a gradient."""
+    lengths = torch.cat([step.flatten() for step in steps]).abs()
+    lengths = lengths[lengths > 0]
+    typical = lengths.median()
+    alike = ((lengths - typical).abs() <= _ROUNDED * typical).double().mean()
+    return float(typical) if float(alike) > 0.5 else None

@@ -38,6 +38,12 @@ _COPIES = 4
 _PIECE = 2**16
 """Samples that are looked at at a time."""
 
+_ROWS = 8
+"""Contexts that an embedding is tried on: the first two may be the same one, which hides what mixes rows."""
+
+_UNITS = 100
+"""Units in the last place that contexts must differ by, somewhere, once they are in the flow's numbers."""
+
 _HEAVY = 0.1
 """Nats per dimension that drawing in tails must bring the untrained flow: below it, it is many modes that look like
 tails, which are harder to tell apart when they are drawn together (docs/training.md)."""
@@ -97,7 +103,8 @@ class Blueprint:
             check_memory(config, shape, self._features(config), copies=_COPIES)
         flow = self.build(config, *_standardised(config, splits, world))
         if flow.embedding is not None and splits.train.context is not None:
-            few = splits.train.context[:2]
+            _check_resolved(splits.train.context, flow.reference.dtype)
+            few = splits.train.context[:_ROWS]
             flow.embedding.check(cast(Tensor, flow.condition(few, len(few))))
         for part in (splits.train, splits.validation):
             if splits.levels is None and isinstance(part, TensorSamples):
@@ -158,6 +165,24 @@ def _check_near_enough(flow: Flow, samples: TensorSamples, name: str) -> None:
                     f"(standardize = {chosen!r}), and its square is no number in {flow.config.dtype}: leave such rows "
                     f"out{remedy}"
                 )
+
+
+def _check_resolved(context: Tensor, dtype: torch.dtype) -> None:
+    """Raises `DataError` where contexts differ, but by so little that an embedding would see rounding.
+
+    Vectors are standardised before they are rounded, other shapes are not.
+    """
+    if context.ndim == 2:
+        return
+    c = context[:CHOSEN_ON].flatten(1)
+    low, high = c.amin(0).double(), c.amax(0).double()
+    size, spread = torch.maximum(low.abs(), high.abs()), high - low
+    differ = spread > 0
+    if bool(differ.any()) and bool((spread <= _UNITS * torch.finfo(dtype).eps * size)[differ].all()):
+        raise DataError(
+            f"the contexts differ by {float(spread.max()):.2g} at values of {float(size.max()):.2g}, which is rounding "
+            f"in {str(dtype).removeprefix('torch.')}: subtract their mean, in float64, and divide by their spread"
+        )
 
 
 def _standardised(config: Config, splits: Splits, world: World) -> tuple[Chain | None, Chain | None]:
